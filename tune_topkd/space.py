@@ -1,0 +1,201 @@
+"""The space that is searched: from what the sampler proposes to the parameters a trial is given.
+
+The sampler works on `Axis`es with fixed, inclusive bounds. A range whose bound names another parameter becomes an axis
+from 0 to 1, the share of the way from its low to its high bound, so that the sampler's joint model stays valid while
+`scale_last <= scale_top <= scale_gt` holds in every proposal. Relative weights are drawn and then scaled to their sum.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tune_topkd.config import INTEGER_PARAMETERS
+from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import ParameterRange
+from tune_topkd.config import RelativeConfig
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One coordinate of a proposal: a number from `low` to `high`, both included, or one of `choices`."""
+
+    name: str
+    kind: Literal["int", "float", "choice"]
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    choices: tuple[Scalar, ...] = ()
+
+    def at(self, share: float) -> Scalar:
+        """The value `share` (0 to 1) of the way along the axis, in the logarithm on a log axis."""
+        if self.kind == "choice":
+            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+        value = _between(self.low, self.high, share, log=self.log)
+        return round(value) if self.kind == "int" else value
+
+
+class Space:
+    """The ranges of a `SweepConfig`, with their order, their conditional bounds and their relative weights."""
+
+    def __init__(self, ranges: Mapping[str, ParameterRange], relative: RelativeConfig | None = None) -> None:
+        self._ranges = {name: ranges[name] for name in _bounds_first(ranges)}
+        self._relative = relative
+
+    @classmethod
+    def of(cls, config: SweepConfig) -> "Space":
+        """The whole space of a sweep."""
+        return cls(config.space, config.relative)
+
+    @classmethod
+    def of_recipe(cls, config: SweepConfig) -> "Space":
+        """The part of a sweep's space that is the recipe's: what a baseline is searched over."""
+        return cls({name: r for name, r in config.space.items() if name in RECIPE_PARAMETERS})
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def axes(self) -> list[Axis]:
+        """What the sampler proposes values for, bounds before the ranges that name them."""
+        return [_axis(name, parameter) for name, parameter in self._ranges.items()]
+
+    def params(self, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """The parameters a trial is given for a proposal (one value per axis).
+
+        Raises:
+            ValueError: if a conditional range is empty for this proposal.
+        """
+        params: dict[str, Scalar] = {}
+        for name, parameter in self._ranges.items():
+            value = proposal[name]
+            if parameter.bound_names():
+                value = _resolved(name, parameter, params, float(value))
+            params[name] = value
+        return self._scaled(params)
+
+    def proposal(self, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """The proposal that gives these parameters, each clipped into its range: the inverse of `params`.
+
+        Relative weights are taken as they are: only their ratios matter.
+        """
+        proposal: dict[str, Scalar] = {}
+        kept: dict[str, Scalar] = {}
+        for name, parameter in self._ranges.items():
+            axis, value = _axis(name, parameter), params[name]
+            if axis.kind == "choice":
+                proposal[name] = value if value in axis.choices else axis.choices[0]
+                continue
+            low, high = (_bound(b, kept) for b in (parameter.low, parameter.high))
+            kept[name] = min(max(float(value), low), high)
+            if parameter.bound_names():
+                proposal[name] = _share(low, high, float(kept[name]), log=parameter.log)
+            else:
+                proposal[name] = int(kept[name]) if axis.kind == "int" else kept[name]
+        return proposal
+
+    def corners(self) -> Iterator[dict[str, Scalar]]:
+        """The parameters at every combination of axis ends (all choices of a choice axis)."""
+        ends = [axis.choices or (axis.at(0.0), axis.at(1.0)) for axis in self.axes()]
+        names = list(self._ranges)
+        for values in itertools.product(*ends):
+            yield self.params(dict(zip(names, values, strict=True)))
+
+    def digest(self) -> str:
+        """A short name of this space that changes whenever a proposal could."""
+        content = {name: r.model_dump(mode="json") for name, r in self._ranges.items()}
+        relative = self._relative.model_dump(mode="json") if self._relative else None
+        return digest({"ranges": content, "relative": relative})
+
+    def _scaled(self, params: dict[str, Scalar]) -> dict[str, Scalar]:
+        if self._relative is None:
+            return params
+        total = math.fsum(float(params[name]) for name in self._relative.of)
+        scaled = {name: float(params[name]) * self._relative.sum / total for name in self._relative.of}
+        return params | scaled
+
+
+def digest(content: object) -> str:
+    """The first 16 hex digits of the SHA-256 of `content` as canonical JSON."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def lattice(axes: list[Axis], n: int) -> list[dict[str, Scalar]]:
+    """`n` proposals spread evenly over the axes: a grid with both ends for one axis, else an R-sequence.
+
+    The R-sequence (Roberts 2018, 'The unreasonable effectiveness of quasirandom sequences') is a Kronecker lattice of
+    the powers of the generalised golden ratio.
+    """
+    if len(axes) <= 1:
+        shares = [[i / (n - 1) if n > 1 else 0.5] for i in range(n)]
+    else:
+        phi = 2.0
+        for _ in range(60):
+            phi = (1 + phi) ** (1 / (len(axes) + 1))
+        shares = [[(0.5 + (i + 1) * phi ** -(d + 1)) % 1 for d in range(len(axes))] for i in range(n)]
+    return [{axis.name: axis.at(s) for axis, s in zip(axes, row, strict=False)} for row in shares]
+
+
+def _bounds_first(ranges: Mapping[str, ParameterRange]) -> list[str]:
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        for bound in ranges[name].bound_names():
+            visit(bound)
+        if name not in order:
+            order.append(name)
+
+    for name in ranges:
+        visit(name)
+    return order
+
+
+def _is_int(name: str, parameter: ParameterRange) -> bool:
+    return parameter.type == "int" or (parameter.type is None and name in INTEGER_PARAMETERS)
+
+
+def _axis(name: str, parameter: ParameterRange) -> Axis:
+    if parameter.choices is not None:
+        return Axis(name, "choice", choices=tuple(parameter.choices))
+    if parameter.bound_names():
+        return Axis(name, "float")
+    low, high = (_bound(b, {}) for b in (parameter.low, parameter.high))
+    return Axis(name, "int" if _is_int(name, parameter) else "float", low, high, parameter.log)
+
+
+def _bound(bound: float | str | None, params: Mapping[str, Scalar]) -> float:
+    assert bound is not None, "a range has both bounds"
+    return float(params[bound]) if isinstance(bound, str) else float(bound)
+
+
+def _resolved(name: str, parameter: ParameterRange, params: Mapping[str, Scalar], share: float) -> Scalar:
+    low, high = (_bound(b, params) for b in (parameter.low, parameter.high))
+    if low > high:
+        raise ValueError(
+            f"space.{name}: low <= high must hold, but its bounds came out as low = {low:g}, high = {high:g}"
+        )
+    if _is_int(name, parameter):
+        return min(math.floor(_between(low, high + 1, share, log=parameter.log)), math.floor(high))
+    return _between(low, high, share, log=parameter.log)
+
+
+def _between(low: float, high: float, share: float, *, log: bool) -> float:
+    if log:
+        value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+    else:
+        value = low + share * (high - low)
+    return min(max(value, low), high)
+
+
+def _share(low: float, high: float, value: float, *, log: bool) -> float:
+    if high == low:
+        return 0.5
+    if log:
+        return math.log(value / low) / math.log(high / low)
+    return (value - low) / (high - low)

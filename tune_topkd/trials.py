@@ -1,0 +1,468 @@
+"""Trials and the ledger: the append-only file that is the truth about a sweep.
+
+Every suggestion, report, decision and end is one line of `ledger.jsonl`, flushed to the disk before it is acted on.
+All else (Optuna's study, ASHA's rungs, the MLflow runs, the tables) is a view that can be rebuilt from it.
+
+A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 1970), `event`, the event's own keys, and
+`crc`, the CRC-32 of the line without it. A last line torn by a kill is dropped when the file is opened; anything else
+that is not as it was written is a `LedgerError` with the line number. The events, in the order they come:
+
+| event | keys | meaning |
+|---|---|---|
+| `sweep` | `version`, `sweep`, `id`, `seed`, `trials`, `baselines`, `epochs`, `metric`, `digest`, … | first line, once |
+| `driver` | `host`, `pid`, `trials` | a process began to drive the sweep, towards this number of trials |
+| `suggest` | `arm`, `number`, `proposal`, `params` | a trial was made: what the sampler chose, what the trial is given |
+| `start` | `arm`, `number`, `attempt`, `epoch` | a worker began it, or went on after `epoch` |
+| `report` | `arm`, `number`, `epoch`, `metrics`, `decision` | one epoch's metrics and what was decided on them |
+| `end` | `arm`, `number`, `status`, `reason`, `epoch`, `value` | the trial is over |
+| `stop` | `reason` | the driver let go: `finished`, `interrupted`, `time_budget` or `failed` |
+
+An `arm` is what a trial belongs to: `search`, or the method of a baseline (`ce`, `kd`). Trials are numbered from 0 in
+each arm; the search's are the sweep's trials.
+"""
+
+import contextlib
+import enum
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+import zlib
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
+from typing import Self
+
+from tune_topkd.config import Scalar
+
+LEDGER_VERSION = 1
+LEDGER_FILE = "ledger.jsonl"
+SEARCH = "search"
+
+
+class LedgerError(ValueError):
+    """A ledger that cannot be used: damaged, of another version, or driven by another process."""
+
+
+class TrialStatus(enum.StrEnum):
+    """What became of a trial."""
+
+    RUNNING = "running"
+    COMPLETED = "completed"
+    """Reached the full budget of epochs."""
+    PRUNED = "pruned"
+    """Stopped early by ASHA."""
+    FAILED = "failed"
+    """Ended without an answer; the reason says why."""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether the trial is over."""
+        return self is not TrialStatus.RUNNING
+
+
+class Decision(enum.StrEnum):
+    """What was decided on a report."""
+
+    CONTINUE = "continue"
+    COMPLETE = "complete"
+    """The full budget is reached."""
+    PRUNE = "prune"
+    DIVERGED = "diverged"
+    """A metric is NaN or infinite."""
+
+
+class TrialKey(NamedTuple):
+    """A trial's identity within its sweep."""
+
+    arm: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.number:04d}" if self.arm == SEARCH else f"{self.arm}-{self.number:04d}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a ledger."""
+
+    seq: int
+    time: float
+    name: str
+    data: Mapping[str, Any]
+
+    @property
+    def key(self) -> TrialKey:
+        """The trial that the event is about; only for events that have one."""
+        return TrialKey(self.data["arm"], self.data["number"])
+
+
+@dataclass
+class TrialRecord:
+    """All that the ledger tells of one trial."""
+
+    key: TrialKey
+    params: dict[str, Scalar]
+    proposal: dict[str, Scalar]
+    status: TrialStatus = TrialStatus.RUNNING
+    reason: str = ""
+    error: str = ""
+    value: float | None = None
+    """The metric at the last epoch; none for a failed trial."""
+    reports: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics by epoch, from 1."""
+    decision: Decision | None = None
+    """The last report's."""
+    attempts: int = 0
+    suggested_at: float = 0.0
+    ended_at: float | None = None
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch reported; 0 before the first."""
+        return max(self.reports, default=0)
+
+
+class Tracker(Protocol):
+    """Something that watches a sweep: an MLflow logger, a progress display.
+
+    **Threads.** `notify` is called on the sweep's own thread, once for each event, in order, after the event is on disk;
+    it must return at once. **Failures.** A tracker that raises is reported once and not called again in this run: it
+    never ends or slows a sweep. What it missed is in the ledger.
+    """
+
+    def notify(self, event: Event) -> None:
+        """An event has been written."""
+
+    def close(self) -> None:
+        """The sweep's run is over; called once."""
+
+
+class SweepState:
+    """A sweep as its ledger tells it so far; `apply` takes the events in order."""
+
+    def __init__(self) -> None:
+        self.header: Mapping[str, Any] = {}
+        self.started_at = 0.0
+        self.trials: dict[TrialKey, TrialRecord] = {}
+        self.target = 0
+        """How many trials the search is to have."""
+        self.stop_reason = ""
+        """Why the last driver let go; empty while one is at work, or when it was killed."""
+        self.last_driver: Mapping[str, Any] = {}
+        self.last_seq = -1
+
+    def apply(self, event: Event) -> None:
+        """Take the next event into account.
+
+        Raises:
+            LedgerError: if the event cannot follow the ones before it.
+        """
+        if event.seq != self.last_seq + 1:
+            raise LedgerError(
+                f"line {event.seq + 1}: follows line {self.last_seq + 1}, so lines are missing or doubled"
+            )
+        match event.name:
+            case "sweep":
+                self._apply_header(event)
+            case "driver":
+                self.last_driver, self.stop_reason, self.target = event.data, "", event.data["trials"]
+            case "stop":
+                self.stop_reason = event.data["reason"]
+            case "suggest":
+                self._apply_suggest(event)
+            case "start" | "report" | "end":
+                self._apply_to_trial(event)
+            case _:
+                raise LedgerError(f"line {event.seq + 1}: unknown event {event.name!r}")
+        self.last_seq = event.seq
+
+    def arm(self, arm: str) -> list[TrialRecord]:
+        """The trials of one arm by number."""
+        return [record for key, record in sorted(self.trials.items()) if key.arm == arm]
+
+    def running(self) -> list[TrialRecord]:
+        """The trials without an end, in the order they were suggested."""
+        return [record for record in self.trials.values() if not record.status.is_end]
+
+    def counts(self, arm: str = SEARCH) -> dict[str, int]:
+        """How many trials of the arm have each status."""
+        counts = {status.value: 0 for status in TrialStatus}
+        for record in self.arm(arm):
+            counts[record.status.value] += 1
+        return counts
+
+    def ranked(self, arm: str = SEARCH) -> list[TrialRecord]:
+        """The arm's trials that reached the full budget, best first; of equals the earlier one first."""
+        done = [r for r in self.arm(arm) if r.status is TrialStatus.COMPLETED and r.value is not None]
+        return sorted(done, key=lambda r: (-(r.value or 0.0), r.key.number))
+
+    def best(self, arm: str = SEARCH) -> TrialRecord | None:
+        """The best trial that reached the full budget, if any did."""
+        return next(iter(self.ranked(arm)), None)
+
+    def _apply_header(self, event: Event) -> None:
+        if event.seq != 0:
+            raise LedgerError(f"line {event.seq + 1}: a second `sweep` event")
+        if event.data["version"] != LEDGER_VERSION:
+            rule = f"this is ledger version {event.data['version']!r}; this program reads version {LEDGER_VERSION}"
+            raise LedgerError(f"line 1: {rule}")
+        self.header, self.started_at, self.target = event.data, event.time, event.data["trials"]
+
+    def _apply_suggest(self, event: Event) -> None:
+        key = event.key
+        if key in self.trials:
+            raise LedgerError(f"line {event.seq + 1}: trial {key} is suggested a second time")
+        data = event.data
+        self.trials[key] = TrialRecord(key, dict(data["params"]), dict(data["proposal"]), suggested_at=event.time)
+
+    def _apply_to_trial(self, event: Event) -> None:
+        record = self.trials.get(event.key)
+        if record is None or record.status.is_end:
+            what = "was never suggested" if record is None else f"is already {record.status}"
+            raise LedgerError(f"line {event.seq + 1}: `{event.name}` for trial {event.key}, which {what}")
+        data = event.data
+        if event.name == "start":
+            record.attempts = data["attempt"]
+        elif event.name == "report":
+            if data["epoch"] in record.reports:
+                raise LedgerError(f"line {event.seq + 1}: trial {event.key} reports epoch {data['epoch']} again")
+            record.reports[data["epoch"]] = _decoded(data["metrics"])
+            record.decision = Decision(data["decision"])
+        else:
+            record.status, record.reason, record.value = TrialStatus(data["status"]), data["reason"], data["value"]
+            record.error, record.ended_at = data.get("error", ""), event.time
+
+
+class Ledger:
+    """The ledger opened for writing, by the one process that drives the sweep.
+
+    **Durability.** `append` returns when its lines are on the disk. **Ownership.** The file is locked while it is open; a
+    second process is refused. **Crashes.** After a kill at any instant, opening it again gives every event whose `append`
+    returned, and perhaps the one in flight.
+    """
+
+    def __init__(self, path: Path, state: SweepState, stream: Any) -> None:
+        self.path = path
+        self.state = state
+        self._stream = stream
+
+    @classmethod
+    def create(cls, path: Path, **header: Any) -> Self:
+        """Start a new ledger with its `sweep` event.
+
+        Raises:
+            LedgerError: the file exists.
+        """
+        try:
+            stream = open(path, "x+b", buffering=0)
+        except FileExistsError as error:
+            raise LedgerError(f"{path}: exists already") from error
+        _lock(stream, path)
+        ledger = cls(path, SweepState(), stream)
+        ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
+        _sync_folder(path.parent)
+        return ledger
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an existing ledger, dropping a last line that a kill has torn.
+
+        Raises:
+            LedgerError: missing, damaged, of another version, or driven by another process.
+        """
+        try:
+            stream = open(path, "r+b", buffering=0)
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be opened: {error.strerror}") from error
+        try:
+            _lock(stream, path)
+            content = stream.read()
+            whole = content.rfind(b"\n") + 1
+            state = _replay(path, content[:whole])
+            if whole < len(content):
+                stream.truncate(whole)
+                os.fsync(stream.fileno())
+            stream.seek(0, os.SEEK_END)
+        except BaseException:
+            stream.close()
+            raise
+        return cls(path, state, stream)
+
+    def append(self, *events: tuple[str, Mapping[str, Any]]) -> list[Event]:
+        """Write events, in one piece, and return when they are on the disk.
+
+        Raises:
+            OSError: the disk refused; nothing of these events is kept.
+        """
+        start = self._stream.tell()
+        written = []
+        for name, data in events:
+            event = Event(self.state.last_seq + 1, round(time.time(), 3), name, _encoded(data))
+            self.state.apply(event)
+            written.append(event)
+        try:
+            _write_all(self._stream, b"".join(map(_line, written)))
+            os.fsync(self._stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):  # the torn line, if it stays, is dropped at the next opening
+                self._stream.truncate(start)
+            self.state.last_seq = -2  # the state is ahead of the disk: no append after this one is valid
+            raise
+        return written
+
+    def close(self) -> None:
+        """Let go of the file and its lock."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """The whole events of a ledger from a byte offset on, and the offset after them; a torn last line is left out.
+
+    For readers beside the driver: call again with the returned offset to follow a sweep.
+
+    Raises:
+        LedgerError: missing or damaged; with the line's place.
+    """
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            content = stream.read()
+    except OSError as error:
+        raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+    whole = content[: content.rfind(b"\n") + 1]
+    return list(_parse(path, whole, known_before=offset > 0)), offset + len(whole)
+
+
+def read_state(path: Path) -> SweepState:
+    """The state of a sweep, from its ledger, without touching it.
+
+    Raises:
+        LedgerError: missing or damaged.
+    """
+    state = SweepState()
+    for event in read_events(path)[0]:
+        _apply(path, state, event)
+    if not state.header:
+        raise LedgerError(f"{path}: has no `sweep` event; the sweep never began")
+    return state
+
+
+def is_driven(path: Path) -> bool:
+    """Whether a process holds the ledger open for writing at this moment."""
+    with open(path, "rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def driver_identity() -> dict[str, Any]:
+    """Who drives: what a `driver` event says of this process."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _lock(stream: Any, path: Path) -> None:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        driver = read_state(path).last_driver
+        who = f"process {driver['pid']} on {driver['host']}" if driver else "another process"
+        raise LedgerError(f"{path}: the sweep is being driven by {who}") from error
+
+
+def _replay(path: Path, content: bytes) -> SweepState:
+    state = SweepState()
+    for event in _parse(path, content, known_before=False):
+        _apply(path, state, event)
+    if not state.header:
+        raise LedgerError(f"{path}: has no `sweep` event; the sweep never began")
+    return state
+
+
+def _apply(path: Path, state: SweepState, event: Event) -> None:
+    try:
+        state.apply(event)
+    except LedgerError as error:
+        raise LedgerError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerError(f"{path}: line {event.seq + 1}: `{event.name}` is incomplete: {error!r}") from error
+
+
+def _parse(path: Path, content: bytes, *, known_before: bool) -> Iterator[Event]:
+    for number, line in enumerate(content.splitlines(), start=1):
+        place = "a line read later" if known_before else f"line {number}"
+        body, mark, crc = line.rpartition(b',"crc":"')
+        if not mark or crc != b'%08x"}' % zlib.crc32(body):
+            raise LedgerError(f"{path}: {place} is not as it was written (its checksum is wrong)")
+        data = json.loads(body + b"}")
+        yield Event(data.pop("seq"), data.pop("time"), data.pop("event"), data)
+
+
+def _line(event: Event) -> bytes:
+    content = {"seq": event.seq, "time": event.time, "event": event.name, **event.data}
+    body = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()[:-1]
+    return b'%s,"crc":"%08x"}\n' % (body, zlib.crc32(body))
+
+
+def _encoded(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Event data as plain JSON values; NaN and infinities, which JSON lacks, become strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
+        if isinstance(value, enum.Enum):
+            return value.value
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return value
+
+    encoded: dict[str, Any] = plain(data)
+    return encoded
+
+
+def _decoded(metrics: Mapping[str, float | str]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _write_all(stream: Any, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[stream.write(view) :]
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def tell_all(trackers: Iterable[Tracker], event: Event) -> list[tuple[Tracker, Exception]]:
+    """Notify each tracker; those that raised are returned with what they raised, to be dropped and named."""
+    failed = []
+    for tracker in trackers:
+        try:
+            tracker.notify(event)
+        except Exception as error:  # noqa: BLE001 (observing may fail; the caller says so and drops it)
+            failed.append((tracker, error))
+    return failed
