@@ -528,7 +528,7 @@ def _recipe_problems(config: SweepConfig) -> list[Problem]:
     problems = []
     recipes = {"recipe": config.recipe, "teacher.recipe": config.teacher.recipe}
     for key, recipe in recipes.items():
-        if recipe and recipe.schedule == "step" and any(m >= recipe.epochs for m in recipe.milestone_epochs() if m > 1):
+        if recipe and recipe.schedule == "step" and any(m >= recipe.epochs for m in recipe.milestones):
             rule = f"a milestone lies at or after the last epoch ({recipe.epochs}); shares below 1 follow the epochs"
             problems.append(Problem(key=f"{key}.milestones", rule=rule, value=recipe.milestones, has_value=True))
     asha = config.sweep.asha

@@ -1,0 +1,14 @@
+"""All of Ray and Optuna: proposing, scheduling, stopping and resuming the trials of a sweep.
+
+`run_sweep` is the whole of it for a caller. Inside: `search` decides (Optuna's TPE, ASHA, the ledger; no Ray), `worker`
+runs one trial where Ray put it, `tuning` joins the two through Ray Tune.
+"""
+
+from tune_topkd.sweep.search import OBJECTIVE
+from tune_topkd.sweep.search import Search
+from tune_topkd.sweep.tuning import Cluster
+from tune_topkd.sweep.tuning import ResourceError
+from tune_topkd.sweep.tuning import run_sweep
+from tune_topkd.sweep.worker import TrainFunction
+
+__all__ = ["OBJECTIVE", "Cluster", "ResourceError", "Search", "TrainFunction", "run_sweep"]

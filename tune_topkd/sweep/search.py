@@ -1,0 +1,345 @@
+"""What to try next and what to stop: the decisions of a sweep, each in the ledger before it is acted on.
+
+A decision is a function of the ledger alone, so a sweep that was killed goes on as if it had not been: proposal n is
+drawn by a sampler seeded with (the sweep's seed, n) from a study rebuilt out of the ledger, and ASHA's rungs are filled
+by the same reports in the same order. Nothing here knows Ray's trials; `tuning` calls these methods.
+"""
+
+import contextlib
+import hashlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import TrialScheduler
+
+from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import RecipeConfig
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import TrialConfig
+from tune_topkd.space import Axis
+from tune_topkd.space import Space
+from tune_topkd.space import lattice
+from tune_topkd.trials import SEARCH
+from tune_topkd.trials import Decision
+from tune_topkd.trials import Ledger
+from tune_topkd.trials import SweepState
+from tune_topkd.trials import Tracker
+from tune_topkd.trials import TrialKey
+from tune_topkd.trials import TrialRecord
+from tune_topkd.trials import TrialStatus
+from tune_topkd.trials import tell_all
+
+OBJECTIVE = "val_top1"
+"""The metric that a sweep maximises, at the last epoch of the full budget."""
+
+SAME_ERRORS_THAT_END_A_SWEEP = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Search:
+    """The brain of a sweep: proposes trials, takes their reports, decides, and writes it all to the ledger first.
+
+    **Threads.** Not thread-safe: one thread calls it. **Crashes.** A `Search` made from the ledger of a killed one
+    decides as that one would have.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        ledger: Ledger,
+        trackers: Sequence[Tracker] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.ledger = ledger
+        self._trackers = list(trackers)
+        self._space = Space.of(config)
+        self._proposer = _Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._asha = _Asha(config)
+        self._clock = clock
+        budget = config.sweep.time_budget
+        self._deadline = None if budget is None else clock() + budget
+        self.fatal = ""
+        """The one error that every trial so far has made, once it is clear that the rest would make it too."""
+        self._rebuild()
+        self._to_reissue = list(self.state.running())
+
+    @property
+    def state(self) -> SweepState:
+        """The sweep so far."""
+        return self.ledger.state
+
+    @property
+    def out_of_time(self) -> bool:
+        """Whether the time budget is used up."""
+        return self._deadline is not None and self._clock() >= self._deadline
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every trial and every baseline has ended."""
+        counts_reached = len(self.state.arm(SEARCH)) >= self.state.target and self._next_baseline() is None
+        return counts_reached and not self.state.running()
+
+    def next_trial(self) -> TrialRecord | None:
+        """The next trial to start: an interrupted one again, a new proposal, or a baseline; none when all are out."""
+        if self.fatal or self.out_of_time:
+            return None
+        if self._to_reissue:
+            return self._to_reissue.pop(0)
+        number = len(self.state.arm(SEARCH))
+        if number < self.state.target:
+            return self._suggest(TrialKey(SEARCH, number), self._propose(number), self._space)
+        if (baseline := self._next_baseline()) is not None:
+            key, proposal, space = baseline
+            return self._suggest(key, proposal, space)
+        return None
+
+    def started(self, key: TrialKey) -> None:
+        """A worker has begun this trial, or gone on with it."""
+        record = self.state.trials[key]
+        if not record.status.is_end:
+            self._write(("start", {"arm": key.arm, "number": key.number, "attempt": record.attempts + 1}))
+
+    def reported(self, key: TrialKey, epoch: int, metrics: Mapping[str, float]) -> Decision:
+        """Take a trial's report of one epoch and decide whether it goes on.
+
+        An epoch that the ledger has already (a trial gone back to its checkpoint) changes nothing.
+
+        Raises:
+            KeyError: the metrics lack the objective.
+        """
+        record = self.state.trials[key]
+        if record.status.is_end or epoch <= record.epoch:
+            return record.decision or Decision.CONTINUE
+        decision = self._decide(key, epoch, metrics)
+        report = {"epoch": epoch, "metrics": dict(metrics), "decision": decision}
+        events = [("report", {"arm": key.arm, "number": key.number, **report})]
+        if decision is not Decision.CONTINUE:
+            events.append(("end", _end(key, decision, epoch, metrics[OBJECTIVE])))
+        self._write(*events)
+        if decision is not Decision.CONTINUE:
+            self._tell(record)
+        return decision
+
+    def failed(self, key: TrialKey, reason: str, error: str) -> None:
+        """A trial has ended without an answer, for a `reason` in one word and an `error` in one line."""
+        record = self.state.trials[key]
+        if record.status.is_end:
+            return
+        end = {"status": TrialStatus.FAILED, "reason": reason, "error": error, "epoch": record.epoch, "value": None}
+        self._write(("end", {"arm": key.arm, "number": key.number, **end}))
+        self._tell(record)
+        self.fatal = self.fatal or self._common_error()
+
+    def stopped(self) -> str:
+        """Write that the driver lets go, and return why: the `stop` event's reason."""
+        if self.is_finished:
+            reason = "finished"
+        elif self.fatal:
+            reason = "failed"
+        else:
+            reason = "time_budget" if self.out_of_time else "interrupted"
+        self._write(("stop", {"reason": reason}))
+        return reason
+
+    def trial_config(self, record: TrialRecord, teacher_checkpoint: str | None) -> TrialConfig:
+        """All that one training needs: the sweep's config with this trial's parameters in it."""
+        arm, config = record.key.arm, self.config
+        recipe = config.recipe.model_dump() | {n: v for n, v in record.params.items() if n in RECIPE_PARAMETERS}
+        searched = {n: v for n, v in record.params.items() if n not in RECIPE_PARAMETERS}
+        return TrialConfig(
+            data=config.data,
+            student=config.student,
+            teacher=config.teacher.model,
+            teacher_checkpoint=teacher_checkpoint,
+            method=config.method if arm == SEARCH else arm,  # type: ignore[arg-type]  # an arm is a method's name
+            loss=config.loss | searched if arm == SEARCH else {},
+            recipe=RecipeConfig.model_validate(recipe),
+            seed=config.sweep.seed,
+        )
+
+    def _write(self, *events: tuple[str, Mapping[str, Any]]) -> None:
+        for event in self.ledger.append(*events):
+            for tracker, error in tell_all(self._trackers, event):
+                _log.error("%s is dropped for this run: %r", type(tracker).__name__, error, exc_info=error)
+                self._trackers.remove(tracker)
+
+    def _suggest(self, key: TrialKey, proposal: Mapping[str, Scalar], space: Space) -> TrialRecord:
+        trial = {"arm": key.arm, "number": key.number, "proposal": dict(proposal), "params": space.params(proposal)}
+        self._write(("suggest", trial))
+        return self.state.trials[key]
+
+    def _propose(self, number: int) -> dict[str, Scalar]:
+        """A proposal whose conditional ranges are not empty; one that was empty counts as failed for the sampler."""
+        first = self.state.header.get("first", [])
+        if number < len(first):
+            return self._proposer.take(number, self._space.proposal(first[number]))
+        return self._proposer.ask(number)
+
+    def _next_baseline(self) -> tuple[TrialKey, dict[str, Scalar], Space] | None:
+        baselines = self.config.baselines
+        if baselines is None:
+            return None
+        space = Space.of_recipe(self.config)
+        trials = baselines.trials if len(space) else 1
+        for method in baselines.methods:
+            number = len(self.state.arm(method))
+            if number < trials:
+                return TrialKey(method, number), lattice(space.axes(), trials)[number], space
+        return None
+
+    def _decide(self, key: TrialKey, epoch: int, metrics: Mapping[str, float]) -> Decision:
+        if not all(map(math.isfinite, metrics.values())):
+            return Decision.DIVERGED
+        if epoch >= self.config.recipe.epochs:
+            return Decision.COMPLETE
+        return self._asha.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
+
+    def _tell(self, record: TrialRecord) -> None:
+        if record.key.arm == SEARCH:
+            self._proposer.tell(record)
+
+    def _common_error(self) -> str:
+        ended = [r for r in self.state.trials.values() if r.status.is_end]
+        errors = {r.error for r in ended}
+        all_alike = len(errors) == 1 and all(r.reason == "error" for r in ended)
+        return errors.pop() if all_alike and len(ended) >= SAME_ERRORS_THAT_END_A_SWEEP else ""
+
+    def _rebuild(self) -> None:
+        """Bring Optuna's study and ASHA's rungs to where the ledger is, and write the ends a kill left out."""
+        for record in self.state.running():
+            if record.decision not in (None, Decision.CONTINUE):
+                value = record.reports[record.epoch][OBJECTIVE]
+                self._write(("end", _end(record.key, record.decision, record.epoch, value)))
+        for record in self.state.arm(SEARCH):
+            self._proposer.take(record.key.number, record.proposal)
+            if record.status.is_end:
+                self._proposer.tell(record)
+        self._asha.replay(self.state)
+
+
+class _Proposer:
+    """Optuna's TPE by ask and tell, its random numbers a function of (seed, trial number)."""
+
+    def __init__(self, axes: Sequence[Axis], seed: int, startup_trials: int) -> None:
+        self._seed = seed
+        self._startup_trials = startup_trials
+        self._distributions = {axis.name: _distribution(axis) for axis in axes}
+        self._study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
+
+    def ask(self, number: int) -> dict[str, Scalar]:
+        self._study.sampler = self._sampler(number)
+        trial = self._study.ask(self._distributions)
+        assert trial.number == number, "Optuna's trials are numbered as ours"
+        return dict(trial.params)
+
+    def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Enter a proposal that is not the sampler's, or that it made in an earlier run."""
+        self._study.enqueue_trial(dict(proposal))
+        self._study.sampler = optuna.samplers.RandomSampler(seed=0)  # every value is given: nothing is sampled
+        trial = self._study.ask(self._distributions)
+        assert trial.number == number, "Optuna's trials are numbered as ours"
+        return dict(trial.params)
+
+    def tell(self, record: TrialRecord) -> None:
+        """A completed trial with its value; a pruned one with its intermediate values; a failed one without any.
+
+        A failure told as FAIL would leave its region looking unexplored, and TPE would propose it for ever; as PRUNED
+        without a value it counts as the worst there is.
+        """
+        number = record.key.number
+        if record.status is TrialStatus.FAILED:
+            self._study.tell(number, state=TrialState.PRUNED)
+            return
+        trial = optuna.trial.Trial(self._study, self._study.trials[number]._trial_id)
+        for epoch, metrics in record.reports.items():
+            trial.report(metrics[OBJECTIVE], epoch)
+        if record.status is TrialStatus.COMPLETED:
+            self._study.tell(number, record.value)
+        else:
+            self._study.tell(number, state=TrialState.PRUNED)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{number}".encode()).digest()[:4])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate, before Optuna 5
+            return optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=self._startup_trials, multivariate=True, constant_liar=True
+            )
+
+
+class _Asha:
+    """Ray's asynchronous successive halving, fed by the ledger: only the search's trials, each epoch once."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self._scheduler: AsyncHyperBandScheduler | None = None
+        asha, epochs = config.sweep.asha, config.recipe.epochs
+        if asha is not None and asha.grace_epochs < epochs:
+            self._scheduler = AsyncHyperBandScheduler(
+                time_attr="epoch",
+                metric=OBJECTIVE,
+                mode="max",
+                max_t=epochs,
+                grace_period=asha.grace_epochs,
+                reduction_factor=asha.reduction_factor,
+            )
+        self._known: set[TrialKey] = set()
+
+    def decide(self, key: TrialKey, epoch: int, value: float) -> Decision:
+        if self._scheduler is None:
+            return Decision.CONTINUE
+        trial: Any = SimpleNamespace(trial_id=str(key))  # all that the scheduler looks at
+        if key not in self._known:
+            self._known.add(key)
+            self._scheduler.on_trial_add(None, trial)
+        action = self._scheduler.on_trial_result(None, trial, {"epoch": epoch, OBJECTIVE: value})
+        return Decision.PRUNE if action == TrialScheduler.STOP else Decision.CONTINUE
+
+    def replay(self, state: SweepState) -> None:
+        """Fill the rungs from the ledger; the order of the reports does not matter to what a rung holds."""
+        for record in state.arm(SEARCH):
+            for epoch, metrics in record.reports.items():
+                if all(map(math.isfinite, metrics.values())):
+                    self.decide(record.key, epoch, metrics[OBJECTIVE])
+
+
+def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> dict[str, Any]:
+    match decision:
+        case Decision.COMPLETE:
+            outcome: dict[str, Any] = {"status": TrialStatus.COMPLETED, "reason": "full budget", "value": value}
+        case Decision.PRUNE:
+            outcome = {"status": TrialStatus.PRUNED, "reason": f"asha at epoch {epoch}", "value": value}
+        case Decision.DIVERGED:
+            error = f"a metric is NaN or infinite at epoch {epoch}"
+            outcome = {"status": TrialStatus.FAILED, "reason": "diverged", "error": error, "value": None}
+        case _:
+            raise AssertionError(f"should not end on {decision}")
+    return {"arm": key.arm, "number": key.number, "epoch": epoch, **outcome}
+
+
+def _distribution(axis: Axis) -> BaseDistribution:
+    if axis.kind == "choice":
+        return CategoricalDistribution(axis.choices)
+    if axis.kind == "int":
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
+
+
+with contextlib.suppress(AttributeError):  # said once, in our own words, where it matters
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
