@@ -80,9 +80,7 @@ def run_trial(
     train(config, report, newest)
 
 
-def write_checkpoint(
-    folder: Path, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]
-) -> None:
+def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
     """Write the checkpoint of one epoch, whole or not at all, and drop the ones before the last two."""
     partial = folder / f".epoch-{epoch:04d}.partial"
     shutil.rmtree(partial, ignore_errors=True)

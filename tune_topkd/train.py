@@ -1,0 +1,298 @@
+"""One trial: a student trained on one device, its metrics reported epoch by epoch.
+
+`train` does not know who calls it: the caller gives a `Reporter`, which is told every epoch's metrics and may ask for
+a checkpoint. A run that is resumed from its checkpoint goes on as if it had never been interrupted, on the CPU bit for
+bit.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from typing import Protocol
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import MultiStepLR
+
+from tune_topkd.config import RecipeConfig
+from tune_topkd.config import TrialConfig
+from tune_topkd.data import Batch
+from tune_topkd.data import count_hits
+from tune_topkd.data import load_dataset
+from tune_topkd.data import train_batches
+from tune_topkd.loss import CELoss
+from tune_topkd.loss import build_loss
+from tune_topkd.models import WEIGHTS_KEY
+from tune_topkd.models import build_configured
+from tune_topkd.models import read_checkpoint
+from tune_topkd.models import write_atomically
+from tune_topkd.teacher import load_teacher
+
+TRAIN_PREFIX = "train_"
+"""Before the name of each unweighted term of the loss: `train_ce`, `train_tdl`, …"""
+TRAIN_LOSS = "train_loss"
+"""The loss that was minimised, mean over the epoch's batches, as are its terms."""
+VAL_TOP1 = "val_top1"
+"""Percent of the validation images whose label has the largest logit."""
+VAL_TOP5 = "val_top5"
+"""Percent with the label among the five largest logits; only where there are more than five classes."""
+LEARNING_RATE = "lr"
+"""The learning rate of the epoch."""
+EPOCH_SECONDS = "epoch_seconds"
+"""Wall seconds of the epoch, training and validation."""
+IMAGES_PER_SECOND = "images_per_second"
+"""Training images by `epoch_seconds`."""
+
+CHECKPOINT_NAME = "checkpoint.pt"
+
+Save: TypeAlias = Callable[[Path], None]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing or damaged; the message names it."""
+
+
+class Reporter(Protocol):
+    """What `train` tells its caller.
+
+    Called once at the end of every epoch, on the thread of `train`, with the absolute epoch (from 1), its metrics and
+    a function that writes a checkpoint of this epoch into a folder; `save` is only valid until the reporter returns.
+    To stop the training, raise. Random numbers that a reporter draws do not change the training.
+    """
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float], save: Save) -> None:
+        """Take note of an epoch."""
+
+
+def null_reporter(epoch: int, metrics: Mapping[str, float], save: Save) -> None:
+    """Listen to nothing and save nothing."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training came to.
+
+    `epoch` is the last one and `metrics` its metrics; `diverged` says that training stopped there because its loss was
+    not finite. `model` is on the device it was trained on, in eval mode.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    model: nn.Module
+    diverged: bool
+
+
+def default_device() -> torch.device:
+    """The current GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Path | None = None) -> TrainResult:
+    """Train the student of a config to its last epoch, or until its loss is not finite.
+
+    The same config gives the same result, whatever the state of torch's global generator, which is left as it was.
+
+    Args:
+        config: all that the training depends on.
+        report: told of every epoch.
+        resume_from: a folder that `save` wrote a checkpoint of this same config into; training goes on after its
+            epoch. If that was the last one, nothing is trained or reported and the result is that of the checkpoint.
+
+    Raises:
+        CheckpointError: `resume_from` holds no sound checkpoint.
+        ValueError: what the config names does not exist or does not fit together, or the checkpoint is of another
+            config.
+    """
+    device = default_device()
+    with _own_randomness(device):
+        torch.manual_seed(config.seed % 2**64)
+        trial = _Trial(config, device)
+        if resume_from is not None:
+            trial.restore(resume_from)
+        while trial.epoch < config.recipe.epochs and not trial.diverged:
+            trial.run_epoch()
+            with _own_randomness(device):
+                report(trial.epoch, dict(trial.metrics), trial.save)
+    trial.model.eval()
+    return TrainResult(trial.epoch, trial.metrics, trial.model, trial.diverged)
+
+
+def checkpoint_metrics(folder: Path) -> tuple[int, dict[str, float]]:
+    """Epoch and metrics of the checkpoint in a folder, which is checked as a whole.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    content = _read(folder)
+    return content["epoch"], content["metrics"]
+
+
+class _Trial:
+    """The state of one training between epochs: all of it is in a checkpoint, or follows from the config."""
+
+    def __init__(self, config: TrialConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dataset = load_dataset(config.data)
+        self.train_split = self.dataset.train.to(device)
+        self.val_split = self.dataset.val.to(device)
+        self.model = build_configured(config.student, num_classes=self.dataset.num_classes).to(device)
+        self.loss = build_loss(config.method, config.loss)
+        self.teacher = None if isinstance(self.loss, CELoss) else self._load_teacher()
+        self.optimizer = _optimizer(self.model, config.recipe)
+        self.scheduler = _scheduler(self.optimizer, config.recipe)
+        self.epoch = 0
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.metrics.get(TRAIN_LOSS, 0.0))
+
+    def run_epoch(self) -> None:
+        """Train and validate one epoch; the results wait on the device until its end."""
+        started = time.perf_counter()
+        rate = self.scheduler.get_last_lr()[0]
+        self.model.train()
+        recipe, dataset = self.config.recipe, self.dataset
+        per_batch: list[Tensor] = []
+        images = 0
+        for batch in train_batches(
+            self.train_split,
+            batch_size=recipe.batch_size,
+            seed=self.config.seed,
+            epoch=self.epoch + 1,
+            augment=self.config.data.augment,
+            mean=dataset.mean,
+            std=dataset.std,
+        ):
+            names, values = self._step(batch)
+            per_batch.append(values)
+            images += len(batch.labels)
+        hits = count_hits(self.model, self.val_split, mean=dataset.mean, std=dataset.std)
+        *means, top1, top5 = torch.cat([torch.stack(per_batch).double().mean(0), hits.double()]).tolist()
+        self.scheduler.step()
+        self.epoch += 1
+        seconds = time.perf_counter() - started
+        self.metrics = dict(zip(names, means, strict=True))
+        self.metrics[VAL_TOP1] = 100 * top1 / len(self.val_split)
+        if dataset.num_classes > 5:
+            self.metrics[VAL_TOP5] = 100 * top5 / len(self.val_split)
+        self.metrics |= {LEARNING_RATE: rate, EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into `folder`, which is made if need be; an older one in it is replaced in one step."""
+        content = {
+            WEIGHTS_KEY: self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "epoch": self.epoch,
+            "metrics": self.metrics,
+            "config": self._identity(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CHECKPOINT_NAME, lambda file: torch.save(content, file))
+
+    def restore(self, folder: Path) -> None:
+        """Become what `save` found."""
+        content = _read(folder)
+        if changed := _changed(json.loads(content["config"]), json.loads(self._identity())):
+            raise ValueError(f"{folder / CHECKPOINT_NAME}: is of another config: {'; '.join(changed)}")
+        self.model.load_state_dict(content[WEIGHTS_KEY])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        torch.set_rng_state(content["rng"])
+        if self.device.type == "cuda" and content["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(content["cuda_rng"], self.device)
+        self.epoch, self.metrics = content["epoch"], content["metrics"]
+
+    def _step(self, batch: Batch) -> tuple[list[str], Tensor]:
+        """One step of the optimiser; the metrics' names and, on the device, their values for this batch."""
+        logits = self.model(batch.images)
+        if self.teacher is None:
+            assert isinstance(self.loss, CELoss)
+            terms = self.loss.terms(logits, None, batch.labels)
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(batch.images)
+            terms = self.loss.terms(logits, teacher_logits, batch.labels)
+        total = self.loss.total(terms)
+        self.optimizer.zero_grad()
+        total.backward()
+        self.optimizer.step()
+        names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
+        return names, torch.stack([total, *terms.values()]).detach()
+
+    def _load_teacher(self) -> nn.Module:
+        config = self.config
+        if config.teacher is None or config.teacher_checkpoint is None:
+            raise ValueError(f"method {config.method!r} needs both teacher and teacher_checkpoint")
+        path = Path(config.teacher_checkpoint)
+        return load_teacher(config.teacher, path, num_classes=self.dataset.num_classes).to(self.device)
+
+    def _identity(self) -> str:
+        """The config as JSON, the teacher by content: its folder may have moved."""
+        content = self.config.model_dump(mode="json")
+        if self.config.teacher_checkpoint is not None:
+            teacher = Path(self.config.teacher_checkpoint).read_bytes()
+            content["teacher_checkpoint"] = hashlib.sha256(teacher).hexdigest()
+        return json.dumps(content, sort_keys=True)
+
+
+def _optimizer(model: nn.Module, recipe: RecipeConfig) -> SGD:
+    return SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def _scheduler(optimizer: SGD, recipe: RecipeConfig) -> LRScheduler:
+    if recipe.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, T_max=recipe.epochs)
+    milestones = recipe.milestone_epochs() if recipe.schedule == "step" else []
+    return MultiStepLR(optimizer, milestones, recipe.gamma)
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Give torch's generators back at the end as they were at the start."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CHECKPOINT_NAME
+    try:
+        content = read_checkpoint(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    keys = {WEIGHTS_KEY, "optimizer", "scheduler", "rng", "cuda_rng", "epoch", "metrics", "config"}
+    if missing := keys - content.keys():
+        raise CheckpointError(f"{path}: is no checkpoint of a training: it has no {', '.join(sorted(missing))}")
+    return content
+
+
+def _changed(there: Any, here: Any, key: str = "") -> list[str]:
+    """Where two configs differ, one line for each dotted key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(there.keys() | here.keys())
+        inner = [_changed(there.get(k), here.get(k), f"{key}.{k}" if key else k) for k in keys]
+        return [line for lines in inner for line in lines]
+    return [] if there == here else [f"{key} was {there!r} and is now {here!r}"]
