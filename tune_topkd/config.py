@@ -16,6 +16,7 @@ from typing import Any
 from typing import Literal
 from typing import Self
 from typing import TypeAlias
+from typing import TypeVar
 from typing import get_args
 
 import yaml
@@ -73,6 +74,9 @@ def unknown_choice(value: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return f"{hint}known: {', '.join(names)}"
+
+
+_ModelT = TypeVar("_ModelT", bound=BaseModel)
 
 
 class _Section(BaseModel):
@@ -419,12 +423,21 @@ def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
     target[last] = override.value
 
 
-def _validated(raw: Mapping[str, Any], source: str, overrides: Sequence[Override]) -> SweepConfig:
+def validated(model: type[_ModelT], raw: object, source: str, overrides: Sequence[Override] = ()) -> _ModelT:
+    """Plain data as one of the models of this project's files.
+
+    Raises:
+        ConfigError: a key or value breaks a rule of the model; all such problems at once, with `source`.
+    """
     try:
-        config = SweepConfig.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        by_key = {p.key: p for p in reversed([_problem(d, SweepConfig) for d in error.errors()])}  # a union tells twice
+        by_key = {p.key: p for p in reversed([_problem(d, model) for d in error.errors()])}  # a union tells twice
         raise ConfigError(source, _with_origin(list(reversed(by_key.values())), overrides)) from error
+
+
+def _validated(raw: Mapping[str, Any], source: str, overrides: Sequence[Override]) -> SweepConfig:
+    config = validated(SweepConfig, raw, source, overrides)
     problems = [*_space_problems(config), *_recipe_problems(config)]
     if problems:
         raise ConfigError(source, _with_origin(problems, overrides))

@@ -1,0 +1,306 @@
+"""The commands. Output for people goes to stderr, results for programs to stdout.
+
+Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 3 the sweep ended without one successful trial;
+130 interrupted, and `resume` goes on.
+"""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from tune_topkd.cli import preflight
+from tune_topkd.cli import running
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Override
+from tune_topkd.config import Problem
+from tune_topkd.config import dump_config
+from tune_topkd.config import parse_set
+from tune_topkd.export import WRITERS
+from tune_topkd.export import NoAnswerError
+from tune_topkd.export import write_text
+from tune_topkd.trials import LEDGER_FILE
+from tune_topkd.trials import LedgerError
+from tune_topkd.trials import TrialStatus
+from tune_topkd.trials import read_state
+
+DEFAULT_SPACE = "search_spaces/digits.yaml"
+USER_ERROR = 2
+
+Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
+YAML = Format("yaml")
+
+app = typer.Typer(
+    help="Find the best K, scaling factors, loss weights and learning rate for a TopKD distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunsDir = Annotated[
+    Path, typer.Option("--runs-dir", envvar="TUNE_TOPKD_RUNS_DIR", help="Where sweeps, teachers and mlflow.db lie.")
+]
+MlflowUri = Annotated[
+    str | None,
+    typer.Option("--mlflow-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow's URI [default: SQLite in the runs dir]."),
+]
+Address = Annotated[
+    str | None, typer.Option("--address", help="A running Ray cluster [default: a private one on this machine].")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML; may be repeated.")
+]
+Spaces = Annotated[list[str] | None, typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]")]
+Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
+TimeBudget = Annotated[float | None, typer.Option(help="Seconds after which no trial goes on.")]
+
+
+def main() -> None:
+    """Run the command line and exit with its code; a user's mistake is one message on stderr."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _stderr().print("interrupted")
+        sys.exit(running.INTERRUPTED)
+    except (ConfigError, LedgerError, NoAnswerError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}")
+    except ValueError as error:
+        if type(error).__module__.partition(".")[0] != "tune_topkd":
+            raise
+        _fail(str(error))
+
+
+@app.command()
+def run(
+    spaces: Spaces = None,
+    name: Annotated[str | None, typer.Option(help="The sweep's name [default: the YAML's].")] = None,
+    trials: Trials = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the proposals and of every trial.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Trials at once [default: what fits].")] = None,
+    cpus_per_trial: Annotated[float | None, typer.Option()] = None,
+    gpus_per_trial: Annotated[float | None, typer.Option(help="May be a fraction: 0.25 shares a GPU by four.")] = None,
+    time_budget: TimeBudget = None,
+    runs_dir: RunsDir = Path("runs"),
+    mlflow_uri: MlflowUri = None,
+    address: Address = None,
+    warm_start: Annotated[str | None, typer.Option(metavar="SWEEP", help="Try that sweep's best first.")] = None,
+    set_: Sets = None,
+) -> None:
+    """Search each SPACE.yaml and export its tuned config."""
+    options = {
+        "sweep.trials": ("--trials", trials),
+        "recipe.epochs": ("--epochs", epochs),
+        "sweep.seed": ("--seed", seed),
+        "sweep.max_concurrent": ("--max-concurrent", max_concurrent),
+        "sweep.cpus_per_trial": ("--cpus-per-trial", cpus_per_trial),
+        "sweep.gpus_per_trial": ("--gpus-per-trial", gpus_per_trial),
+        "sweep.time_budget": ("--time-budget", time_budget),
+    }
+    overrides = [parse_set(text) for text in set_ or []]
+    overrides += [Override(key, value, option) for key, (option, value) in options.items() if value is not None]
+    sources = spaces or [DEFAULT_SPACE]
+    place, console = _place(runs_dir, mlflow_uri, address), _stderr()
+    sweeps = _named(_all_checked(sources, overrides), name)
+    for sweep, checked in sweeps.items():
+        running.check_name(sweep, place)
+        if address is None:
+            preflight.check_machine(checked.config, checked.source)
+    warm = {s: running.warm_starts(warm_start, place, c.config) if warm_start else [] for s, c in sweeps.items()}
+    preflight.check_writable(place.runs)
+    outcomes = []
+    for sweep, checked in sweeps.items():
+        console.print(f"sweep {sweep}: {checked.source}", style="bold", highlight=False)
+        outcomes.append(running.start(checked, sweep, place, console, warm[sweep]))
+        if outcomes[-1].exit_code == running.INTERRUPTED:
+            break
+    _conclude(outcomes, console)
+
+
+@app.command()
+def check(
+    spaces: Annotated[list[str], typer.Argument(metavar="SPACE.yaml...")],
+    set_: Sets = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the complete config on stdout.")] = False,
+) -> None:
+    """Validate search spaces, print what would run and what it would cost; start nothing."""
+    from tune_topkd.cli.cost import describe
+
+    console = _stderr()
+    for checked in _all_checked(spaces, [parse_set(text) for text in set_ or []]):
+        console.print(f"{checked.source}: valid", style="bold green", highlight=False)
+        for line in describe(checked.config):
+            console.print(f"  {line}", soft_wrap=True, highlight=False)
+        for warning in checked.warnings:
+            console.print(f"  note: {warning}", style="yellow", soft_wrap=True, highlight=False)
+        if show:
+            typer.echo(dump_config(checked.config))
+
+
+@app.command()
+def resume(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    trials: Trials = None,
+    time_budget: TimeBudget = None,
+    runs_dir: RunsDir = Path("runs"),
+    mlflow_uri: MlflowUri = None,
+    address: Address = None,
+) -> None:
+    """Go on with a sweep after any interruption; finished trials are not run again."""
+    place = _place(runs_dir, mlflow_uri, address)
+    _conclude([running.go_on(sweep, place, _stderr(), trials, time_budget)], _stderr())
+
+
+@app.command()
+def status(
+    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="[default: all]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Show how sweeps stand."""
+    place = _place(runs_dir, None, None)
+    names = [sweep] if sweep else place.sweeps()
+    found = [_status(name, place) for name in names]
+    if as_json:
+        typer.echo(json.dumps(found[0] if sweep else found, indent=2))
+        return
+    if not found:
+        _stderr().print(f"no sweeps in {place.runs}")
+    for entry in found:
+        counts = ", ".join(f"{n} {what}" for what, n in entry["trials"].items() if n)
+        best = entry["best"]
+        tail = f"; best {best['val_top1']:.2f} % (trial {best['number']})" if best else ""
+        typer.echo(f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}")
+
+
+@app.command()
+def export(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    format_: Annotated[Format, typer.Option("--format")] = YAML,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write a sweep's tuned config for other projects."""
+    place = _place(runs_dir, None, None)
+    folder = place.existing(sweep)
+    tuned = running.answer(running.saved_config(folder), read_state(folder / LEDGER_FILE))
+    text = WRITERS[format_.value](tuned)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(output, text)
+        _stderr().print(f"written: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def teacher(
+    space: Annotated[str, typer.Argument(metavar="SPACE.yaml")],
+    set_: Sets = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Train or check the teacher of a search space; prints the path of its weights."""
+    checked = preflight.load_checked(space, [parse_set(text) for text in set_ or []])
+    place = _place(runs_dir, None, None)
+    preflight.check_writable(place.runs)
+    typer.echo(str(running.teacher_path(checked.config, place, _stderr())))
+
+
+@app.command()
+def doctor(runs_dir: RunsDir = Path("runs"), mlflow_uri: MlflowUri = None, address: Address = None) -> None:
+    """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
+    from tune_topkd.cli.doctor import examine
+
+    place = _place(runs_dir, mlflow_uri, address)
+    findings = examine(place)
+    for finding in findings:
+        mark = "ok " if finding.is_well else "BAD"
+        typer.echo(f"{mark} {finding.what}: {finding.text}")
+    if not all(finding.is_well for finding in findings):
+        raise typer.Exit(USER_ERROR)
+
+
+def _status(name: str, place: running.Place) -> dict[str, Any]:
+    folder = place.existing(name)
+    state = read_state(folder / LEDGER_FILE)
+    condition = running.sweep_state_name(folder, state)
+    counts = {s.value: state.counts()[s.value] for s in TrialStatus}
+    counts = {key: counts[key] for key in ("completed", "pruned", "failed", "running")}
+    if condition != "running":  # nobody is running them; `resume` will
+        counts |= {"running": 0, "interrupted": counts["running"]}
+    best = state.best()
+    return {
+        "sweep": name,
+        "state": condition,
+        "trials": counts,
+        "target": state.target,
+        "best": best and {"number": best.key.number, "val_top1": best.value, "params": best.params},
+        "baselines": {
+            method: {"val_top1": record.value, "params": record.params}
+            for method in sorted({key.arm for key in state.trials} - {"search"})
+            if (record := state.best(method)) is not None
+        },
+    }
+
+
+def _all_checked(sources: list[str], overrides: list[Override]) -> list[preflight.Checked]:
+    """All search spaces, or one error with the problems of all."""
+    checked, errors = [], []
+    for source in sources:
+        try:
+            checked.append(preflight.load_checked(source, overrides))
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise ConfigError("search spaces", [Problem(key="", rule=str(error)) for error in errors])
+    if errors:
+        raise errors[0]
+    return checked
+
+
+def _named(checked: list[preflight.Checked], name: str | None) -> dict[str, preflight.Checked]:
+    if name is not None and len(checked) > 1:
+        raise ConfigError("--name", [Problem(key=name, rule="names one sweep, but several search spaces were given")])
+    names = [name or Path(c.source).stem for c in checked]
+    doubled = sorted({n for n in names if names.count(n) > 1})
+    if doubled:
+        raise ConfigError("search spaces", [Problem(key=n, rule="two files would give this name") for n in doubled])
+    return dict(zip(names, checked, strict=True))
+
+
+def _conclude(outcomes: list[running.Outcome], console: Console) -> None:
+    from tune_topkd.cli.display import summary_table
+
+    if len(outcomes) > 1:
+        console.print(summary_table([(o.config, o.state) for o in outcomes]))
+    for outcome in outcomes:
+        if outcome.exit_code == running.INTERRUPTED:
+            sweep = outcome.state.header["sweep"]
+            console.print(f"interrupted; `python launch.py resume {sweep}` goes on", style="bold")
+    codes = [outcome.exit_code for outcome in outcomes]
+    raise typer.Exit(max(codes, default=0))
+
+
+def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> running.Place:
+    runs = runs_dir.expanduser().absolute()
+    uri = mlflow_uri or f"sqlite:///{runs / 'mlflow.db'}"
+    preflight.check_mlflow_uri(uri)
+    return running.Place(runs, uri, address)
+
+
+def _stderr() -> Console:
+    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 160
+    return Console(stderr=True, width=width)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(USER_ERROR)

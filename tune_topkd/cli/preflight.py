@@ -1,0 +1,253 @@
+"""What can be known to be wrong before anything starts: a config against the datasets, networks, losses and machine.
+
+`config` checks what a YAML says by itself; here it meets the rooms it names. All problems are reported at once.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Override
+from tune_topkd.config import ParameterRange
+from tune_topkd.config import Problem
+from tune_topkd.config import RecipeConfig
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import load_config
+from tune_topkd.config import unknown_choice
+from tune_topkd.space import Space
+
+CORNERS_CHECKED = 4096  # all of a space of eleven ranges; of a larger one the first so many
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config that has been found to fit, and what is worth saying about it."""
+
+    config: SweepConfig
+    source: str
+    warnings: tuple[str, ...] = ()
+
+
+def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
+    """Read a search space and check it against the rooms it names.
+
+    Args:
+        source: a YAML's path, or the bare name of one in `search_spaces/`.
+        overrides: values from the command line.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    path = _space_path(source)
+    config = load_config(path, overrides)
+    problems = list(_problems(config))
+    if problems:
+        raise ConfigError(str(path), problems)
+    return Checked(config, str(path), tuple(_warnings(config)))
+
+
+def check_machine(config: SweepConfig, source: str) -> None:
+    """Check that this machine has room for one trial, before Ray is started for it.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    import torch
+
+    settings = config.sweep
+    problems = []
+    gpus = torch.cuda.device_count() if settings.gpus_per_trial else 0
+    if settings.gpus_per_trial > gpus:
+        rule = f"this machine has {gpus} GPUs that torch can use; 0 trains on the CPU, --address uses a cluster"
+        problems.append(_problem("sweep.gpus_per_trial", rule, settings.gpus_per_trial))
+    cpus = len(os.sched_getaffinity(0))
+    if settings.cpus_per_trial > cpus:
+        rule = f"this machine has {cpus} CPUs; --address uses a cluster"
+        problems.append(_problem("sweep.cpus_per_trial", rule, settings.cpus_per_trial))
+    if problems:
+        raise ConfigError(source, problems)
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that files can be made in `folder`, which is made if need be.
+
+    Raises:
+        ConfigError: they cannot; nothing is left behind.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        rule = f"must be a folder that can be written to: {error.strerror}; --runs-dir or TUNE_TOPKD_RUNS_DIR moves it"
+        raise ConfigError("--runs-dir", [_problem(str(folder), rule)]) from error
+
+
+MLFLOW_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
+
+
+def check_mlflow_uri(uri: str) -> None:
+    """Check the form of a tracking URI; whether anything answers there is the tracker's to find out.
+
+    Raises:
+        ConfigError: MLflow would not know what to do with it.
+    """
+    scheme = re.match(r"(\w+)(\+\w+)?://", uri)
+    if scheme is None or scheme[1] not in MLFLOW_SCHEMES:
+        shown = re.sub(r"//[^/@]*@", "//***@", uri)
+        rule = f"must be a tracking URI scheme://…; known: {', '.join(MLFLOW_SCHEMES)}"
+        raise ConfigError("--mlflow-uri", [_problem(shown, rule)])
+
+
+def loss_defaults(config: SweepConfig) -> dict[str, Scalar]:
+    """The defaults of the method's loss."""
+    from tune_topkd.loss import loss_parameters
+
+    return {name: value for name, value in loss_parameters(config.method).items() if isinstance(value, Scalar)}
+
+
+def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
+    """What a search tries before it draws anything: the defaults, as far as they are searched."""
+    defaults = loss_defaults(config) | config.recipe.model_dump(include=set(RECIPE_PARAMETERS))
+    return [{name: defaults[name] for name in config.space}] if set(config.space) <= set(defaults) else []
+
+
+def _space_path(source: str) -> Path:
+    path = Path(source)
+    bare = Path("search_spaces") / f"{source}.yaml"
+    return bare if not path.exists() and not path.suffix and bare.exists() else path
+
+
+def _problem(key: str, rule: str, *value: object) -> Problem:
+    return Problem(key=key, rule=rule, value=value[0] if value else None, has_value=bool(value))
+
+
+def _problems(config: SweepConfig) -> Iterator[Problem]:
+    yield from _missing_packages(config)
+    from tune_topkd.data import dataset_info
+    from tune_topkd.data import dataset_names
+
+    if config.data.name not in dataset_names():
+        yield _problem("data.name", unknown_choice(config.data.name, dataset_names()), config.data.name)
+        return
+    num_classes = dataset_info(config.data.name).num_classes
+    yield from _model_problems(config, num_classes)
+    yield from _teacher_problems(config)
+    names = list(_name_problems(config))
+    yield from names or _range_problems(config, num_classes)
+
+
+def _missing_packages(config: SweepConfig) -> Iterator[Problem]:
+    if config.data.name == "digits" and importlib.util.find_spec("sklearn") is None:
+        yield _problem("data.name", "needs scikit-learn: pip install 'tune_topkd[sweep]'", config.data.name)
+
+
+def _model_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
+    from tune_topkd.models import build_configured
+    from tune_topkd.models import model_names
+
+    for key, model in (("teacher", config.teacher.model), ("student", config.student)):
+        if model.name not in model_names():
+            yield _problem(f"{key}.name", unknown_choice(model.name, model_names()), model.name)
+            continue
+        try:
+            build_configured(model, num_classes=num_classes)
+        except ValueError as error:
+            yield _problem(f"{key}.kwargs", str(error), model.kwargs)
+
+
+def _teacher_problems(config: SweepConfig) -> Iterator[Problem]:
+    checkpoint = config.teacher.checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        yield _problem("teacher.checkpoint", "must be an existing file", checkpoint)
+
+
+def _name_problems(config: SweepConfig) -> Iterator[Problem]:
+    defaults = loss_defaults(config)
+    for name in config.loss:
+        if name not in defaults:
+            rule = f"is no parameter of method {config.method}; {unknown_choice(name, defaults)}"
+            yield _problem(f"loss.{name}", rule)
+    for name in config.space:
+        if name not in defaults and name not in RECIPE_PARAMETERS:
+            known = [*defaults, *RECIPE_PARAMETERS]
+            rule = f"is no parameter of method {config.method} or of the recipe; {unknown_choice(name, known)}"
+            yield _problem(f"space.{name}", rule)
+
+
+def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
+    """Build the loss at every corner of the space: what a trial would be refused for is found here."""
+    k = config.space.get("k")
+    if k is not None and k.choices is None and isinstance(k.high, float | int) and k.high > num_classes:
+        rule = f"must be at most {num_classes}, the number of classes of {config.data.name}"
+        yield _problem("space.k.high", rule, k.high)
+        return
+    kinds = list(_kind_problems(config))
+    if kinds:
+        yield from kinds
+        return
+    seen: set[str] = set()
+    try:
+        for number, corner in enumerate(Space.of(config).corners()):
+            if number >= CORNERS_CHECKED:
+                break
+            rule = _refusal(config, corner, num_classes)
+            if rule and rule not in seen:
+                seen.add(rule)
+                shown = {n: v for n, v in corner.items() if n in rule}
+                yield _problem("space" if set(corner) & set(re.findall(r"\w+", rule)) else "loss", rule, shown)
+    except ValueError as error:  # a conditional range that is empty at some corner
+        key, _, rule = str(error).partition(": ")
+        yield _problem(key, rule)
+
+
+def _refusal(config: SweepConfig, params: Mapping[str, Scalar], num_classes: int) -> str:
+    from tune_topkd.loss import build_loss
+
+    values = config.loss | {n: v for n, v in params.items() if n not in RECIPE_PARAMETERS}
+    try:
+        build_loss(config.method, loss_defaults(config) | values)
+        RecipeConfig.model_validate(config.recipe.model_dump() | {n: params[n] for n in set(params) - set(values)})
+    except ValueError as error:
+        return " ".join(str(error).split())
+    k = values.get("k", 1)
+    assert isinstance(k, int), "build_loss has checked it"
+    return f"k must be at most {num_classes}, the number of classes, but got {k}" if k > num_classes else ""
+
+
+def _kind_problems(config: SweepConfig) -> Iterator[Problem]:
+    """A whole-number parameter needs a range of whole numbers, and a yes/no one a choice."""
+    defaults = loss_defaults(config)
+    for name, parameter in config.space.items():
+        default = defaults.get(name)
+        if isinstance(default, bool):
+            if parameter.choices is None or not all(isinstance(c, bool) for c in parameter.choices):
+                yield _problem(f"space.{name}", "must be a list of choices out of true, false")
+        elif isinstance(default, int) and not _is_whole(name, parameter):
+            yield _problem(f"space.{name}", "takes whole numbers: say `type: int`")
+
+
+def _is_whole(name: str, parameter: ParameterRange) -> bool:
+    if parameter.choices is not None:
+        return all(isinstance(c, int) for c in parameter.choices)
+    return parameter.type == "int" or (parameter.type is None and name in ("k", "batch_size"))
+
+
+def _warnings(config: SweepConfig) -> Iterator[str]:
+    from tune_topkd.data import dataset_info
+
+    num_classes = dataset_info(config.data.name).num_classes
+    k = config.space.get("k")
+    fixed = config.loss.get("k", loss_defaults(config).get("k"))
+    highest = k.high if k is not None and isinstance(k.high, float | int) else fixed
+    if isinstance(highest, float | int) and not isinstance(highest, bool) and 2 * highest >= num_classes:
+        yield f"k up to {highest:g} of {num_classes} classes can leave no class outside the Top-K groups"

@@ -1,0 +1,394 @@
+"""A sweep from a checked config to the exported answer: the folder, the teacher, the ledger, Ray, the trackers."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from tune_topkd import __version__
+from tune_topkd.cli import display
+from tune_topkd.cli import preflight
+from tune_topkd.config import SWEEP_NAME
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Problem
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import config_from
+from tune_topkd.config import dump_config
+from tune_topkd.config import read_yaml
+from tune_topkd.config import unknown_choice
+from tune_topkd.export import TUNED_FILE
+from tune_topkd.export import TunedConfig
+from tune_topkd.export import as_yaml
+from tune_topkd.export import tuned_config
+from tune_topkd.export import write_text
+from tune_topkd.space import Space
+from tune_topkd.space import digest
+from tune_topkd.trials import LEDGER_FILE
+from tune_topkd.trials import Ledger
+from tune_topkd.trials import SweepState
+from tune_topkd.trials import driver_identity
+from tune_topkd.trials import is_driven
+from tune_topkd.trials import read_state
+
+CONFIG_FILE = "sweep.yaml"
+LOG_FILE = "sweep.log"
+DONE, NO_SUCCESS, INTERRUPTED = 0, 3, 130
+WARM_STARTS = 3
+"""How many of another sweep's best trials `--warm-start` tries first."""
+
+_PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "numpy")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are: the runs folder, MLflow, and the Ray cluster to use, if not a private one."""
+
+    runs: Path
+    mlflow_uri: str
+    address: str | None = None
+
+    def folder(self, sweep: str) -> Path:
+        """A sweep's folder."""
+        return self.runs / sweep
+
+    def sweeps(self) -> list[str]:
+        """The names of the sweeps that have begun, oldest first."""
+        ledgers = sorted(self.runs.glob(f"*/{LEDGER_FILE}"), key=lambda p: p.stat().st_mtime)
+        return [path.parent.name for path in ledgers]
+
+    def existing(self, sweep: str) -> Path:
+        """The folder of a sweep that has begun.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        folder = self.folder(sweep)
+        if not (folder / LEDGER_FILE).is_file():
+            known = self.sweeps()
+            rule = f"no such sweep in {self.runs}; " + (unknown_choice(sweep, known) if known else "there are none")
+            raise ConfigError("SWEEP", [Problem(key=sweep, rule=rule)])
+        return folder
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one sweep's run ended."""
+
+    config: SweepConfig
+    state: SweepState
+    reason: str
+    exit_code: int
+
+
+def saved_config(folder: Path) -> SweepConfig:
+    """The frozen config of a sweep that has begun.
+
+    Raises:
+        ConfigError: it has been changed by hand into something invalid, or is gone.
+    """
+    path = folder / CONFIG_FILE
+    return config_from(read_yaml(path), str(path))
+
+
+def sweep_state_name(folder: Path, state: SweepState) -> str:
+    """`running`, `finished` or `interrupted`, as `status` says it."""
+    if is_driven(folder / LEDGER_FILE):
+        return "running"
+    return "finished" if state.stop_reason in ("finished", "failed") else "interrupted"
+
+
+def check_name(name: str, place: Place) -> None:
+    """Check that a new sweep can have this name.
+
+    Raises:
+        ConfigError: it is no name for a folder, or taken.
+    """
+    if not SWEEP_NAME.fullmatch(name) or name in ("teachers", "mlartifacts"):
+        rule = "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and not be 'teachers'"
+        raise ConfigError("--name", [Problem(key=name, rule=rule)])
+    if (place.folder(name) / LEDGER_FILE).exists():
+        state = read_state(place.folder(name) / LEDGER_FILE)
+        what = sweep_state_name(place.folder(name), state)
+        rule = (
+            f"{place.folder(name)} holds a sweep of this name ({what}, {len(state.arm('search'))} of {state.target} "
+            f"trials); `resume {name}` goes on with it, --name gives the new one another name"
+        )
+        raise ConfigError("--name", [Problem(key=name, rule=rule)])
+
+
+def start(
+    checked: preflight.Checked, name: str, place: Place, console: Console, warm: Sequence[dict[str, Any]] = ()
+) -> Outcome:
+    """Run a new sweep to its end, an interruption or its time budget."""
+    from tune_topkd.data import dataset_info
+
+    config, folder = checked.config, place.folder(name)
+    for warning in checked.warnings:
+        console.print(f"note: {warning}", style="yellow", soft_wrap=True)
+    teacher = ready_teacher(config, place, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CONFIG_FILE, dump_config(config))
+    header = {
+        "sweep": name,
+        "id": uuid.uuid4().hex,
+        "seed": config.sweep.seed,
+        "trials": config.sweep.trials,
+        "baselines": display.baseline_total(config),
+        "epochs": config.recipe.epochs,
+        "metric": "val_top1",
+        "dataset": config.data.name,
+        "num_classes": dataset_info(config.data.name).num_classes,
+        "teacher": config.teacher.name,
+        "student": config.student.name,
+        "method": config.method,
+        "digest": digest(config.model_dump(mode="json", exclude={"description"})),
+        "space_digest": Space.of(config).digest(),
+        "teacher_file": teacher,
+        "first": [*preflight.first_proposals(config), *warm],
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+    with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
+        return _drive(config, ledger, place, console)
+
+
+def go_on(name: str, place: Place, console: Console, trials: int | None, time_budget: float | None) -> Outcome:
+    """Run what is left of a sweep; `trials` and `time_budget` may be changed, the space never is.
+
+    Raises:
+        ConfigError: the sweep or its config is not as it must be, or fewer trials are asked for than there are.
+        LedgerError: the ledger is damaged, or another process drives the sweep.
+    """
+    folder = place.existing(name)
+    with Ledger.open(folder / LEDGER_FILE) as ledger:
+        config, state = saved_config(folder), ledger.state
+        begun = digest(config.model_dump(mode="json", exclude={"description"}))
+        if begun != state.header["digest"]:
+            rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
+            raise ConfigError(str(folder / CONFIG_FILE), [Problem(key="", rule=rule)])
+        if trials is not None and trials < len(state.arm("search")):
+            rule = f"must be at least {len(state.arm('search'))}, the trials there are"
+            raise ConfigError("--trials", [Problem(key=name, rule=rule, value=trials, has_value=True)])
+        settings = {"trials": trials or state.target, "time_budget": time_budget}
+        config = config.model_copy(update={"sweep": config.sweep.model_copy(update=settings)})
+        ready_teacher(config, place, console)
+        return _drive(config, ledger, place, console)
+
+
+def ready_teacher(config: SweepConfig, place: Place, console: Console) -> dict[str, Any]:
+    """Train or find the teacher, saying so; its key and accuracy.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    teacher = _teacher(config, place, console)
+    return {"key": teacher.key, "val_top1": teacher.val_top1}
+
+
+def teacher_path(config: SweepConfig, place: Place, console: Console) -> Path:
+    """Absolute path of the teacher's weights, trained first if need be."""
+    path: Path = _teacher(config, place, console).path
+    return path
+
+
+def _teacher(config: SweepConfig, place: Place, console: Console) -> Any:
+    from tune_topkd.teacher import ensure_teacher
+    from tune_topkd.train import train
+
+    status = console.status(f"teacher {config.teacher.name}") if console.is_terminal else None
+
+    def progress(epoch: int, metrics: Any) -> None:
+        if status is not None and config.teacher.recipe is not None:
+            left = f"epoch {epoch}/{config.teacher.recipe.epochs}, val_top1 {metrics['val_top1']:.2f} %"
+            status.update(f"training the teacher {config.teacher.name}: {left}")
+
+    with status or contextlib.nullcontext():
+        try:
+            teacher = ensure_teacher(config, place.runs / "teachers", train, progress)
+        except ValueError as error:
+            raise ConfigError("teacher", [Problem(key="", rule=str(error))]) from error
+    how = "found" if teacher.was_cached else "trained"
+    console.print(f"teacher {config.teacher.name}: {how}, validation top-1 {teacher.val_top1:.2f} %", highlight=False)
+    return teacher
+
+
+def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) -> Outcome:
+    """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
+    folder = ledger.path.parent
+    checkpoint = str(teacher_path_quietly(config, place))
+    ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
+    with (
+        display.chatter_into(folder / LOG_FILE) as terminal,
+        _logging_to_stderr(),
+        _sigterm_as_sigint(),
+        _trackers(config, ledger, place, console, terminal) as trackers,
+    ):
+        reason = _search(config, ledger, place, checkpoint, trackers)
+    _finish(config, ledger.state, place, console)
+    trouble = trackers[0].trouble
+    if trouble:
+        console.print(f"note: MLflow has not got all of this sweep ({trouble})", style="yellow", soft_wrap=True)
+    code = INTERRUPTED if reason == "interrupted" else DONE if ledger.state.best() else NO_SUCCESS
+    return Outcome(config, ledger.state, reason, code)
+
+
+def teacher_path_quietly(config: SweepConfig, place: Place) -> Path:
+    """The path of a teacher that is known to be there."""
+    return teacher_path(config, place, Console(quiet=True))
+
+
+def _search(config: SweepConfig, ledger: Ledger, place: Place, checkpoint: str, trackers: Sequence[Any]) -> str:
+    from tune_topkd.sweep import Cluster
+    from tune_topkd.sweep import Search
+    from tune_topkd.sweep import run_sweep
+    from tune_topkd.train import train
+
+    search = Search(config, ledger, trackers)
+    if search.is_finished:
+        return search.stopped()
+    try:
+        with Cluster.attached(place.address) as cluster:
+            return run_sweep(
+                search, cluster=cluster, folder=ledger.path.parent, train=train, teacher_checkpoint=checkpoint
+            )
+    except KeyboardInterrupt:  # before Ray Tune listens, or a second time
+        return search.stopped()
+
+
+@contextlib.contextmanager
+def _trackers(
+    config: SweepConfig, ledger: Ledger, place: Place, console: Console, terminal: Any
+) -> Iterator[list[Any]]:
+    from tune_topkd.tracking import MlflowTracker
+
+    screen = Console(file=terminal, force_terminal=console.is_terminal, width=console.width)
+    progress = display.ProgressDisplay(config, ledger.state, screen)
+    mlflow = MlflowTracker(ledger.path, place.mlflow_uri)
+    try:
+        yield [mlflow, progress]
+    finally:
+        progress.close()
+        mlflow.close()
+
+
+def _finish(config: SweepConfig, state: SweepState, place: Place, console: Console) -> None:
+    """Write the answer and say what was found, where it lies and what to do next."""
+    name = state.header["sweep"]
+    folder = place.folder(name)
+    counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
+    if state.best() is None:
+        errors = sorted({f"{r.reason}: {r.error}" for r in state.trials.values() if r.error})
+        console.print(f"{name}: no trial reached the full budget ({counts or 'no trials'})", style="bold red")
+        for error in errors[:3]:
+            console.print(f"  {error}", style="red", soft_wrap=True, highlight=False)
+        console.print(f"  traces lie in {folder}/trials/*/error.txt, the libraries' words in {folder / LOG_FILE}")
+        return
+    write_text(folder / TUNED_FILE, as_yaml(answer(config, state)))
+    console.print(display.result_table(config, state))
+    for sentence in display.gains(config, state):
+        console.print(f"  {sentence}", style="bold", highlight=False)
+    console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", highlight=False)
+    console.print(f"  the answer   {folder / TUNED_FILE}", highlight=False, soft_wrap=True)
+    console.print(f"  the truth    {folder / LEDGER_FILE}", highlight=False, soft_wrap=True)
+    console.print(f"  MLflow       mlflow ui --backend-store-uri {_shown(place.mlflow_uri)}", soft_wrap=True)
+    console.print("  the analysis analysis/sweep.ipynb", highlight=False)
+    if state.stop_reason == "finished":
+        console.print(f"next: python launch.py export {name} --format python", style="bold", soft_wrap=True)
+    else:
+        console.print(f"next: python launch.py resume {name}", style="bold", soft_wrap=True)
+
+
+def answer(config: SweepConfig, state: SweepState) -> TunedConfig:
+    """The tuned config of a sweep.
+
+    Raises:
+        NoAnswerError: no trial reached the full budget.
+    """
+    return tuned_config(config, state, preflight.loss_defaults(config))
+
+
+def warm_starts(sweep: str, place: Place, config: SweepConfig) -> list[dict[str, Any]]:
+    """The parameters of another sweep's best trials, to be tried first, as far as this space has them.
+
+    Raises:
+        ConfigError: there is no such sweep, or it lacks parameters of this space.
+    """
+    state = read_state(place.existing(sweep) / LEDGER_FILE)
+    best = [record.params for record in state.ranked()[:WARM_STARTS]]
+    missing = sorted(set(config.space) - set(best[0])) if best else []
+    if not best or missing:
+        rule = f"its trials lack {', '.join(missing)}" if missing else "has no trial that reached the full budget"
+        raise ConfigError("--warm-start", [Problem(key=sweep, rule=rule)])
+    return best
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on."""
+    found = {"tune_topkd": __version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this program is run from, with a + if files differ from it; none outside of git."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()  # noqa: S603
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _shown(uri: str) -> str:
+    from tune_topkd.tracking import masked
+
+    return masked(uri)
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Python's logging goes where stderr goes now: the sweep's log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+
+
+@contextlib.contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """A cluster's polite stop is a Ctrl-C: Ray Tune listens for that one."""
+
+    def as_interrupt(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, as_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

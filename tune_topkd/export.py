@@ -1,0 +1,213 @@
+"""The answer of a sweep: the tuned config, its schema, its writers and its loader.
+
+Other projects need only this and `tune_topkd.loss`:
+
+    from tune_topkd.export import load_tuned_config
+    from tune_topkd.loss import TopKDLoss
+
+    tuned = load_tuned_config("tuned.yaml")
+    criterion = TopKDLoss(**tuned.loss)
+"""
+
+import json
+import os
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from pprint import pformat
+from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+
+from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import DataConfig
+from tune_topkd.config import Method
+from tune_topkd.config import ModelConfig
+from tune_topkd.config import RecipeConfig
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import dump_config
+from tune_topkd.config import read_yaml
+from tune_topkd.config import validated
+from tune_topkd.trials import SweepState
+from tune_topkd.trials import TrialRecord
+
+SCHEMA_VERSION = 1
+TUNED_FILE = "tuned.yaml"
+
+
+class NoAnswerError(ValueError):
+    """The sweep has no trial that reached the full budget."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BaselineEvidence(_Part):
+    """The best of one baseline's trials: the method at its defaults over the same learning-rate range."""
+
+    val_top1: float
+    """In percent, at the last epoch."""
+    recipe: dict[str, Scalar]
+    """The searched part of its recipe."""
+    trials: int
+    """Trials that reached the full budget."""
+
+
+class Evidence(_Part):
+    """Where the tuned config comes from, and how far to trust it.
+
+    `val_top1` was used to choose among the trials, so it is optimistic; it comes from one seed.
+    """
+
+    val_top1: float
+    """In percent, on the validation split, at the last epoch of the full budget."""
+    trial: int
+    """The number of the winning trial."""
+    trials: dict[str, int]
+    """How many trials were completed, pruned and failed."""
+    baselines: dict[str, BaselineEvidence]
+    seeds: list[int]
+    sweep: str
+    sweep_id: str
+    digest: str
+    """Of the sweep's whole config."""
+    space_digest: str
+    """Of the searched space."""
+    teacher: dict[str, Any]
+    """The teacher's key (content hash) and validation top-1 in percent."""
+    versions: dict[str, str]
+    git_commit: str | None = None
+
+
+class TunedConfig(_Part):
+    """What a sweep found: the loss and the recipe that won, complete, with the evidence."""
+
+    schema_version: Literal[1] = 1
+    method: Method
+    loss: dict[str, Scalar]
+    """Every parameter of the loss, the weights absolute: `TopKDLoss(**loss)` for the method `topkd`."""
+    recipe: RecipeConfig
+    data: DataConfig
+    teacher: ModelConfig
+    student: ModelConfig
+    evidence: Evidence = Field(repr=False)
+
+
+def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[str, Scalar]) -> TunedConfig:
+    """The answer of a sweep.
+
+    Args:
+        config: the sweep's frozen config.
+        state: its trials.
+        loss_defaults: the defaults of the method's loss, for what is neither fixed nor searched.
+
+    Raises:
+        NoAnswerError: no trial reached the full budget.
+    """
+    best = state.best()
+    if best is None or best.value is None:
+        counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
+        raise NoAnswerError(
+            f"sweep {state.header['sweep']}: no trial reached the full budget ({counts or 'no trials'})"
+        )
+    searched = {n: v for n, v in best.params.items() if n not in RECIPE_PARAMETERS}
+    recipe = config.recipe.model_dump() | {n: v for n, v in best.params.items() if n in RECIPE_PARAMETERS}
+    return TunedConfig(
+        method=config.method,
+        loss=dict(loss_defaults) | config.loss | searched,
+        recipe=RecipeConfig.model_validate(recipe),
+        data=config.data,
+        teacher=config.teacher.model,
+        student=config.student,
+        evidence=_evidence(config, state, best, best.value),
+    )
+
+
+def load_tuned_config(path: Path | str) -> TunedConfig:
+    """Read a tuned config, from YAML or JSON; needs no more than the base install.
+
+    Raises:
+        ConfigError: the file is missing, is of another schema version, or a key or value breaks a rule.
+    """
+    return validated(TunedConfig, read_yaml(path), str(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: the disk refused; what was at `path` is still there.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def as_yaml(tuned: TunedConfig) -> str:
+    """The tuned config as the YAML that `load_tuned_config` reads."""
+    evidence = tuned.evidence
+    opening = (
+        f"# {tuned.method} for {tuned.teacher.name} -> {tuned.student.name} on {tuned.data.name}: "
+        f"validation top-1 {evidence.val_top1:.2f} % (trial {evidence.trial} of sweep {evidence.sweep}).\n"
+        "# from tune_topkd.export import load_tuned_config; TopKDLoss(**load_tuned_config(this).loss)\n"
+    )
+    return opening + dump_config(tuned)
+
+
+def as_json(tuned: TunedConfig) -> str:
+    """The tuned config as JSON; `load_tuned_config` reads it too."""
+    return json.dumps(tuned.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def as_python(tuned: TunedConfig) -> str:
+    """The tuned config as a Python module of constants that imports nothing."""
+    evidence = tuned.evidence
+    content = tuned.model_dump(mode="json")
+    constants = [("METHOD", "method"), ("LOSS", "loss"), ("RECIPE", "recipe"), ("EVIDENCE", "evidence")]
+    lines = [
+        f'"""{tuned.method} tuned for {tuned.teacher.name} -> {tuned.student.name} on {tuned.data.name}.',
+        "",
+        f"Validation top-1 {evidence.val_top1:.2f} %, trial {evidence.trial} of sweep {evidence.sweep}.",
+        "Use: `from tune_topkd.loss import build_loss; criterion = build_loss(METHOD, LOSS)`.",
+        '"""',
+        "",
+        *(f"{name} = {pformat(content[key], sort_dicts=False, width=100)}" for name, key in constants),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+WRITERS: Mapping[str, Callable[[TunedConfig], str]] = {"yaml": as_yaml, "json": as_json, "python": as_python}
+"""The formats of `export`, by name."""
+
+
+def _evidence(config: SweepConfig, state: SweepState, best: TrialRecord, value: float) -> Evidence:
+    header = state.header
+    counts = state.counts()
+    baselines: dict[str, BaselineEvidence] = {}
+    for method in config.baselines.methods if config.baselines else []:
+        ranked = state.ranked(method)
+        if ranked and ranked[0].value is not None:
+            recipe = {n: v for n, v in ranked[0].params.items() if n in RECIPE_PARAMETERS}
+            baselines[method] = BaselineEvidence(val_top1=ranked[0].value, recipe=recipe, trials=len(ranked))
+    return Evidence(
+        val_top1=value,
+        trial=best.key.number,
+        trials={status: counts[status] for status in ("completed", "pruned", "failed")},
+        baselines=baselines,
+        seeds=[config.sweep.seed],
+        sweep=header["sweep"],
+        sweep_id=header["id"],
+        digest=header["digest"],
+        space_digest=header["space_digest"],
+        teacher=dict(header["teacher_file"]),
+        versions=dict(header["versions"]),
+        git_commit=header.get("git_commit"),
+    )
