@@ -82,8 +82,12 @@ class Space:
     def proposal(self, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """The proposal that gives these parameters, each clipped into its range: the inverse of `params`.
 
-        Relative weights are taken as they are: only their ratios matter.
+        Of relative weights only the ratios matter: they are brought into their ranges together, as far as that goes.
+
+        Raises:
+            ValueError: if a conditional range is empty for these parameters.
         """
+        params = self._unscaled(params)
         proposal: dict[str, Scalar] = {}
         kept: dict[str, Scalar] = {}
         for name, parameter in self._ranges.items():
@@ -91,12 +95,12 @@ class Space:
             if axis.kind == "choice":
                 proposal[name] = value if value in axis.choices else axis.choices[0]
                 continue
-            low, high = (_bound(b, kept) for b in (parameter.low, parameter.high))
-            kept[name] = min(max(float(value), low), high)
+            low, high = _bounds(name, parameter, kept)
+            inside = min(max(float(value), low), high)
+            kept[name] = round(inside) if _is_int(name, parameter) else inside
+            proposal[name] = kept[name]
             if parameter.bound_names():
                 proposal[name] = _share(low, high, float(kept[name]), log=parameter.log)
-            else:
-                proposal[name] = int(kept[name]) if axis.kind == "int" else kept[name]
         return proposal
 
     def corners(self) -> Iterator[dict[str, Scalar]]:
@@ -107,7 +111,7 @@ class Space:
             yield self.params(dict(zip(names, values, strict=True)))
 
     def digest(self) -> str:
-        """A short name of this space that changes whenever a proposal could."""
+        """A short name of this space that changes with any range, but not with the order they are written in."""
         content = {name: r.model_dump(mode="json") for name, r in self._ranges.items()}
         relative = self._relative.model_dump(mode="json") if self._relative else None
         return digest({"ranges": content, "relative": relative})
@@ -118,6 +122,18 @@ class Space:
         total = math.fsum(float(params[name]) for name in self._relative.of)
         scaled = {name: float(params[name]) * self._relative.sum / total for name in self._relative.of}
         return params | scaled
+
+    def _unscaled(self, params: Mapping[str, Scalar]) -> Mapping[str, Scalar]:
+        """The relative weights times what brings all of them into those of their bounds that are numbers."""
+        weights = self._relative.of if self._relative else []
+        if not all(float(params[name]) > 0 for name in weights):
+            return params
+        lows = [(self._ranges[name].low, float(params[name])) for name in weights]
+        highs = [(self._ranges[name].high, float(params[name])) for name in weights]
+        least = max((low / value for low, value in lows if isinstance(low, float)), default=0.0)
+        most = min((high / value for high, value in highs if isinstance(high, float)), default=math.inf)
+        factor = min(max(1.0, least), most)
+        return {**params, **{name: float(params[name]) * factor for name in weights}}
 
 
 def digest(content: object) -> str:
@@ -174,18 +190,34 @@ def _bound(bound: float | str | None, params: Mapping[str, Scalar]) -> float:
     return float(params[bound]) if isinstance(bound, str) else float(bound)
 
 
-def _resolved(name: str, parameter: ParameterRange, params: Mapping[str, Scalar], share: float) -> Scalar:
+def _bounds(name: str, parameter: ParameterRange, params: Mapping[str, Scalar]) -> tuple[float, float]:
+    """A range's bounds, of a range of integers the outermost integers within them.
+
+    Raises:
+        ValueError: nothing lies between them.
+    """
     low, high = (_bound(b, params) for b in (parameter.low, parameter.high))
+    if _is_int(name, parameter):
+        low, high = math.ceil(low), math.floor(high)
     if low > high:
         raise ValueError(
             f"space.{name}: low <= high must hold, but its bounds came out as low = {low:g}, high = {high:g}"
         )
+    if parameter.log and low <= 0:
+        raise ValueError(f"space.{name}: log: true needs bounds above 0, but low came out as {low:g}")
+    return low, high
+
+
+def _resolved(name: str, parameter: ParameterRange, params: Mapping[str, Scalar], share: float) -> Scalar:
+    low, high = _bounds(name, parameter, params)
     if _is_int(name, parameter):
-        return min(math.floor(_between(low, high + 1, share, log=parameter.log)), math.floor(high))
+        return min(math.floor(_between(low, high + 1, share, log=parameter.log)), int(high))
     return _between(low, high, share, log=parameter.log)
 
 
 def _between(low: float, high: float, share: float, *, log: bool) -> float:
+    if share in (0.0, 1.0):
+        return high if share else low  # the ends exactly, whatever rounding does in between
     if log:
         value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
     else:

@@ -5,7 +5,6 @@ drawn by a sampler seeded with (the sweep's seed, n) from a study rebuilt out of
 by the same reports in the same order. Nothing here knows Ray's trials; `tuning` calls these methods.
 """
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -84,6 +83,11 @@ class Search:
     def state(self) -> SweepState:
         """The sweep so far."""
         return self.ledger.state
+
+    @property
+    def study(self) -> optuna.Study:
+        """Optuna's view of the search's trials; its numbers are ours."""
+        return self._proposer.study
 
     @property
     def out_of_time(self) -> bool:
@@ -186,7 +190,7 @@ class Search:
         return self.state.trials[key]
 
     def _propose(self, number: int) -> dict[str, Scalar]:
-        """A proposal whose conditional ranges are not empty; one that was empty counts as failed for the sampler."""
+        """The sampler's next proposal, after those that the sweep was begun with."""
         first = self.state.header.get("first", [])
         if number < len(first):
             return self._proposer.take(number, self._space.proposal(first[number]))
@@ -218,7 +222,7 @@ class Search:
     def _common_error(self) -> str:
         ended = [r for r in self.state.trials.values() if r.status.is_end]
         errors = {r.error for r in ended}
-        all_alike = len(errors) == 1 and all(r.reason == "error" for r in ended)
+        all_alike = len(errors) == 1 and all(r.status is TrialStatus.FAILED and r.reason != "diverged" for r in ended)
         return errors.pop() if all_alike and len(ended) >= SAME_ERRORS_THAT_END_A_SWEEP else ""
 
     def _rebuild(self) -> None:
@@ -241,19 +245,19 @@ class _Proposer:
         self._seed = seed
         self._startup_trials = startup_trials
         self._distributions = {axis.name: _distribution(axis) for axis in axes}
-        self._study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
+        self.study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
 
     def ask(self, number: int) -> dict[str, Scalar]:
-        self._study.sampler = self._sampler(number)
-        trial = self._study.ask(self._distributions)
+        self.study.sampler = self._sampler(number)
+        trial = self.study.ask(self._distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
         return dict(trial.params)
 
     def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Enter a proposal that is not the sampler's, or that it made in an earlier run."""
-        self._study.enqueue_trial(dict(proposal))
-        self._study.sampler = optuna.samplers.RandomSampler(seed=0)  # every value is given: nothing is sampled
-        trial = self._study.ask(self._distributions)
+        self.study.enqueue_trial(dict(proposal))
+        self.study.sampler = optuna.samplers.RandomSampler(seed=0)  # every value is given: nothing is sampled
+        trial = self.study.ask(self._distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
         return dict(trial.params)
 
@@ -265,15 +269,15 @@ class _Proposer:
         """
         number = record.key.number
         if record.status is TrialStatus.FAILED:
-            self._study.tell(number, state=TrialState.PRUNED)
+            self.study.tell(number, state=TrialState.PRUNED)
             return
-        trial = optuna.trial.Trial(self._study, self._study.trials[number]._trial_id)
+        trial = optuna.trial.Trial(self.study, self.study.trials[number]._trial_id)
         for epoch, metrics in record.reports.items():
             trial.report(metrics[OBJECTIVE], epoch)
         if record.status is TrialStatus.COMPLETED:
-            self._study.tell(number, record.value)
+            self.study.tell(number, record.value)
         else:
-            self._study.tell(number, state=TrialState.PRUNED)
+            self.study.tell(number, state=TrialState.PRUNED)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{number}".encode()).digest()[:4])
@@ -341,5 +345,4 @@ def _distribution(axis: Axis) -> BaseDistribution:
     return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
-with contextlib.suppress(AttributeError):  # said once, in our own words, where it matters
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it says of each trial is in the ledger

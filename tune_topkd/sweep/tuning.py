@@ -4,11 +4,13 @@ Ray Tune starts, packs, retries and stops trials; what to start and what to stop
 a scheduler that only translate. Ray's own experiment folder is scratch: nothing is ever read back from it.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,8 @@ class Cluster:
         Raises:
             ResourceError: nothing answers at `address`.
         """
+        if address:
+            _check_address(address)
         scratch = None if address or os.environ.get("RAY_TMPDIR") else _scratch_folder()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address:
@@ -110,12 +114,13 @@ def run_sweep(
         teacher_checkpoint: absolute path of the teacher's weights.
 
     Raises:
-        ResourceError: a trial can never be placed.
+        ResourceError: a trial can never be placed, or the workers cannot import the train function.
         OSError: the ledger cannot be written.
     """
     room = cluster.room(search.config)
     settings = search.config.sweep
     worker = Worker(train)
+    _check_import(worker)
 
     def trial(config: dict[str, Any]) -> None:
         worker(config)
@@ -138,11 +143,42 @@ def run_sweep(
             storage_path=str(scratch),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            callbacks=[_Starts(bridge)],
+            callbacks=[_Lives(bridge)],
         ),
     )
     tuner.fit()
     return search.stopped()
+
+
+def _check_address(address: str) -> None:
+    """Knock at the door: Ray itself waits more than a minute for a cluster that is not there."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        if address != "auto":
+            raise ResourceError(f"--address {address}: must be HOST:PORT of a Ray head, or auto")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"--address {address}: no Ray cluster answers there: {error}") from error
+
+
+def _check_import(worker: Worker) -> None:
+    """Load the train function on a worker before trials are spent on it."""
+
+    def load(pickled: bytes) -> str:
+        try:
+            ray.cloudpickle.loads(pickled)
+        except Exception as error:  # noqa: BLE001 (whatever importing raises is the answer)
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    pickled = ray.cloudpickle.dumps(worker)
+    trouble = ray.get(ray.remote(num_cpus=0)(load).remote(pickled))
+    if trouble:
+        raise ResourceError(
+            f"the train function {worker.train!r} cannot be imported on the cluster's workers: {trouble}"
+        )
 
 
 class _Bridge:
@@ -202,11 +238,13 @@ class _Bridge:
 
     def on_crash(self, trial: Trial) -> None:
         """The trial's worker died, more often than `max_failures`."""
-        error = trial.get_error()
-        kind = type(error).__name__ if error else "unknown error"
-        reason = "oom" if "OutOfMemory" in kind else "crash"
-        text = " ".join(str(error).split())[:300]
-        self._failed(_key(trial), reason, f"{kind}: {text}", str(error))
+        told = ""
+        with contextlib.suppress(OSError):
+            told = Path(trial.error_file).read_text()
+        told = told or "the worker died, and Ray does not know why"
+        reason = "oom" if "OutOfMemoryError" in told or "running low on memory" in told else "crash"
+        last = told.rpartition("Failure # ")[2].partition(")\n")[2] or told
+        self._failed(_key(trial), reason, " ".join(last.split())[:300], told)
         self._let_go(_key(trial))
 
     def _failed(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
@@ -271,17 +309,20 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         self._bridge.on_end(trial)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        self._bridge.on_crash(trial)
+        """A worker died; Ray says so here also when it will start the trial again."""
 
 
-class _Starts(tune.Callback):  # type: ignore[misc]  # ray is untyped
-    """Ray's callback: notes each start of a trial, the first and those after a crash."""
+class _Lives(tune.Callback):  # type: ignore[misc]  # ray is untyped
+    """Ray's callback: notes each start of a trial, the first and those after a crash, and the last crash."""
 
     def __init__(self, bridge: _Bridge) -> None:
         self._bridge = bridge
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._bridge.on_start(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._bridge.on_crash(trial)
 
 
 def _key(trial: Trial) -> TrialKey:

@@ -73,8 +73,7 @@ def run_trial(
         send({"kind": "report", "epoch": epoch, "metrics": metrics})  # a kill may have come before the driver had it
 
     def report(epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
-        if epoch < config.recipe.epochs or epoch == config.recipe.epochs:
-            write_checkpoint(folder, epoch, metrics, save)
+        write_checkpoint(folder, epoch, metrics, save)
         send({"kind": "report", "epoch": epoch, "metrics": _jsonable(metrics)})
 
     train(config, report, newest)

@@ -1,0 +1,45 @@
+# The two commands a newcomer needs: `make sweep` and `make test`. Every target sets up .venv first when it must.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: sweep test test-all check format bench analysis clean
+
+sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
+	@if [ -f runs/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits; else $(BIN)/python launch.py run; fi
+
+test: $(STAMP)  ## the tests, those marked slow left out
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+check: $(STAMP)  ## lint, format, types, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## what proves the speed: ratios, each with its baseline in the same run
+	$(BIN)/python -m benchmarks $(ARGS)
+
+analysis: $(STAMP)  ## the notebook over a sweep as a page: make analysis SWEEP=digits
+	TUNE_TOPKD_SWEEP=$(or $(SWEEP),digits) TUNE_TOPKD_RUNS_DIR=$(abspath $(or $(RUNS),runs)) \
+	  $(BIN)/jupyter nbconvert --execute --to html --output-dir $(or $(RUNS),runs)/$(or $(SWEEP),digits) analysis/sweep.ipynb
+
+clean:  ## remove what can be made again, but never the sweeps in runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (once; some minutes, about 6 GB)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep,dev]'
+	@touch $@

@@ -1,0 +1,233 @@
+"""Whole sweeps of formula trials on a real Ray."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import formulas
+import pytest
+
+from tune_topkd.sweep import Cluster
+from tune_topkd.sweep import ResourceError
+from tune_topkd.sweep import Search
+from tune_topkd.sweep import run_sweep
+from tune_topkd.trials import Ledger
+from tune_topkd.trials import TrialStatus
+from tune_topkd.trials import read_events
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray 2.60 itself: its own deprecated calls, and sockets it leaves to the collector
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the workers are to find the formulas
+        with Cluster.attached() as cluster:
+            yield cluster
+
+
+@pytest.fixture
+def sweep(tmp_path, cluster):
+    """Runs a sweep of a train function in a folder and gives its state."""
+
+    def sweep(train, folder="s", **sections):
+        config = formulas.sweep_config(**({"baselines": None} | sections))
+        path = tmp_path / folder / "ledger.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            ledger = Ledger.open(path)
+        else:
+            trials = config.sweep.trials
+            ledger = Ledger.create(path, sweep="t", id=folder, seed=config.sweep.seed, trials=trials, first=[])
+        with ledger:
+            search = Search(config, ledger)
+            run_sweep(search, cluster=cluster, folder=path.parent, train=train, teacher_checkpoint=None)
+            return ledger.state
+
+    return sweep
+
+
+def comparable(path):
+    """A ledger without times and ids."""
+    times = ("epoch_seconds",)
+    events = []
+    for event in read_events(path)[0]:
+        data = {name: v for name, v in event.data.items() if name != "id"}
+        if "metrics" in data:
+            data["metrics"] = {name: v for name, v in data["metrics"].items() if name not in times}
+        events.append((event.name, data))
+    return events
+
+
+def test_a_sweep_runs_every_trial_once(sweep, tmp_path):
+    state = sweep(formulas.rising, sweep={"max_concurrent": None}, baselines={"trials": 2})
+    assert state.stop_reason == "finished"
+    assert state.counts()["completed"] + state.counts()["pruned"] == 12
+    assert state.counts()["pruned"] >= 4
+    assert [state.counts(arm)["completed"] for arm in ("ce", "kd")] == [2, 2]
+    assert all(list(r.reports) == list(range(1, r.epoch + 1)) for r in state.trials.values())
+    assert all(r.attempts == 1 for r in state.trials.values())
+    best = state.best()
+    assert best.value == pytest.approx(formulas.value(_config(best), formulas.EPOCHS))
+
+
+def _config(record):
+    config = formulas.sweep_config()
+    recipe = config.recipe.model_copy(update={"lr": record.params["lr"]})
+    return type("Trial", (), {"loss": record.params, "recipe": recipe})
+
+
+def test_checkpoints_of_the_losers_are_dropped_and_of_the_others_kept(sweep, tmp_path):
+    state = sweep(formulas.rising)
+    for record in state.trials.values():
+        kept = list((tmp_path / "s" / "trials" / str(record.key)).glob("epoch-*"))
+        assert bool(kept) == (record.status is TrialStatus.COMPLETED), record
+
+
+def test_the_same_seed_one_at_a_time_gives_the_same_ledger(sweep, tmp_path):
+    for folder in ("a", "b"):
+        sweep(formulas.rising, folder, baselines={"trials": 2})
+    first, second = (comparable(tmp_path / folder / "ledger.jsonl") for folder in ("a", "b"))
+    assert first == second
+    assert len(first) > 60
+
+
+def test_no_more_trials_at_once_than_asked_for(sweep, tmp_path):
+    sweep(formulas.slow, sweep={"trials": 6, "max_concurrent": 2, "asha": None})
+    live, most = set(), 0
+    for event in read_events(tmp_path / "s" / "ledger.jsonl")[0]:
+        if event.name in ("suggest", "end"):
+            live = live | {event.key} if event.name == "suggest" else live - {event.key}
+            most = max(most, len(live))
+    assert most == 2
+
+
+def test_nan_ends_the_trial_at_that_report(sweep):
+    state = sweep(formulas.nan_for_large_k, sweep={"asha": None})
+    bad = [r for r in state.arm("search") if r.params["k"] > 10]
+    assert bad
+    assert {(r.status, r.reason, r.epoch) for r in bad} == {(TrialStatus.FAILED, "diverged", 2)}
+    assert state.counts()["completed"] == 12 - len(bad)
+
+
+def test_a_worker_that_dies_goes_on_from_its_checkpoint(sweep):
+    state = sweep(formulas.dying_once, sweep={"trials": 2, "asha": None})
+    for record in state.arm("search"):
+        assert record.status is TrialStatus.COMPLETED
+        assert record.attempts == 2
+        assert list(record.reports) == list(range(1, formulas.EPOCHS + 1))
+
+
+def test_a_worker_that_dies_too_often_is_a_crash(sweep):
+    state = sweep(formulas.dying_always, sweep={"trials": 1, "max_failures": 1})
+    record = state.arm("search")[0]
+    assert (record.status, record.reason) == (TrialStatus.FAILED, "crash")
+    assert record.attempts == 2
+
+
+def test_an_exception_is_kept_with_its_trace_and_one_that_all_make_ends_the_sweep(sweep, tmp_path):
+    state = sweep(formulas.raising, sweep={"asha": None})
+    assert state.stop_reason == "failed"
+    assert state.counts()["failed"] == 3
+    record = state.arm("search")[0]
+    assert (record.reason, record.error) == ("error", "RuntimeError: the dataset is not there")
+    trace = (tmp_path / "s" / "trials" / "0000" / "error.txt").read_text()
+    assert "in raising" in trace
+
+
+@pytest.mark.parametrize(
+    ("train", "error"),
+    [(formulas.giving_up, "returned after 1 of 9 epochs"), (formulas.objective_missing, "reported no val_top1")],
+)
+def test_a_train_function_that_breaks_its_contract_is_told_so(sweep, train, error):
+    state = sweep(train, sweep={"trials": 1})
+    assert state.arm("search")[0].status is TrialStatus.FAILED
+    assert error in state.arm("search")[0].error
+
+
+def test_a_time_budget_ends_the_run_and_a_resume_goes_on(sweep):
+    state = sweep(formulas.slow, sweep={"time_budget": 1.5, "asha": None})
+    assert state.stop_reason == "time_budget"
+    before = {r.key: dict(r.reports) for r in state.trials.values()}
+    assert 0 < len(before) < 12
+    state = sweep(formulas.rising, sweep={"asha": None})
+    assert state.stop_reason == "finished"
+    assert state.counts()["completed"] == 12
+    for key, reports in before.items():
+        assert reports.items() <= state.trials[key].reports.items()
+
+
+def test_a_trial_gets_the_threads_of_its_cpus(sweep):
+    state = sweep(formulas.threads_and_host, sweep={"trials": 1, "asha": None, "cpus_per_trial": 2.0})
+    assert state.arm("search")[0].value == 2.0
+
+
+def test_what_no_node_has_is_refused_at_once(sweep):
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"sweep\.cpus_per_trial = 4096: no node has room"):
+        sweep(formulas.rising, sweep={"cpus_per_trial": 4096.0})
+    with pytest.raises(ResourceError, match=r"sweep\.gpus_per_trial = 64"):
+        sweep(formulas.rising, "t", sweep={"gpus_per_trial": 64.0})
+    assert time.monotonic() - started < 5
+
+
+def test_what_the_workers_cannot_import_is_said_before_any_trial(sweep, tmp_path, monkeypatch):
+    module = tmp_path / "only_here.py"
+    module.write_text("def train(config, report, resume_from=None): pass")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import only_here
+
+    with pytest.raises(ResourceError, match=r"cannot be imported .* No module named 'only_here'"):
+        sweep(only_here.train)
+    assert [e.name for e in read_events(tmp_path / "s" / "ledger.jsonl")[0]] == ["sweep"]
+
+
+def test_room_counts_whole_trials_on_each_node():
+    cluster = Cluster(nodes=((3.0, 0.0), (8.0, 2.0)))
+
+    def room(**settings):
+        return cluster.room(formulas.sweep_config(sweep={"max_concurrent": None} | settings))
+
+    assert room(cpus_per_trial=2.0) == 1 + 4
+    assert room(cpus_per_trial=1.0, gpus_per_trial=0.25) == 8
+    assert room(cpus_per_trial=1.0, gpus_per_trial=0.4) == 4
+    assert room(cpus_per_trial=1.0, gpus_per_trial=2.0) == 1
+    assert room(cpus_per_trial=1.0, max_concurrent=3) == 3
+
+
+ATTACH = """
+import sys
+from tune_topkd.sweep import Cluster
+with Cluster.attached(sys.argv[1]) as cluster:
+    print(cluster.nodes)
+"""
+
+
+def test_an_address_attaches_to_a_running_cluster_and_nothing_else_does(tmp_path, monkeypatch):
+    """A second, real Ray: `--address` uses it and leaves it running, the default keeps away from it."""
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True
+    )
+    try:
+        address = next(line.split()[1] for line in head.stdout if line.startswith("ADDRESS"))
+        for _ in range(2):
+            found = subprocess.run([sys.executable, "-c", ATTACH, address], capture_output=True, text=True, timeout=90)
+            assert "((3.0, 0.0),)" in found.stdout, found.stderr
+        nothing = subprocess.run([sys.executable, "-c", ATTACH, "127.0.0.1:1"], capture_output=True, text=True)
+        assert "no Ray cluster answers there" in nothing.stderr
+    finally:
+        head.communicate("stop\n", timeout=60)
+
+
+HEAD = """
+import ray, sys, tempfile
+context = ray.init(address="local", num_cpus=3, include_dashboard=False, _temp_dir=tempfile.mkdtemp(prefix="ttk-"))
+print("ADDRESS", context.address_info["gcs_address"], flush=True)
+sys.stdin.readline()
+"""
