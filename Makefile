@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: sweep test test-all check format bench analysis clean
+.PHONY: sweep test test-slow check format bench analysis clean
 
 sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
 	@if [ -f runs/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits; else $(BIN)/python launch.py run; fi
@@ -12,8 +12,8 @@ sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
 test: $(STAMP)  ## the tests, those marked slow left out
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+test-slow: $(STAMP)  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import rules
 	$(BIN)/ruff check .
