@@ -206,7 +206,7 @@ def test_the_tracker_follows_while_the_sweep_runs(ledger, uri):
 def _has(uri, status):
     try:
         return any(run.data.tags.get("trial_status") == status for run in runs(uri).values())
-    except Exception:  # the tables are being made
+    except Exception:  # noqa: BLE001 (the tables are being made)
         return False
 
 

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 3 the swee
 130 interrupted, and `resume` goes on.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -219,7 +220,7 @@ def doctor(runs_dir: RunsDir = Path("runs"), mlflow_uri: MlflowUri = None, addre
     """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
     from tune_topkd.cli.doctor import examine
 
-    place = _place(runs_dir, mlflow_uri, address)
+    place = dataclasses.replace(_place(runs_dir, mlflow_uri, None), address=address)
     findings = examine(place)
     for finding in findings:
         mark = "ok " if finding.is_well else "BAD"
@@ -293,6 +294,10 @@ def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> runni
     runs = runs_dir.expanduser().absolute()
     uri = mlflow_uri or f"sqlite:///{runs / 'mlflow.db'}"
     preflight.check_mlflow_uri(uri)
+    if address is not None:
+        from tune_topkd.sweep import check_address
+
+        check_address(address)
     return running.Place(runs, uri, address)
 
 

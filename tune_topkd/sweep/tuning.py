@@ -64,7 +64,7 @@ class Cluster:
             ResourceError: nothing answers at `address`.
         """
         if address:
-            _check_address(address)
+            check_address(address)
         scratch = None if address or os.environ.get("RAY_TMPDIR") else _scratch_folder()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address:
@@ -150,8 +150,12 @@ def run_sweep(
     return search.stopped()
 
 
-def _check_address(address: str) -> None:
-    """Knock at the door: Ray itself waits more than a minute for a cluster that is not there."""
+def check_address(address: str) -> None:
+    """Knock at the door: Ray itself waits more than a minute for a cluster that is not there.
+
+    Raises:
+        ResourceError: no address, or nothing answers there.
+    """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():
         if address != "auto":

@@ -1,0 +1,350 @@
+"""The command line as a user has it: a process, its exit code, its two streams, what it leaves behind."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from tune_topkd.cli import app
+from tune_topkd.cli import main
+from tune_topkd.export import load_tuned_config
+from tune_topkd.trials import read_events
+from tune_topkd.trials import read_state
+
+ROOT = Path(__file__).parents[1]
+
+SPACE = """
+description: a sweep of seconds
+data: {name: digits, val_fraction: 0.25, test_fraction: 0.25}
+teacher: {name: digits_cnn, recipe: {epochs: 2, lr: 0.1}}
+student: digits_cnn_tiny
+recipe: {epochs: 4, batch_size: 128}
+space:
+  k: {low: 1, high: 9, log: true}
+  scale_top: {low: 1.0, high: 4.0}
+  scale_last: {low: 1.0, high: scale_top}
+  scale_gt: {low: scale_top, high: 6.0}
+  ce_weight: {low: 0.1, high: 10.0, log: true}
+  tdl_weight: {low: 0.1, high: 10.0, log: true}
+  lr: {low: 0.01, high: 0.5, log: true}
+relative: {sum: 2.0, of: [ce_weight, tdl_weight]}
+sweep: {trials: 6, startup_trials: 3, asha: {grace_epochs: 1, reduction_factor: 2}}
+baselines: {trials: 1}
+"""
+
+
+def launch(*arguments, **options):
+    """`python launch.py …` from the repository's root."""
+    command = [sys.executable, "launch.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, **options)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    path = tmp_path_factory.mktemp("spaces") / "small.yaml"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A runs folder whose teacher is trained once for all tests here."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(space, runs):
+    """A whole sweep on real data, run once."""
+    done = launch("run", space, "--runs-dir", runs, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# --- what a whole sweep leaves ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_ends_with_an_answer_that_other_projects_can_use(finished, runs):
+    from tune_topkd.loss import TopKDLoss
+
+    tuned = load_tuned_config(runs / "small" / "tuned.yaml")
+    best = read_state(runs / "small" / "ledger.jsonl").best()
+    assert TopKDLoss(**tuned.loss).k == best.params["k"]
+    assert tuned.recipe.lr == best.params["lr"]
+    assert tuned.recipe.epochs == 4
+    evidence = tuned.evidence
+    assert (evidence.val_top1, evidence.trial, evidence.seeds) == (best.value, best.key.number, [3])
+    assert sum(evidence.trials.values()) == 6
+    assert set(evidence.baselines) == {"ce", "kd"}
+    assert evidence.versions["torch"]
+    assert evidence.teacher["val_top1"] > 50
+
+
+def test_the_terminal_has_a_line_per_trial_a_table_and_what_to_do_next_and_no_chatter(finished):
+    assert len(re.findall(r"^\[\d+/8\] trial \d{4} (completed|pruned)", finished.stderr, re.M)) == 6
+    assert len(re.findall(r"^\[\d+/8\] baseline (ce|kd)-0000 completed", finished.stderr, re.M)) == 2
+    for words in ("points over cross-entropy", "points over KD", "tuned.yaml", "mlflow ui", "sweep.ipynb", "next: "):
+        assert words in finished.stderr
+    assert not re.search(r"raylet|tune_controller|alembic|Traceback|Warning", finished.stderr)
+    assert finished.stdout == ""
+
+
+def test_status_tells_people_and_programs(finished, runs):
+    found = json.loads(launch("status", "small", "--json", "--runs-dir", runs).stdout)
+    assert (found["sweep"], found["state"]) == ("small", "finished")
+    assert found["trials"]["completed"] + found["trials"]["pruned"] == 6
+    assert found["trials"]["running"] == 0
+    assert set(found["best"]) == {"number", "val_top1", "params"}
+    text = launch("status", "--runs-dir", runs).stdout
+    assert re.match(r"small: finished, .* of 6; best \d+\.\d\d % \(trial \d\)\n", text)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_mlflow_has_one_parent_and_a_child_per_trial_and_nothing_runs(finished, runs):
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{runs / 'mlflow.db'}")
+    found = mlflow.search_runs(experiment_names=["tune_topkd"])
+    children = found[found["tags.mlflow.parentRunId"].notna()]
+    assert len(found) - len(children) == 1
+    assert sorted(children["tags.trial_number"].astype(int)) == list(range(6))
+    assert set(children["tags.trial_status"]) <= {"completed", "pruned"}
+    assert "RUNNING" not in set(found["status"])
+    assert (children["metrics.val_top1"] > 0).all()
+
+
+def test_a_name_that_is_taken_is_refused_and_says_what_to_do(finished, space, runs):
+    before = (runs / "small" / "ledger.jsonl").read_bytes()
+    again = launch("run", space, "--runs-dir", runs)
+    assert again.returncode == 2
+    assert "`resume small`" in again.stderr
+    assert "--name" in again.stderr
+    assert (runs / "small" / "ledger.jsonl").read_bytes() == before
+
+
+def test_resume_of_a_finished_sweep_runs_nothing_and_more_trials_go_on(finished, runs):
+    def trials():
+        return [e.data["number"] for e in read_events(runs / "small" / "ledger.jsonl")[0] if e.name == "suggest"]
+
+    before = trials()
+    assert launch("resume", "small", "--runs-dir", runs).returncode == 0
+    assert trials() == before
+    fewer = launch("resume", "small", "--trials", 3, "--runs-dir", runs)
+    assert fewer.returncode == 2
+    assert "must be at least 6" in fewer.stderr
+
+
+@pytest.mark.parametrize("format_", ["yaml", "json", "python"])
+def test_export_writes_what_the_sweep_found(finished, runs, tmp_path, format_):
+    best = read_state(runs / "small" / "ledger.jsonl").best()
+    path = tmp_path / f"tuned.{format_}"
+    done = launch("export", "small", "--format", format_, "-o", path, "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
+    loss = runpy.run_path(str(path))["LOSS"] if format_ == "python" else load_tuned_config(path).loss
+    assert loss["k"] == best.params["k"]
+    assert launch("export", "small", "--format", format_, "--runs-dir", runs).stdout == path.read_text()
+
+
+def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs):
+    done = launch("teacher", space, "--runs-dir", runs)
+    assert "found" in done.stderr
+    assert Path(done.stdout.strip()).is_file()
+    assert len(list((runs / "teachers").glob("*/teacher.pt"))) == 1
+
+
+def test_several_spaces_end_in_a_table_of_all(finished, space, runs, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(SPACE.replace("digits_cnn_tiny", "digits_linear"))
+    third = tmp_path / "third.yaml"
+    third.write_text(SPACE)
+    done = launch("run", other, third, "--trials", 2, "--set", "baselines=null", "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
+    table = done.stderr[done.stderr.index("all sweeps") :]
+    assert "digits_linear" in table
+    assert "digits_cnn_tiny" in table
+    warm = launch("run", space, "--name", "warm", "--trials", 3, "--warm-start", "small", "--runs-dir", runs)
+    assert warm.returncode == 0, warm.stderr
+    tried = [r.params for r in read_state(runs / "warm" / "ledger.jsonl").arm("search")]
+    assert tried[1] == read_state(runs / "small" / "ledger.jsonl").best().params
+
+
+def test_ctrl_c_ends_cleanly_and_resume_finishes_the_same_sweep(space, finished, runs):
+    arguments = ["run", str(space), "--name", "cut", "--epochs", "30", "--trials", "6", "--runs-dir", str(runs)]
+    process = subprocess.Popen(
+        [sys.executable, "launch.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    ledger = runs / "cut" / "ledger.jsonl"
+    deadline = time.monotonic() + 90
+    while not (ledger.exists() and ledger.read_bytes().count(b'"event":"report"') > 8):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    status = json.loads(launch("status", "cut", "--json", "--runs-dir", runs).stdout)
+    assert status["state"] == "running"
+    second = launch("resume", "cut", "--runs-dir", runs)
+    assert second.returncode == 2
+    assert f"process {process.pid}" in second.stderr
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "resume cut" in stderr
+    status = json.loads(launch("status", "cut", "--json", "--runs-dir", runs).stdout)
+    assert status["state"] == "interrupted"
+    assert status["trials"]["running"] == 0
+    ended = {key for key, r in read_state(ledger).trials.items() if r.status.is_end}
+    seen = len(read_events(ledger)[0])
+    done = launch("resume", "cut", "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
+    state = read_state(ledger)
+    assert len(state.arm("search")) == 6
+    assert state.running() == []
+    assert not {e.key for e in read_events(ledger)[0][seen:] if e.name == "report"} & ended
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "missing": (["run", "missing.yaml"], ["missing.yaml", "No such file"]),
+    "misspelt": (["run", "SPACE", "--set", "recipe.sheduler=step"], ["recipe.sheduler", "unknown key", "'schedule'"]),
+    "low above high": (
+        ["run", "SPACE", "--set", "space.k={low: 9, high: 2}"],
+        ["small.yaml", "space.k", "low <= high must hold", "low = 9, high = 2"],
+    ),
+    "k above the classes": (
+        ["run", "SPACE", "--set", "space.k.high=50"],
+        ["small.yaml", "space.k.high", "50", "at most 10, the number of classes"],
+    ),
+    "no gpu": (
+        ["run", "SPACE", "--set", "sweep.gpus_per_trial=1"],
+        ["small.yaml", "sweep.gpus_per_trial", "1", "this machine has 0 GPUs"],
+    ),
+    "read-only runs": (["run", "SPACE", "--runs-dir", "/proc/runs"], ["/proc/runs", "can be written to"]),
+    "runs is a file": (["run", "SPACE", "--runs-dir", "SPACE"], ["small.yaml", "can be written to"]),
+    "too many cpus": (["run", "SPACE", "--cpus-per-trial", "4096"], ["sweep.cpus_per_trial", "4096", "CPUs"]),
+    "no trials": (["run", "SPACE", "--trials", "0"], ["sweep.trials (from --trials)", "0", "greater than or equal"]),
+    "unknown dataset": (["check", "SPACE", "--set", "data.name=digit"], ["data.name", "'digit'", "digits"]),
+    "unknown student": (
+        ["check", "SPACE", "--set", "student=resnet"],
+        ["student.name", "'resnet'", "digits_cnn_tiny", "digits_linear"],
+    ),
+    "unknown method": (["check", "SPACE", "--set", "method=topk"], ["method", "'topk'", "topkd"]),
+    "unknown loss parameter": (["check", "SPACE", "--set", "loss.tau=1"], ["loss.tau", "temperature", "topkd"]),
+    "unknown searched": (
+        ["check", "SPACE", "--set", "space.tau=[1.0]"],
+        ["space.tau", "temperature", "weight_decay"],
+    ),
+    "impossible corner": (
+        ["check", "SPACE", "--set", "space.scale_gt={low: 1.0, high: 6.0}"],
+        ["small.yaml", "scale_gt", "scale_top"],
+    ),
+    "not whole": (["check", "SPACE", "--set", "space.k={low: 1.0, high: 5.5}"], ["space.k.high", "5.5", "whole"]),
+    "no checkpoint": (
+        ["check", "SPACE", "--set", "teacher={name: digits_cnn, checkpoint: gone.pt}"],
+        ["teacher.checkpoint", "gone.pt", "existing file"],
+    ),
+    "mlflow uri": (["run", "SPACE", "--mlflow-uri", "mlruns"], ["--mlflow-uri", "mlruns", "sqlite"]),
+    "no such sweep": (["resume", "none"], ["none", "no such sweep"]),
+    "bad name": (["run", "SPACE", "--name", "../up"], ["--name", "../up", "letters"]),
+    "no cluster": (["run", "SPACE", "--address", "127.0.0.1:1"], ["127.0.0.1:1", "no Ray cluster answers"]),
+    "unknown option": (["run", "--trails", "3"], ["--trails"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_input_is_one_message_exit_2_and_nothing_half_written(space, tmp_path, case, monkeypatch, capfd):
+    arguments, words = REFUSED[case]
+    monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["launch.py", *(a.replace("SPACE", str(space)) for a in arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    out, err = capfd.readouterr()
+    assert exit_.value.code == 2
+    assert out == ""
+    for word in words:
+        assert word in err
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("case", ["missing", "k above the classes"])
+def test_a_process_refuses_without_a_traceback(space, tmp_path, case):
+    arguments, words = REFUSED[case]
+    environment = os.environ | {"TUNE_TOPKD_RUNS_DIR": str(tmp_path / "runs")}
+    done = launch(*(a.replace("SPACE", str(space)) for a in arguments), env=environment)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert all(word in done.stderr for word in words)
+
+
+def test_all_problems_of_all_files_come_at_once(space, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text(SPACE.replace("trials: 6", "trials: -1").replace("momentum", "momentun"))
+    done = launch("check", space, other, "missing.yaml", "--set", "sweep.seed=-2")
+    assert done.returncode == 2
+    for words in ("small.yaml", "other.yaml", "missing.yaml", "sweep.seed", "sweep.trials"):
+        assert words in done.stderr
+
+
+def test_check_says_what_would_run_and_starts_nothing(space, tmp_path):
+    done = launch("check", space, "--show", env=os.environ | {"TUNE_TOPKD_RUNS_DIR": str(tmp_path / "runs")})
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "small.yaml: valid",
+        "6 trials and 2 baseline runs of up to 4 epochs",
+        "at most 32 epochs",
+        "per epoch",
+    ):
+        assert words in done.stderr
+    assert yaml.safe_load(done.stdout)["recipe"]["momentum"] == 0.9
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_tells_what_is_there(tmp_path):
+    done = launch("doctor", "--runs-dir", tmp_path)
+    assert done.returncode == 0, done.stdout
+    for words in ("ok  python", "ok  torch", "ok  ray: private cluster: 1 node(s)", "ok  mlflow: sqlite", "GB free"):
+        assert words in done.stdout
+    sick = launch("doctor", "--runs-dir", "/proc/runs", "--address", "127.0.0.1:1")
+    assert sick.returncode == 2
+    assert sick.stdout.count("BAD") == 3
+
+
+# --- the surface --------------------------------------------------------------------------------------------------
+
+
+COMMANDS = {
+    "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget "
+    "--runs-dir --mlflow-uri --address --warm-start --set",
+    "check": "--set --show",
+    "resume": "--trials --time-budget --runs-dir --mlflow-uri --address",
+    "status": "--json --runs-dir",
+    "export": "--format --output -o --runs-dir",
+    "teacher": "--set --runs-dir",
+    "doctor": "--runs-dir --mlflow-uri --address",
+}
+
+
+def test_the_command_line_grows_only_on_purpose():
+    commands = typer.main.get_command(app).commands
+    assert {
+        name: {o for p in command.params if p.param_type_name == "option" for o in p.opts}
+        for name, command in commands.items()
+    } == {name: set(options.split()) for name, options in COMMANDS.items()}
+
+
+def test_help_is_quick_to_import():
+    code = (
+        "import sys, tune_topkd.cli; sys.exit(bool({'torch', 'ray', 'mlflow', 'optuna', 'pandas'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
