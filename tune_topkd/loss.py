@@ -7,18 +7,22 @@
     terms = criterion.terms(student_logits, teacher_logits, labels)
     loss = criterion.total(terms)                                 # the same scalar, nothing computed twice
 
-Everywhere: logits are ``(B, C)`` floats and labels ``(B,)`` integers. Arithmetic runs in float32 or wider whatever
-the autocast state, ``float64`` in gives ``float64`` out, and the teacher never receives a gradient. Ties between
-classes go to the lower class index on every device. No function waits for the GPU; therefore labels outside
-``0 .. C-1`` are reported (as a ``ValueError``) only where they lie on the CPU and nothing is being compiled; elsewhere
-they are the caller's responsibility, as they are with ``torch.nn.CrossEntropyLoss``. Logits that are not finite give a
-loss that is not finite. Matrix products follow ``torch.set_float32_matmul_precision``, which is "highest" by default.
+Everywhere: logits are ``(B, C)`` floats and labels ``(B,)`` integers. Arithmetic runs in float32 or wider
+whatever the autocast state, ``float64`` in gives ``float64`` out, and the teacher never receives a gradient.
+Ties between classes go to the lower class index on every device. Logits that are not finite give a loss that
+is not finite. Matrix products follow ``torch.set_float32_matmul_precision``, which is "highest" by default,
+and their backward the autocast state around ``backward()``, which belongs outside of autocast, as torch says.
 
-Docstrings mark a formula as **paper** where it is reported of the named paper and as **ours** where the public text
-leaves a gap that this project fills.
+Nothing here waits for the GPU. Labels outside ``0 .. C-1`` are therefore reported, as a ``ValueError``, only
+where they lie on the CPU and nothing is being compiled; elsewhere they are the caller's responsibility, as
+they are with ``torch.nn.CrossEntropyLoss``.
+
+Docstrings mark a formula as **paper** where it is reported of the named paper and as **ours** where the
+public text leaves a gap that this project fills.
 """
 
 import contextlib
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -49,7 +53,7 @@ __all__ = [
 ]
 
 
-# --- the three parts of TopKD, as functions -------------------------------------------------------------------------
+# --- the three parts of TopKD, as functions -----------------------------------------------------------------
 
 
 def top_k_scaling(
@@ -64,16 +68,17 @@ def top_k_scaling(
 ) -> Tensor:
     """Raise the teacher's K largest logits and the ground truth's: the Top-K Scaling Module.
 
-    For class i in the Top-K of the sample, or i = y, ``z'_i = amplify(z_i, w_i) + delta``; other logits stay as they
-    are (**paper**, which prints ``z_i * w_i + delta``). ``amplify(z, w)`` is ``z * w`` for ``z >= 0`` and ``z / w``
-    for ``z < 0``, so that a weight above 1 always raises the logit (**ours**).
+    For class i in the Top-K of the sample, or i = y, ``z'_i = amplify(z_i, w_i) + delta``; other logits stay
+    as they are (**paper**, which prints ``z_i * w_i + delta``). ``amplify(z, w)`` is ``z * w`` for ``z >= 0``
+    and ``z / w`` for ``z < 0``, so that a weight above 1 always raises the logit (**ours**).
 
-    - The weight falls with the rank (**paper**), linearly from ``scale_top`` at rank 1 to ``scale_last`` at rank K;
-      with K = 1 it is ``scale_top`` (**ours**).
+    - The weight falls with the rank (**paper**), linearly from ``scale_top`` at rank 1 to ``scale_last`` at
+      rank K; with K = 1 it is ``scale_top`` (**ours**).
     - Where the teacher's first choice is not y, the ground truth is amplified more strongly (**paper**): by
       ``scale_gt``, be y in the Top-K or not (**ours**).
-    - ``delta`` grows with the gap between the mean Top-K and the mean other logit (**paper**): it is ``shift`` times
-      that gap, of the unscaled logits, y counting as Top-K only where it ranks there; K = C gives 0 (**ours**).
+    - ``delta`` grows with the gap between the mean Top-K and the mean other logit (**paper**): it is
+      ``shift`` times that gap, of the unscaled logits, y counting as Top-K only where it ranks there; K = C
+      gives 0 (**ours**).
 
     Args:
         teacher_logits: ``(B, C)``, any float dtype.
@@ -101,17 +106,18 @@ def top_k_scaling(
 def top_k_decoupled_loss(
     student_logits: Tensor, scaled_teacher_logits: Tensor, *, k: int, alpha: float, beta: float
 ) -> Tensor:
-    """Align student and scaled teacher by direction, apart for three groups of classes: the Top-K Decoupled Loss.
+    """Align student and scaled teacher in three groups of classes apart: the Top-K Decoupled Loss.
 
-    The groups of a sample, by its scaled teacher logits (**paper**): positive Top-K, the up to K largest that are
-    > 0; negative Top-K, the up to K smallest that are < 0; the rest. The loss is the mean over the batch of
-    ``alpha * (1 - cos_pos) + beta * (1 - cos_neg) + (1 - cos_rest)`` with the cosine of student and scaled teacher
-    restricted to the group. The **paper** prints ``1 - mean(alpha * cos_pos + beta * cos_neg + cos_rest)``: the same
-    gradient, another constant.
+    The groups of a sample, by its scaled teacher logits (**paper**): positive Top-K, the up to K largest that
+    are > 0; negative Top-K, the up to K smallest that are < 0; the rest. The loss is the mean over the batch
+    of ``alpha * (1 - cos_pos) + beta * (1 - cos_neg) + (1 - cos_rest)`` with the cosine of student and scaled
+    teacher restricted to the group. The **paper** prints ``1 - mean(alpha * cos_pos + beta * cos_neg +
+    cos_rest)``: the same gradient, another constant.
 
-    **Ours**: an empty group contributes 0. A vector that is all zero inside a group has cosine 0 with anything and
-    receives gradient 0 from that group; a vector counts as zero where its largest entry is too small for a gradient
-    of order ``1 / |entry|`` to be finite (1e-31 in float32).
+    **Ours**: an empty group contributes 0. A vector that is all zero inside a group has cosine 0 with
+    anything and receives gradient 0 from that group. So does one too short for its squares to fit the dtype
+    (length below 3e-16 in float32, 1e-146 in float64). The gradient is of the order 1 / length of the student
+    in the group: where that is beyond 65504 a float16 student receives infinity, which a GradScaler skips.
 
     Args:
         student_logits: ``(B, C)``, any float dtype.
@@ -135,18 +141,25 @@ def top_k_decoupled_loss(
         return _decoupled(student, scaled, k, alpha, beta)
 
 
-def contrastive_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, normalize: bool) -> Tensor:
+def contrastive_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    normalize: bool,
+) -> Tensor:
     """Tell a sample's own teacher from the other samples' and the reverse: the contrastive loss.
 
-    ``(CE(S / temperature, 0..B-1) + CE(S^T / temperature, 0..B-1)) / 2`` with ``S = student @ teacher^T`` of the
-    unscaled logits (**paper**). It depends on the batch size; a batch of one gives 0.
+    ``(CE(S / temperature, 0..B-1) + CE(S^T / temperature, 0..B-1)) / 2`` with ``S = student @ teacher^T`` of
+    the unscaled logits (**paper**). It depends on the batch size; a batch of one gives 0.
 
     Args:
         student_logits: ``(B, C)``, any float dtype.
         teacher_logits: ``(B, C)``, the unscaled ones.
         temperature: above 0.
-        normalize: True takes S of L2-normalised rows, so that the temperature means the same for every architecture;
-            a row of zeros stays zeros and receives gradient 0 (**ours**). False is the formula as printed (**paper**).
+        normalize: True takes S of L2-normalised rows, so that the temperature means the same for every
+            architecture; a row of zeros stays zeros and receives gradient 0 (**ours**). False is the formula
+            as printed (**paper**).
 
     Returns:
         A scalar, float32 or wider.
@@ -162,14 +175,14 @@ def contrastive_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
         return _contrastive(student, teacher, temperature, normalize)
 
 
-# --- losses as modules ----------------------------------------------------------------------------------------------
+# --- losses as modules --------------------------------------------------------------------------------------
 
 
 class DistillationLoss(nn.Module):
     """What all losses here share: a weighted sum of named terms. Subclasses say which.
 
-    The constructor's parameters are attributes of the same names and are read at every call, so that a trainer may
-    move a weight during training. Nothing is learnt and nothing is kept between calls.
+    The constructor's parameters are attributes of the same names and are read at every call, so that a
+    trainer may move a weight during training. Nothing is learnt and nothing is kept between calls.
     """
 
     _weight_of: ClassVar[Mapping[str, str]]  # name of a term -> name of the attribute that weighs it
@@ -183,7 +196,7 @@ class DistillationLoss(nn.Module):
             labels: ``(B,)``, any integer dtype.
 
         Raises:
-            ValueError: logits or labels of the wrong shape or dtype, or that do not suit the loss's parameters.
+            ValueError: logits or labels of the wrong shape or dtype, or unfit for the loss's parameters.
         """
         _check_pair(student_logits, teacher_logits)
         _check_labels(labels, student_logits)
@@ -198,14 +211,11 @@ class DistillationLoss(nn.Module):
             ValueError: the names of the terms are not those that this loss has.
         """
         if terms.keys() != self._weight_of.keys():
-            known = ", ".join(self._weight_of)
-            raise ValueError(f"`terms` must have exactly the keys {known}, but got {', '.join(terms) or 'none'}")
-        weights: list[float] = [getattr(self, attribute) for attribute in self._weight_of.values()]
-        weighted = [weight * terms[name] for name, weight in zip(self._weight_of, weights, strict=True)]
-        total = weighted[0]
-        for term in weighted[1:]:
-            total = total + term
-        return total
+            known, got = ", ".join(self._weight_of), ", ".join(terms)
+            raise ValueError(f"`terms` must have exactly the keys {known}, but got {got or 'none'}")
+        weights: dict[str, float] = {name: getattr(self, weight) for name, weight in self._weight_of.items()}
+        weighted: list[Tensor] = [weights[name] * terms[name] for name in weights]
+        return functools.reduce(torch.add, weighted)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss, a scalar: `total` of `terms`."""
@@ -216,7 +226,7 @@ class DistillationLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in _defaults(type(self)))
 
     def _terms(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Compute the terms of checked input: one float dtype of at least 32 bits, teacher detached, labels int64."""
+        """Compute the terms of checked input: one float dtype of 32 bits or more, labels int64."""
         raise NotImplementedError
 
 
@@ -234,6 +244,7 @@ class _TopK(DistillationLoss):
         alpha: float,
         beta: float,
     ) -> None:
+        """Check and keep the parameters."""
         super().__init__()
         _check_scaling(k, scale_top, scale_last, scale_gt, shift)
         _check_numbers(0, alpha=alpha, beta=beta)
@@ -256,9 +267,10 @@ class _TopK(DistillationLoss):
 class TopKDLoss(_TopK):
     """The objective of TopKD: ``ce_weight * CE + tdl_weight * L_TDL + contrastive_weight * L_con``.
 
-    **Paper** (arXiv 2508.04539): ``L_con + L_TDL``, the decoupled loss on the scaled teacher logits, the contrastive
-    loss on the unscaled ones. **Ours**: the cross-entropy with the labels and the three weights, all 1 by default.
-    Under SGD the sum of the weights multiplies the step size. The contrastive term depends on the batch size.
+    **Paper** (arXiv 2508.04539): ``L_con + L_TDL``, the decoupled loss on the scaled teacher logits, the
+    contrastive loss on the unscaled ones. **Ours**: the cross-entropy with the labels and the three weights,
+    all 1 by default. Under SGD the sum of the weights multiplies the step size. The contrastive term depends
+    on the batch size.
 
     Terms: ``ce``, ``tdl``, ``contrastive``.
 
@@ -280,7 +292,11 @@ class TopKDLoss(_TopK):
         ValueError: a parameter out of its range; at call time also k > C.
     """
 
-    _weight_of = {"ce": "ce_weight", "tdl": "tdl_weight", "contrastive": "contrastive_weight"}  # noqa: RUF012
+    _weight_of: ClassVar[Mapping[str, str]] = {
+        "ce": "ce_weight",
+        "tdl": "tdl_weight",
+        "contrastive": "contrastive_weight",
+    }
 
     def __init__(
         self,
@@ -298,6 +314,7 @@ class TopKDLoss(_TopK):
         tdl_weight: float = 1.0,
         contrastive_weight: float = 1.0,
     ) -> None:
+        """Check and keep the parameters."""
         super().__init__(
             k=k,
             scale_top=scale_top,
@@ -325,10 +342,10 @@ class TopKDLoss(_TopK):
 
 
 class TopKDPlugin(_TopK):
-    """TopKD added to another method: ``ce_weight * CE + base_weight * base(z_s, z'_t, y) + tdl_weight * L_TDL``.
+    """TopKD added to another method: ``ce_weight * CE + base_weight * L_base + tdl_weight * L_TDL``.
 
-    **Paper** (arXiv 2508.04539): an existing method gets the scaled teacher logits in place of the raw ones, and the
-    decoupled loss is added. **Ours**: the weights, and that the cross-entropy is a term of its own.
+    **Paper** (arXiv 2508.04539): an existing method gets the scaled teacher logits in place of the raw ones,
+    and the decoupled loss is added. **Ours**: the weights, and that the cross-entropy is a term of its own.
 
     The cross-entropy is counted here: construct a base that has one of its own without it, as in
     ``TopKDPlugin(KDLoss(ce_weight=0))``; `build_loss` does so.
@@ -336,8 +353,9 @@ class TopKDPlugin(_TopK):
     Terms: ``ce``, ``base``, ``tdl``.
 
     Args:
-        base: called as ``base(student_logits, scaled_teacher_logits, labels)`` with logits in float32 or wider,
-            autocast off, the teacher's detached and the labels int64; returns a scalar. A module becomes a child.
+        base: called as ``base(student_logits, scaled_teacher_logits, labels)`` with logits in float32 or
+            wider, autocast off, the teacher's detached and the labels int64; returns a scalar. A module
+            becomes a child.
         k: as the other parameters down to ``beta``, see `TopKDLoss`.
         scale_top: see `TopKDLoss`.
         scale_last: see `TopKDLoss`.
@@ -353,7 +371,7 @@ class TopKDPlugin(_TopK):
         ValueError: a parameter out of its range; at call time also k > C, or a base that returns no scalar.
     """
 
-    _weight_of = {"ce": "ce_weight", "base": "base_weight", "tdl": "tdl_weight"}  # noqa: RUF012
+    _weight_of: ClassVar[Mapping[str, str]] = {"ce": "ce_weight", "base": "base_weight", "tdl": "tdl_weight"}
 
     def __init__(
         self,
@@ -370,6 +388,7 @@ class TopKDPlugin(_TopK):
         base_weight: float = 1.0,
         tdl_weight: float = 1.0,
     ) -> None:
+        """Check and keep the parameters."""
         super().__init__(
             k=k,
             scale_top=scale_top,
@@ -392,7 +411,11 @@ class TopKDPlugin(_TopK):
         base = self.base(student, scaled, labels)
         if base.ndim != 0:
             raise ValueError(f"`base` must return a scalar, but got shape {tuple(base.shape)}")
-        return {"ce": functional.cross_entropy(student, labels), "base": base, "tdl": self._tdl(student, scaled)}
+        return {
+            "ce": functional.cross_entropy(student, labels),
+            "base": base,
+            "tdl": self._tdl(student, scaled),
+        }
 
 
 class CELoss(DistillationLoss):
@@ -407,14 +430,20 @@ class CELoss(DistillationLoss):
         ValueError: a weight out of its range.
     """
 
-    _weight_of = {"ce": "ce_weight"}  # noqa: RUF012
+    _weight_of: ClassVar[Mapping[str, str]] = {"ce": "ce_weight"}
 
     def __init__(self, *, ce_weight: float = 1.0) -> None:
+        """Check and keep the parameters."""
         super().__init__()
         _check_numbers(0, ce_weight=ce_weight)
         self.ce_weight = ce_weight
 
-    def terms(self, student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    def terms(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor,
+    ) -> dict[str, Tensor]:
         """Return ``{"ce": ...}``; the teacher is not looked at. Raises as `DistillationLoss.terms` does."""
         return super().terms(student_logits, student_logits, labels)
 
@@ -429,8 +458,8 @@ class CELoss(DistillationLoss):
 class KDLoss(DistillationLoss):
     """Knowledge distillation: ``ce_weight * CE + kd_weight * T^2 * KL(teacher_T || student_T)``.
 
-    **Paper** (Hinton, Vinyals, Dean 2015, arXiv 1503.02531): both softmaxes at temperature T, the factor T^2. The
-    defaults are those of the common CIFAR-100 recipe: 0.1, 0.9 and T = 4.
+    **Paper** (Hinton, Vinyals, Dean 2015, arXiv 1503.02531): both softmaxes at temperature T, the factor T^2.
+    The defaults are those of the common CIFAR-100 recipe: 0.1, 0.9 and T = 4.
 
     Terms: ``ce`` and ``kd``, which contains T^2.
 
@@ -443,9 +472,10 @@ class KDLoss(DistillationLoss):
         ValueError: a parameter out of its range.
     """
 
-    _weight_of = {"ce": "ce_weight", "kd": "kd_weight"}  # noqa: RUF012
+    _weight_of: ClassVar[Mapping[str, str]] = {"ce": "ce_weight", "kd": "kd_weight"}
 
     def __init__(self, *, ce_weight: float = 0.1, kd_weight: float = 0.9, temperature: float = 4.0) -> None:
+        """Check and keep the parameters."""
         super().__init__()
         _check_numbers(0, ce_weight=ce_weight, kd_weight=kd_weight)
         _check_temperature(temperature)
@@ -454,22 +484,22 @@ class KDLoss(DistillationLoss):
         self.temperature = temperature
 
     def _terms(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {
-            "ce": functional.cross_entropy(student, labels),
-            "kd": _softened_kl(student, teacher, self.temperature),
-        }
+        return {"ce": functional.cross_entropy(student, labels), "kd": self._kd(student, teacher)}
+
+    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return _softened_kl(student, teacher, self.temperature)
 
 
 class DKDLoss(DistillationLoss):
     """Decoupled knowledge distillation: ``ce_weight * CE + alpha * TCKD + beta * NCKD``.
 
-    **Paper** (Zhao et al. 2022, arXiv 2203.08679): TCKD is the divergence between the two-way distributions "target
-    or not", NCKD that between the distributions over the other classes alone, both at temperature T and, as in the
-    authors' code, times T^2. Not masked by a large constant as there, but exact.
+    **Paper** (Zhao et al. 2022, arXiv 2203.08679): TCKD is the divergence between the two-way distributions
+    "target or not", NCKD that between the distributions over the other classes alone, both at temperature T
+    and, as in the authors' code, times T^2. The target is excluded exactly, where that code subtracts 1000.
 
-    The recipe's warm-up, ``min(epoch / 20, 1)`` on both divergences, is the trainer's business: multiply ``tckd`` and
-    ``nckd`` (inside a plug-in: ``base``) by it between `terms` and `total`. ``beta`` is set per pair: 8 is the common
-    default, 2 or 6 serve some.
+    The recipe's warm-up, ``min(epoch / 20, 1)`` on both divergences, is the trainer's business: multiply
+    ``tckd`` and ``nckd`` (inside a plug-in: ``base``) by it between `terms` and `total`. ``beta`` is set per
+    pair: 8 is the common default, 2 or 6 serve some.
 
     Terms: ``ce``, ``tckd`` and ``nckd``, the latter two containing T^2.
 
@@ -483,11 +513,12 @@ class DKDLoss(DistillationLoss):
         ValueError: a parameter out of its range; at call time also logits of a single class.
     """
 
-    _weight_of = {"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"}  # noqa: RUF012
+    _weight_of: ClassVar[Mapping[str, str]] = {"ce": "ce_weight", "tckd": "alpha", "nckd": "beta"}
 
     def __init__(
         self, *, ce_weight: float = 1.0, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
     ) -> None:
+        """Check and keep the parameters."""
         super().__init__()
         _check_numbers(0, ce_weight=ce_weight, alpha=alpha, beta=beta)
         _check_temperature(temperature)
@@ -503,12 +534,12 @@ class DKDLoss(DistillationLoss):
         return {"ce": functional.cross_entropy(student, labels), "tckd": tckd, "nckd": nckd}
 
 
-class LogitStandardKDLoss(DistillationLoss):
+class LogitStandardKDLoss(KDLoss):
     """Logit-standardised distillation: ``ce_weight * CE + kd_weight * T^2 * KL`` of z-scored logits.
 
-    **Paper** (Sun et al. 2024, arXiv 2403.01427): each row of either network's logits is standardised to mean 0 and
-    standard deviation 1 before the softmax at base temperature T. As in the authors' code the standard deviation
-    divides by C - 1; the code adds 1e-7 to it. **Ours**: nothing is added, and a row that is constant, up to
+    **Paper** (Sun et al. 2024, arXiv 2403.01427): each row of either network's logits is standardised to mean
+    0 and standard deviation 1 before the softmax at base temperature T. The deviation divides by C - 1, as in
+    the authors' code, which adds 1e-7 to it. **Ours**: nothing is added, and a row that is constant, up to
     rounding, becomes zeros and receives gradient 0. The defaults are those of the authors' CIFAR-100 recipe.
 
     Terms: ``ce`` and ``kd``, which contains T^2.
@@ -522,24 +553,15 @@ class LogitStandardKDLoss(DistillationLoss):
         ValueError: a parameter out of its range.
     """
 
-    _weight_of = {"ce": "ce_weight", "kd": "kd_weight"}  # noqa: RUF012
-
     def __init__(self, *, ce_weight: float = 0.1, kd_weight: float = 9.0, temperature: float = 2.0) -> None:
-        super().__init__()
-        _check_numbers(0, ce_weight=ce_weight, kd_weight=kd_weight)
-        _check_temperature(temperature)
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.temperature = temperature
+        """Check and keep the parameters."""
+        super().__init__(ce_weight=ce_weight, kd_weight=kd_weight, temperature=temperature)
 
-    def _terms(self, student: Tensor, teacher: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {
-            "ce": functional.cross_entropy(student, labels),
-            "kd": _softened_kl(_standardised(student), _standardised(teacher), self.temperature),
-        }
+    def _kd(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return super()._kd(_standardised(student), _standardised(teacher))
 
 
-# --- losses by name -------------------------------------------------------------------------------------------------
+# --- losses by name -----------------------------------------------------------------------------------------
 
 _LOSSES: Mapping[str, Callable[..., DistillationLoss]] = {
     "topkd": TopKDLoss,
@@ -557,9 +579,10 @@ _BASE = "base_"
 
 
 def loss_parameters(method: str) -> dict[str, object]:
-    """Return the parameters of a method with their defaults: the names `build_loss` takes, in the constructor's order.
+    """Return the parameters that `build_loss` takes for a method, with their defaults.
 
-    Those of a plug-in's base follow with the prefix ``base_``, except ``ce_weight``: see `build_loss`.
+    They come in the constructor's order; those of a plug-in's base follow with the prefix ``base_``, except
+    ``ce_weight``: see `build_loss`.
 
     Raises:
         ValueError: the method is not one of `METHODS`.
@@ -575,8 +598,8 @@ def loss_parameters(method: str) -> dict[str, object]:
 def build_loss(method: str, parameters: Mapping[str, object]) -> DistillationLoss:
     """Construct the loss of a name in `METHODS`; parameters left out keep their defaults.
 
-    The base of a plug-in gets the parameters that begin with ``base_``, without it (``base_weight`` is the plug-in's
-    own); its ``ce_weight`` is 0 and cannot be set, because the plug-in counts the cross-entropy.
+    The base of a plug-in gets the parameters that begin with ``base_``, without it (``base_weight`` is the
+    plug-in's own); its ``ce_weight`` is 0 and cannot be set, because the plug-in counts the cross-entropy.
 
     Raises:
         ValueError: an unknown method, unknown names among the parameters, or a value out of its range.
@@ -584,8 +607,8 @@ def build_loss(method: str, parameters: Mapping[str, object]) -> DistillationLos
     known = loss_parameters(method)
     unknown = [name for name in parameters if name not in known]
     if unknown:
-        names = ", ".join(map(repr, unknown))
-        raise ValueError(f"unknown parameters {names} of method {method!r}; known parameters: {', '.join(known)}")
+        got, names = ", ".join(map(repr, unknown)), ", ".join(known)
+        raise ValueError(f"unknown parameters of method {method!r}: {got}; known parameters: {names}")
     if method in _LOSSES:
         return _LOSSES[method](**parameters)
     own = {name: value for name, value in parameters.items() if name in _defaults(TopKDPlugin)}
@@ -599,7 +622,7 @@ def _defaults(loss: Callable[..., DistillationLoss]) -> dict[str, object]:
     return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
-# --- arithmetic, on checked input -----------------------------------------------------------------------------------
+# --- arithmetic, on checked input ---------------------------------------------------------------------------
 
 
 def _raised(*logits: Tensor) -> list[Tensor]:
@@ -612,7 +635,8 @@ def _raised(*logits: Tensor) -> list[Tensor]:
 
 def _autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):  # such as "meta", where torch.autocast itself raises
+    # Asked first: torch.autocast is slow to enter, and raises for devices that have none, such as "meta".
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(device_type=kind, enabled=False)
 
@@ -628,8 +652,8 @@ def _scaled(
 ) -> Tensor:
     ranked, order = teacher.sort(dim=1, descending=True, stable=True)  # topk leaves the order of ties open
     top, rest, order = ranked[:, :k], ranked[:, k:], order[:, :k]
-    gap = top.mean(1, keepdim=True) - rest.mean(1, keepdim=True) if rest.shape[1] else torch.zeros_like(top[:, :1])
-    delta = shift * gap
+    others = rest if k < teacher.shape[1] else top  # K = C leaves no rest, whose mean would be NaN
+    delta = shift * (top.mean(1, keepdim=True) - others.mean(1, keepdim=True))
     weights = torch.linspace(scale_top, scale_last, k, dtype=teacher.dtype, device=teacher.device)
     scaled = teacher.scatter(1, order, _amplified(top, weights) + delta)
 
@@ -645,10 +669,11 @@ def _amplified(logits: Tensor, weight: Tensor | float) -> Tensor:
 
 def _decoupled(student: Tensor, scaled: Tensor, k: int, alpha: float, beta: float) -> Tensor:
     groups = _groups(scaled, k)
-    cosine = (_unit(groups * student) * _unit(groups * scaled)).sum(-1)
+    student, scaled = groups * student, groups * scaled
+    cosine = (student * scaled).sum(-1) / _length(student) / _length(scaled)
     filled = groups.amax(-1)  # an empty group has no distance
-    distance = (filled - filled * cosine).mean(1)
-    return alpha * distance[0] + beta * distance[1] + distance[2]
+    positive, negative, rest = (filled - filled * cosine).mean(1).unbind()
+    return alpha * positive + beta * negative + rest
 
 
 def _groups(scaled: Tensor, k: int) -> Tensor:
@@ -669,37 +694,45 @@ def _contrastive(student: Tensor, teacher: Tensor, temperature: float, normalize
     if normalize:
         student, teacher = _unit(student), _unit(teacher)
     similarity = student @ teacher.T / temperature
-    both = (similarity.logsumexp(0) + similarity.logsumexp(1)) / 2
-    return (both - similarity.diagonal()).mean()
+    own = (similarity.log_softmax(0) + similarity.log_softmax(1)).diagonal()
+    return -own.mean() / 2
 
 
-def _unit(vectors: Tensor, floor: Tensor | None = None) -> Tensor:
-    """Scale the last dimension to length 1; where no entry exceeds ``floor`` value and gradient are 0.
+def _length(vectors: Tensor, floor: Tensor | float | None = None) -> Tensor:
+    """Return the L2 norm over the last dimension, or infinity for a vector that counts as zero.
 
-    Dividing by the largest entry first keeps the squares inside the range of the dtype. It is a constant to autograd:
-    a direction does not depend on the vector's scale, so the gradient is the exact one all the same.
+    Dividing by infinity gives value 0 and gradient 0. Below the default floor squares leave the range.
     """
-    limits = torch.finfo(vectors.dtype)
-    largest = vectors.detach().abs().amax(-1, keepdim=True)
-    zero = largest <= (limits.tiny / limits.eps if floor is None else floor)
-    vectors = vectors / largest.masked_fill(zero, math.inf)  # x / inf is 0, and so is its gradient
-    # What is not zero now has an entry of 1, so that the clamp only replaces the 0 of zero vectors.
-    return vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp(min=1)
+    if floor is None:
+        limits = torch.finfo(vectors.dtype)
+        floor = math.sqrt(limits.tiny / limits.eps)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return length.masked_fill(length <= floor, math.inf)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / _length(vectors).unsqueeze(-1)
 
 
 def _standardised(logits: Tensor) -> Tensor:
     mean = logits.mean(1, keepdim=True)
-    rounding = 16 * torch.finfo(logits.dtype).eps * mean.detach().abs()
-    return _unit(logits - mean, rounding) * math.sqrt(logits.shape[1] - 1)
+    centred, freedom = logits - mean, math.sqrt(logits.shape[1] - 1)
+    rounding = 16 * torch.finfo(logits.dtype).eps * freedom * mean.detach().abs().squeeze(1)
+    return centred / _length(centred, rounding).unsqueeze(1) * freedom
 
 
 def _softened_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * _kl(student / temperature, teacher / temperature)
 
 
-def _target_and_other_kl(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _target_and_other_kl(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
     target = labels.unsqueeze(1)
-    # Infinity would give inf - inf at the target; half the range leaves room for the logarithm of the softmax.
+    # Infinity would give inf - inf at the target; half the range leaves room for the log of the softmax.
     excluded = torch.finfo(student.dtype).min / 2
     binary, others = [], []
     for logits in (student / temperature, teacher / temperature):
@@ -715,7 +748,7 @@ def _kl(student: Tensor, teacher: Tensor) -> Tensor:
     return functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
-# --- checks: rule, then what came -----------------------------------------------------------------------------------
+# --- checks: rule, then what came ---------------------------------------------------------------------------
 
 
 def _check_numbers(minimum: float, **values: object) -> None:
@@ -749,12 +782,14 @@ def _check_scaling(k: object, scale_top: float, scale_last: float, scale_gt: flo
     _check_k(k)
     _check_numbers(1, scale_last=scale_last)
     _check_numbers(0, scale_top=scale_top, scale_gt=scale_gt, shift=shift)
-    if scale_top < scale_last:
-        raise ValueError(
-            f"`scale_top >= scale_last` must hold, but got scale_top={scale_top!r}, scale_last={scale_last!r}"
-        )
-    if scale_gt < scale_top:
-        raise ValueError(f"`scale_gt >= scale_top` must hold, but got scale_gt={scale_gt!r}, scale_top={scale_top!r}")
+    _check_order(scale_top=scale_top, scale_last=scale_last)
+    _check_order(scale_gt=scale_gt, scale_top=scale_top)
+
+
+def _check_order(**values: float) -> None:
+    (high, upper), (low, lower) = values.items()
+    if upper < lower:
+        raise ValueError(f"`{high} >= {low}` must hold, but got {high}={upper!r}, {low}={lower!r}")
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
@@ -779,7 +814,7 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"`labels` must be integers, but got {labels.dtype}")
     if labels.shape != (batch,):
-        raise ValueError(f"`labels` must have the shape ({batch},), one per row, but got {tuple(labels.shape)}")
+        raise ValueError(f"`labels` must have the shape ({batch},), but got {tuple(labels.shape)}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU this would wait for it
         for extreme in map(int, torch.aminmax(labels)):
             if not 0 <= extreme < classes:
