@@ -97,16 +97,16 @@ def load_dataset(config: DataConfig) -> Dataset:
 def _loaded(name: str, val_fraction: float, test_fraction: float, split_seed: int) -> Dataset:
     source = _source(name)
     whole = source.load()
-    val, test, train = _stratified(whole.labels, (val_fraction, test_fraction), split_seed)
-    for kind, part in {"training": train, "validation": val, "test": test}.items():
-        if len(whole.labels[part].unique()) < source.info.num_classes:
+    parts = _stratified(whole.labels, (val_fraction, test_fraction), split_seed)
+    val, test, train = (Split(whole.images[part], whole.labels[part]) for part in parts)
+    for kind, split in {"training": train, "validation": val, "test": test}.items():
+        if len(torch.unique(split.labels)) < source.info.num_classes:
             raise ValueError(
                 f"dataset {name!r}: val_fraction = {val_fraction:g} and test_fraction = {test_fraction:g} leave "
                 f"the {kind} split without an image of some class"
             )
-    splits = [Split(whole.images[part], whole.labels[part]) for part in (train, val, test)]
-    mean, std = _channel_statistics(splits[0].images)
-    return Dataset(*splits, num_classes=source.info.num_classes, mean=mean, std=std)
+    mean, std = _channel_statistics(train.images)
+    return Dataset(train=train, val=val, test=test, num_classes=source.info.num_classes, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _stratified(labels: Tensor, fractions: Sequence[float], seed: int) -> list[T
     """Indices of each fraction, then of what is left; of every class each part gets its share, to the nearest image."""
     shuffled = _random_order(len(labels), seed, 0, _SPLIT, labels.device)
     parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
-    for label in labels.unique().tolist():
+    for label in torch.unique(labels).tolist():
         members = shuffled[labels[shuffled] == label]
         ends = [round(math.fsum(fractions[: i + 1]) * len(members)) for i in range(len(fractions))]
         for part, piece in zip(parts, members.tensor_split(ends), strict=True):
@@ -184,10 +184,10 @@ def train_batches(
     used = len(split) - len(split) % batch_size or len(split)
     batches_at_once = max(1, _CHUNK_BYTES // (batch_size * 4 * split.images[0].numel()))
     normalise = _normaliser(mean, std, split.images.device)
-    for indices in order[:used].split(batch_size * batches_at_once):
+    for indices in torch.split(order[:used], batch_size * batches_at_once):
         images = normalise(view(split.images, indices, augment=augment, seed=seed, epoch=epoch))
         parts = (images, split.labels[indices], indices)
-        yield from map(Batch, *(part.split(batch_size) for part in parts))
+        yield from map(Batch, *(torch.split(part, batch_size) for part in parts))
 
 
 def eval_batches(
@@ -196,7 +196,9 @@ def eval_batches(
     """All images in their order, as they are but normalised, on the device of `split`; the last batch may be smaller."""
     normalise = _normaliser(mean, std, split.images.device)
     indices = torch.arange(len(split), device=split.labels.device)
-    for images, *rest in zip(*(part.split(batch_size) for part in (split.images, split.labels, indices)), strict=True):
+    for images, *rest in zip(
+        *(torch.split(part, batch_size) for part in (split.images, split.labels, indices)), strict=True
+    ):
         yield Batch(normalise(images), *rest)
 
 

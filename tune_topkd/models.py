@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 from typing import Any
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,10 +25,6 @@ from tune_topkd.config import unknown_choice
 
 WEIGHTS_KEY = "model"
 """Where the state dict lies in a file of weights, as the distillation field has it."""
-
-
-class _Factory(Protocol):
-    def __call__(self, *, num_classes: int, **kwargs: Any) -> nn.Module: ...
 
 
 class DigitsCNN(nn.Module):
@@ -68,7 +63,7 @@ def _digits_linear(*, num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(8 * 8, num_classes))
 
 
-_REGISTRY: dict[str, _Factory] = {
+_REGISTRY: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": DigitsCNN,
     "digits_cnn_tiny": _digits_cnn_tiny,
     "digits_linear": _digits_linear,
@@ -150,23 +145,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, damaged (checksums are compared), or no dict of plain data and tensors.
     """
     try:
-        # torch.load does not look at the checksums: it would take flipped bits for weights.
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file can raise anything
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: is damaged or no checkpoint: {type(error).__name__}: {reason}") from error
+    with file:
+        try:
+            content = _checked_content(file)
+        except Exception as error:  # a damaged file can raise anything
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{path}: is damaged or no checkpoint: {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a dict, but holds a {type(content).__name__}")
     return content
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def _checked_content(file: IO[bytes]) -> object:
+    # torch.load does not look at the checksums: it would take flipped bits for weights.
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+    file.seek(0)
+    content: object = torch.load(file, map_location="cpu", weights_only=True)
+    return content
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Replace the file at `path` by what `write` writes: in one step, and only once it is on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

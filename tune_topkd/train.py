@@ -73,7 +73,7 @@ class Reporter(Protocol):
     To stop the training, raise. Random numbers that a reporter draws do not change the training.
     """
 
-    def __call__(self, epoch: int, metrics: Mapping[str, float], save: Save) -> None:
+    def __call__(self, epoch: int, metrics: Mapping[str, float], save: Save, /) -> None:
         """Take note of an epoch."""
 
 
@@ -152,10 +152,12 @@ class _Trial:
         self.model = build_configured(config.student, num_classes=self.dataset.num_classes).to(device)
         self.loss = build_loss(config.method, config.loss)
         self.teacher = None if isinstance(self.loss, CELoss) else self._load_teacher()
+        self.identity = _identity(config)
         self.optimizer = _optimizer(self.model, config.recipe)
         self.scheduler = _scheduler(self.optimizer, config.recipe)
         self.epoch = 0
         self.metrics: dict[str, float] = {}
+        self.rng: dict[str, Tensor] = {}
 
     @property
     def diverged(self) -> bool:
@@ -165,32 +167,17 @@ class _Trial:
         """Train and validate one epoch; the results wait on the device until its end."""
         started = time.perf_counter()
         rate = self.scheduler.get_last_lr()[0]
-        self.model.train()
-        recipe, dataset = self.config.recipe, self.dataset
-        per_batch: list[Tensor] = []
-        images = 0
-        for batch in train_batches(
-            self.train_split,
-            batch_size=recipe.batch_size,
-            seed=self.config.seed,
-            epoch=self.epoch + 1,
-            augment=self.config.data.augment,
-            mean=dataset.mean,
-            std=dataset.std,
-        ):
-            names, values = self._step(batch)
-            per_batch.append(values)
-            images += len(batch.labels)
-        hits = count_hits(self.model, self.val_split, mean=dataset.mean, std=dataset.std)
-        *means, top1, top5 = torch.cat([torch.stack(per_batch).double().mean(0), hits.double()]).tolist()
+        names, means, images = self._train_epoch()
+        hits = count_hits(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
+        values: list[float] = torch.cat([means, 100 * hits.double() / len(self.val_split)]).tolist()
         self.scheduler.step()
+        self.rng = _generator_states(self.device)  # before a reporter can draw from them
         self.epoch += 1
         seconds = time.perf_counter() - started
-        self.metrics = dict(zip(names, means, strict=True))
-        self.metrics[VAL_TOP1] = 100 * top1 / len(self.val_split)
-        if dataset.num_classes > 5:
-            self.metrics[VAL_TOP5] = 100 * top5 / len(self.val_split)
-        self.metrics |= {LEARNING_RATE: rate, EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
+        self.metrics = dict(zip([*names, VAL_TOP1, VAL_TOP5], values, strict=True))
+        if self.dataset.num_classes <= 5:
+            del self.metrics[VAL_TOP5]
+        self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into `folder`, which is made if need be; an older one in it is replaced in one step."""
@@ -198,11 +185,10 @@ class _Trial:
             WEIGHTS_KEY: self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "rng": self.rng,
             "epoch": self.epoch,
             "metrics": self.metrics,
-            "config": self._identity(),
+            "config": self.identity,
         }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CHECKPOINT_NAME, lambda file: torch.save(content, file))
@@ -210,18 +196,40 @@ class _Trial:
     def restore(self, folder: Path) -> None:
         """Become what `save` found."""
         content = _read(folder)
-        if changed := _changed(json.loads(content["config"]), json.loads(self._identity())):
+        if changed := _changed(json.loads(content["config"]), json.loads(self.identity)):
             raise ValueError(f"{folder / CHECKPOINT_NAME}: is of another config: {'; '.join(changed)}")
         self.model.load_state_dict(content[WEIGHTS_KEY])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
-        torch.set_rng_state(content["rng"])
-        if self.device.type == "cuda" and content["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(content["cuda_rng"], self.device)
-        self.epoch, self.metrics = content["epoch"], content["metrics"]
+        self.epoch, self.metrics, self.rng = content["epoch"], content["metrics"], content["rng"]
+        torch.set_rng_state(self.rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in self.rng:
+            torch.cuda.set_rng_state(self.rng["cuda"], self.device)
 
-    def _step(self, batch: Batch) -> tuple[list[str], Tensor]:
-        """One step of the optimiser; the metrics' names and, on the device, their values for this batch."""
+    def _train_epoch(self) -> tuple[list[str], Tensor, int]:
+        """Names and means over the batches, on the device, of loss and terms; and the number of images."""
+        self.model.train()
+        batches = train_batches(
+            self.train_split,
+            batch_size=self.config.recipe.batch_size,
+            seed=self.config.seed,
+            epoch=self.epoch + 1,
+            augment=self.config.data.augment,
+            mean=self.dataset.mean,
+            std=self.dataset.std,
+        )
+        names: list[str] = []
+        values: list[Tensor] = []
+        images = 0
+        for batch in batches:
+            total, terms = self._step(batch)
+            values.append(torch.stack([total, *terms.values()]).detach())
+            names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
+            images += len(batch.labels)
+        return names, torch.stack(values).double().mean(0), images
+
+    def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of the optimiser; the loss and its unweighted terms on this batch."""
         logits = self.model(batch.images)
         if self.teacher is None:
             assert isinstance(self.loss, CELoss)
@@ -232,10 +240,9 @@ class _Trial:
             terms = self.loss.terms(logits, teacher_logits, batch.labels)
         total = self.loss.total(terms)
         self.optimizer.zero_grad()
-        total.backward()
+        torch.autograd.backward(total)
         self.optimizer.step()
-        names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
-        return names, torch.stack([total, *terms.values()]).detach()
+        return total, terms
 
     def _load_teacher(self) -> nn.Module:
         config = self.config
@@ -244,13 +251,13 @@ class _Trial:
         path = Path(config.teacher_checkpoint)
         return load_teacher(config.teacher, path, num_classes=self.dataset.num_classes).to(self.device)
 
-    def _identity(self) -> str:
-        """The config as JSON, the teacher by content: its folder may have moved."""
-        content = self.config.model_dump(mode="json")
-        if self.config.teacher_checkpoint is not None:
-            teacher = Path(self.config.teacher_checkpoint).read_bytes()
-            content["teacher_checkpoint"] = hashlib.sha256(teacher).hexdigest()
-        return json.dumps(content, sort_keys=True)
+
+def _identity(config: TrialConfig) -> str:
+    """The config as JSON, the teacher by content: its folder may have moved."""
+    content = config.model_dump(mode="json")
+    if config.teacher_checkpoint is not None:
+        content["teacher_checkpoint"] = hashlib.sha256(Path(config.teacher_checkpoint).read_bytes()).hexdigest()
+    return json.dumps(content, sort_keys=True)
 
 
 def _optimizer(model: nn.Module, recipe: RecipeConfig) -> SGD:
@@ -270,6 +277,11 @@ def _scheduler(optimizer: SGD, recipe: RecipeConfig) -> LRScheduler:
     return MultiStepLR(optimizer, milestones, recipe.gamma)
 
 
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    on_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **on_gpu}
+
+
 @contextlib.contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
     """Give torch's generators back at the end as they were at the start."""
@@ -283,7 +295,7 @@ def _read(folder: Path) -> dict[str, Any]:
         content = read_checkpoint(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    keys = {WEIGHTS_KEY, "optimizer", "scheduler", "rng", "cuda_rng", "epoch", "metrics", "config"}
+    keys = {WEIGHTS_KEY, "optimizer", "scheduler", "rng", "epoch", "metrics", "config"}
     if missing := keys - content.keys():
         raise CheckpointError(f"{path}: is no checkpoint of a training: it has no {', '.join(sorted(missing))}")
     return content

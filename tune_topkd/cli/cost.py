@@ -9,7 +9,7 @@ from tune_topkd.cli.preflight import loss_defaults
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
 
-_TIMED_STEPS = 5
+_TIMED_STEPS = 10
 
 
 def describe(config: SweepConfig) -> Iterator[str]:
@@ -66,14 +66,15 @@ def _seconds_per_epoch(config: SweepConfig) -> float:
     loss = build_loss(config.method, loss_defaults(config) | fixed)
     images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch) % info.num_classes
     steps = max(len(load_dataset(config.data).train) // batch, 1)
-    started = time.perf_counter()
-    for step in range(_TIMED_STEPS + 1):
-        if step == 1:  # the first one warms up
-            started = time.perf_counter()
+    torch.set_num_threads(max(int(config.sweep.cpus_per_trial), 1))
+    seconds = []
+    for _ in range(_TIMED_STEPS):
+        started = time.perf_counter()
         with torch.no_grad():
             target = teacher(images)
         loss(student(images), target, labels).backward()
-    return (time.perf_counter() - started) / _TIMED_STEPS * steps
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) * steps  # the least disturbed one
 
 
 def _bound(bound: float | str | None) -> str:

@@ -1,0 +1,393 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import tune_topkd.data as data
+import tune_topkd.models as models
+from tune_topkd.config import DataConfig
+from tune_topkd.config import ModelConfig
+from tune_topkd.config import RecipeConfig
+from tune_topkd.config import TrialConfig
+from tune_topkd.config import load_config
+from tune_topkd.data import Split
+from tune_topkd.data import dataset_info
+from tune_topkd.data import load_dataset
+from tune_topkd.data import train_batches
+from tune_topkd.loss import loss_parameters
+from tune_topkd.models import build_configured
+from tune_topkd.models import build_model
+from tune_topkd.models import count_parameters
+from tune_topkd.models import save_weights
+from tune_topkd.teacher import load_teacher
+from tune_topkd.train import CHECKPOINT_NAME
+from tune_topkd.train import CheckpointError
+from tune_topkd.train import checkpoint_metrics
+from tune_topkd.train import train
+
+DIGITS = DataConfig.model_validate(
+    {"name": "digits", "val_fraction": 0.4, "test_fraction": 0.4, "augment": {"pad": 1, "flip": True}}
+)
+TINY = ModelConfig(name="digits_cnn_tiny", kwargs={"widths": [3, 4]})
+TIMES = {"epoch_seconds", "images_per_second"}
+
+
+def trial(method: str = "ce", **changes) -> TrialConfig:
+    recipe = {"epochs": 4, "batch_size": 64, "lr": 0.05, "schedule": "constant", **changes.pop("recipe", {})}
+    return TrialConfig(
+        **{"data": DIGITS, "student": TINY, "method": method, "recipe": RecipeConfig(**recipe), **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> dict:
+    """What a config of a method that needs a teacher has more: one of another architecture, not trained."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    config = ModelConfig(name="digits_cnn", kwargs={"widths": [6]})
+    torch.manual_seed(0)
+    model = build_configured(config, num_classes=10)
+    model(torch.rand(9, 1, 8, 8))  # running statistics that differ from a batch's
+    save_weights(model, path)
+    return {"teacher": config, "teacher_checkpoint": str(path)}
+
+
+@pytest.fixture
+def dropout(monkeypatch) -> ModelConfig:
+    def factory(*, num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
+
+    monkeypatch.setitem(models._REGISTRY, "dropout", factory)
+    return ModelConfig(name="dropout")
+
+
+class Recorder:
+    """Keeps all reports; saves after the epochs in `save_at`, each into its folder under `root`; draws at random."""
+
+    def __init__(self, root: Path | None = None, save_at=()):
+        self.root, self.save_at = root, save_at
+        self.epochs: list[int] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def __call__(self, epoch, metrics, save):
+        self.epochs.append(epoch)
+        self.metrics.append(dict(metrics))
+        torch.rand(3)
+        if epoch in self.save_at:
+            save(self.root / str(epoch))
+
+
+def without_times(metrics) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if key not in TIMES}
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ce", "kd"])
+def test_training_is_that_of_a_plain_loop(method, teacher):
+    config = trial(
+        method,
+        **(teacher if method == "kd" else {}),
+        recipe={"nesterov": True, "weight_decay": 0.01, "schedule": "step", "milestones": [1, 2], "gamma": 0.5},
+        seed=3,
+    )
+    result = train(config)
+
+    dataset = load_dataset(DIGITS)
+    torch.manual_seed(3)
+    model = build_configured(TINY, num_classes=10)
+    taught_by = load_teacher(teacher["teacher"], Path(teacher["teacher_checkpoint"]), num_classes=10)
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    for epoch, lr in enumerate([0.05, 0.025, 0.0125, 0.0125], 1):
+        for batch in train_batches(
+            dataset.train,
+            batch_size=64,
+            seed=3,
+            epoch=epoch,
+            augment=DIGITS.augment,
+            mean=dataset.mean,
+            std=dataset.std,
+        ):
+            logits = model(batch.images)
+            loss = functional.cross_entropy(logits, batch.labels)
+            if method == "kd":
+                soft = functional.softmax(taught_by(batch.images) / 4, dim=1)
+                log_student = functional.log_softmax(logits / 4, dim=1)
+                loss = 0.1 * loss + 0.9 * 16 * functional.kl_div(log_student, soft, reduction="batchmean")
+            model.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter, speed in zip(model.parameters(), velocity, strict=True):
+                    step = parameter.grad + 0.01 * parameter
+                    speed.mul_(0.9).add_(step)
+                    parameter -= lr * (step + 0.9 * speed)
+    for ours, plain in zip(result.model.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(ours, plain, atol=1e-4)
+
+
+def test_training_learns():
+    recorder = Recorder()
+    train(trial(student=ModelConfig(name="digits_linear"), recipe={"epochs": 8}), recorder)
+    assert recorder.metrics[-1]["val_top1"] > 60
+    assert recorder.metrics[-1]["train_loss"] < 0.7 * recorder.metrics[0]["train_loss"]
+
+
+def test_same_config_gives_the_same_bits_whatever_the_global_generator(dropout):
+    config = trial(student=dropout, seed=5)
+    torch.manual_seed(1)
+    first = train(config)
+    torch.manual_seed(2)
+    torch.rand(7)
+    second = train(config, Recorder())
+    assert same_weights(first.model, second.model)
+    assert without_times(first.metrics) == without_times(second.metrics)
+
+
+def test_training_leaves_the_global_generator_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(2)
+    torch.manual_seed(11)
+    train(trial(recipe={"epochs": 1}), Recorder())
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_another_seed_gives_other_weights_and_an_enormous_one_works():
+    first, second = (train(trial(seed=seed, recipe={"epochs": 1})).model for seed in (0, 2**70 + 1))
+    assert not same_weights(first, second)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rates"),
+    [
+        ({"schedule": "constant"}, [0.4] * 4),
+        ({"schedule": "step", "milestones": [1, 3], "gamma": 0.5}, [0.4, 0.2, 0.2, 0.1]),
+        ({"schedule": "step", "milestones": [0.5, 0.55]}, [0.4, 0.4, 0.004, 0.004]),
+        ({"schedule": "cosine"}, [0.2 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+    ],
+)
+def test_schedules_by_epoch(recipe, rates):
+    recorder = Recorder()
+    train(trial(student=ModelConfig(name="digits_linear"), recipe={"lr": 0.4, **recipe}), recorder)
+    assert [metrics["lr"] for metrics in recorder.metrics] == pytest.approx(rates)
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "terms"),
+    [
+        ("ce", {"ce"}),
+        ("kd", {"ce", "kd"}),
+        ("topkd", {"ce", "tdl", "contrastive"}),
+    ],
+)
+def test_metrics_have_the_agreed_names_and_are_floats(method, terms, teacher):
+    recorder = Recorder()
+    train(trial(method, **(teacher if method != "ce" else {}), recipe={"epochs": 1}), recorder)
+    (metrics,) = recorder.metrics
+    expected = {"train_loss", "val_top1", "val_top5", "lr", *TIMES} | {f"train_{term}" for term in terms}
+    assert metrics.keys() == expected
+    assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
+    assert metrics["epoch_seconds"] > 0
+
+
+def test_the_terms_are_unweighted_and_make_up_the_loss(teacher):
+    loss = {"ce_weight": 0.5, "tdl_weight": 2.0, "contrastive_weight": 0.25}
+    metrics = train(trial("topkd", **teacher, loss=loss, recipe={"epochs": 1})).metrics
+    total = 0.5 * metrics["train_ce"] + 2 * metrics["train_tdl"] + 0.25 * metrics["train_contrastive"]
+    assert metrics["train_loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_validation_is_in_percent_of_the_validation_images():
+    result = train(trial(student=ModelConfig(name="digits_linear"), recipe={"epochs": 2}))
+    dataset = load_dataset(DIGITS)
+    images = (dataset.val.images.float() / 255 - dataset.mean[0]) / dataset.std[0]
+    ranked = result.model(images).argsort(1, descending=True)
+    hits = (ranked == dataset.val.labels[:, None]).double()
+    assert result.metrics["val_top1"] == pytest.approx(100 * hits[:, 0].mean().item())
+    assert result.metrics["val_top5"] == pytest.approx(100 * hits[:, :5].sum(1).mean().item())
+
+
+def test_loss_is_the_mean_over_the_batches():
+    """With the linear student at a vanishing learning rate every batch sees the same weights."""
+    config = trial(student=ModelConfig(name="digits_linear"), recipe={"epochs": 1, "lr": 1e-30, "weight_decay": 0.0})
+    result = train(config)
+    dataset = load_dataset(DIGITS)
+    losses = [
+        functional.cross_entropy(result.model(batch.images), batch.labels).item()
+        for batch in train_batches(
+            dataset.train, batch_size=64, seed=0, epoch=1, augment=DIGITS.augment, mean=dataset.mean, std=dataset.std
+        )
+    ]
+    assert result.metrics["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+@pytest.fixture
+def three_classes(monkeypatch):
+    labels = torch.arange(30) % 3
+    images = (labels * 80).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+    images[:, 0, 0, 0] = torch.arange(30)
+    source = data._Source(data.DatasetInfo(3, (1, 8, 8)), lambda: Split(images, labels))
+    monkeypatch.setitem(data._SOURCES, "three", source)
+    yield DataConfig(name="three", val_fraction=0.3, test_fraction=0.3)
+    data._loaded.cache_clear()
+
+
+def test_few_classes_have_no_top5_and_fewer_images_than_a_batch_will_do(three_classes, teacher):
+    metrics = train(trial(data=three_classes)).metrics
+    assert "val_top5" not in metrics
+    assert metrics["val_top1"] > 0
+
+
+# --- reports and checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_reported_once_counted_from_one(tmp_path: Path):
+    recorder = Recorder()
+    result = train(trial(), recorder)
+    assert recorder.epochs == [1, 2, 3, 4]
+    assert (result.epoch, result.diverged) == (4, False)
+    assert result.metrics == recorder.metrics[-1]
+    assert not result.model.training
+
+
+def test_a_checkpoint_is_written_only_where_the_caller_asks(tmp_path: Path):
+    recorder = Recorder(tmp_path, save_at=[2])
+    train(trial(), recorder)
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "2",
+        f"2/{CHECKPOINT_NAME}",
+    ]
+    assert checkpoint_metrics(tmp_path / "2") == (2, recorder.metrics[1])
+
+
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+@pytest.mark.parametrize("method", ["ce", "topkd"])
+def test_two_epochs_and_two_more_equal_four(tmp_path: Path, method, schedule, teacher, dropout):
+    needs = teacher if method == "topkd" else {}
+    recipe = {"schedule": schedule, "milestones": [1, 3], "nesterov": True}
+    for student in (TINY, dropout):
+        config = trial(method, **needs, student=student, recipe=recipe, seed=2)
+        whole, rest = Recorder(tmp_path / student.name, save_at=[2]), Recorder()
+        at_once = train(config, whole)
+        resumed = train(config, rest, resume_from=tmp_path / student.name / "2")
+        assert same_weights(resumed.model, at_once.model)
+        assert rest.epochs == [3, 4]
+        assert list(map(without_times, rest.metrics)) == list(map(without_times, whole.metrics[2:]))
+
+
+def test_checkpoints_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path: Path):
+    config = trial(recipe={"schedule": "cosine"})
+    train(config, Recorder(tmp_path / "whole", save_at=[2, 4]))
+    train(config, Recorder(tmp_path / "resumed", save_at=[4]), resume_from=tmp_path / "whole" / "2")
+    a, b = (torch.load(tmp_path / run / "4" / CHECKPOINT_NAME, weights_only=True) for run in ("whole", "resumed"))
+    assert a.keys() == b.keys() >= {"model", "optimizer", "scheduler", "rng", "epoch", "metrics"}
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    momentum = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (a, b)]
+    assert all(torch.equal(x, y) for x, y in zip(*momentum, strict=True))
+    assert a["scheduler"] == b["scheduler"]
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+
+
+def test_resuming_after_the_last_epoch_trains_and_reports_nothing(tmp_path: Path):
+    first = train(trial(), Recorder(tmp_path, save_at=[4]))
+    recorder = Recorder()
+    second = train(trial(), recorder, resume_from=tmp_path / "4")
+    assert recorder.epochs == []
+    assert (second.epoch, second.metrics) == (4, first.metrics)
+    assert same_weights(first.model, second.model)
+
+
+def test_resuming_with_another_config_is_refused_and_says_what_differs(tmp_path: Path):
+    train(trial(), Recorder(tmp_path, save_at=[1]))
+    other = trial(recipe={"lr": 0.06, "epochs": 5})
+    with pytest.raises(
+        ValueError, match=r"another config: recipe\.epochs was 4 and is now 5; recipe\.lr was 0\.05 and"
+    ):
+        train(other, resume_from=tmp_path / "1")
+
+
+def test_the_teacher_may_move_but_not_change(tmp_path: Path, teacher):
+    train(trial("kd", **teacher), Recorder(tmp_path, save_at=[3]))
+    moved = tmp_path / "moved.pt"
+    moved.write_bytes(Path(teacher["teacher_checkpoint"]).read_bytes())
+    config = trial("kd", teacher=teacher["teacher"], teacher_checkpoint=str(moved))
+    assert train(config, resume_from=tmp_path / "3").epoch == 4
+    save_weights(build_configured(teacher["teacher"], num_classes=10), moved)
+    with pytest.raises(ValueError, match="another config: teacher_checkpoint was"):
+        train(config, resume_from=tmp_path / "3")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "cannot be read: No such file"),
+        (cut, "is damaged"),
+        (lambda path: path.write_bytes(b""), "is damaged"),
+        (
+            lambda path: save_weights(build_model("digits_linear", num_classes=2), path),
+            "is no checkpoint of a training",
+        ),
+    ],
+)
+def test_a_bad_checkpoint_is_an_error_that_names_it(tmp_path: Path, damage, said):
+    train(trial(recipe={"epochs": 1}), Recorder(tmp_path, save_at=[1]))
+    damage(tmp_path / "1" / CHECKPOINT_NAME)
+    with pytest.raises(CheckpointError, match=rf"1/checkpoint\.pt: {said}"):
+        checkpoint_metrics(tmp_path / "1")
+    with pytest.raises(CheckpointError, match=said):
+        train(trial(recipe={"epochs": 1}), resume_from=tmp_path / "1")
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_training_after_its_epoch_is_reported(tmp_path: Path):
+    config = trial(student=ModelConfig(name="digits_linear"), recipe={"lr": 1e30})
+    recorder = Recorder(tmp_path, save_at=[1])
+    result = train(config, recorder)
+    assert recorder.epochs == [1]
+    assert not math.isfinite(recorder.metrics[0]["train_loss"])
+    assert math.isfinite(recorder.metrics[0]["val_top1"])
+    assert (result.epoch, result.diverged) == (1, True)
+    again = train(config, resume_from=tmp_path / "1")
+    assert (again.epoch, again.diverged) == (1, True)
+
+
+def test_what_a_reporter_raises_ends_training():
+    def stop(epoch, metrics, save):
+        raise StopIteration(epoch)
+
+    with pytest.raises(StopIteration, match="1"):
+        train(trial(), stop)
+
+
+@pytest.mark.parametrize("leave_out", ["teacher", "teacher_checkpoint"])
+def test_only_cross_entropy_can_do_without_a_teacher(leave_out, teacher):
+    with pytest.raises(ValueError, match="method 'kd' needs both teacher and teacher_checkpoint"):
+        train(trial("kd", **{**teacher, leave_out: None}))
+
+
+# --- the shipped search spaces --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_space_names_what_exists(path):
+    config = load_config(path)
+    classes = dataset_info(config.data.name).num_classes
+    student, teacher = (build_configured(m, num_classes=classes) for m in (config.student, config.teacher.model))
+    assert count_parameters(student) < count_parameters(teacher) / 5
+    assert config.space.keys() - {"lr"} | config.loss.keys() == loss_parameters(config.method).keys()
+    assert config.space["k"].high < classes
