@@ -5,13 +5,13 @@ What needs a look at data, networks or losses (class counts, model names) is che
 """
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from typing import Any
 from typing import Literal
 from typing import Self
@@ -20,6 +20,7 @@ from typing import TypeVar
 from typing import get_args
 
 import yaml
+from pydantic import AfterValidator
 from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
@@ -73,14 +74,21 @@ def unknown_choice(value: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(value, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return f"{hint}known: {', '.join(names)}"
+    return f"{hint}known: {', '.join(names) or 'none'}"
 
 
 _ModelT = TypeVar("_ModelT", bound=BaseModel)
+_ListT = TypeVar("_ListT", bound=list[Any])
+
+
+def _each_once(value: _ListT) -> _ListT:
+    if len(set(value)) < len(value):
+        raise ValueError("must name each once")
+    return value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=False)
 
 
 class AugmentConfig(_Section):
@@ -104,7 +112,9 @@ class DataConfig(_Section):
     @model_validator(mode="after")
     def _some_left_to_train_on(self) -> Self:
         if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError("val_fraction + test_fraction must be below 1")
+            raise ValueError(
+                f"val_fraction + test_fraction must be below 1, but got {self.val_fraction:g} + {self.test_fraction:g}"
+            )
         return self
 
 
@@ -182,6 +192,13 @@ class ParameterRange(_Section):
     type: Literal["int", "float"] | None = None
     choices: list[Scalar] | None = None
 
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, value: list[Scalar] | None) -> list[Scalar] | None:
+        if value is not None and (not value or len(set(value)) < len(value)):  # 1, 1.0 and true are the same to Optuna
+            raise ValueError("choices must be at least one value, each once")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _bare_list(cls, value: Any) -> Any:
@@ -196,16 +213,12 @@ class ParameterRange(_Section):
         if self.choices is not None:
             if self.low is not None or self.high is not None or self.log or self.type:
                 raise ValueError("choices cannot be combined with low, high, log or type")
-            if not self.choices or len(set(map(repr, self.choices))) < len(self.choices):
-                raise ValueError("choices must be at least one value, each once")
             return self
         if self.low is None or self.high is None:
             raise ValueError("both low and high must be given (inclusive), or a list of choices")
         bounds = [b for b in (self.low, self.high) if not isinstance(b, str)]
-        if not all(map(math.isfinite, bounds)):
-            raise ValueError("bounds must be finite numbers")
         if self.log and any(b <= 0 for b in bounds):
-            raise ValueError("log: true needs bounds above 0")
+            raise ValueError(f"log: true needs bounds above 0, but got {min(bounds):g}")
         if len(bounds) == 2 and bounds[0] > bounds[1]:
             raise ValueError(f"low <= high must hold, but got low = {bounds[0]:g}, high = {bounds[1]:g}")
         return self
@@ -223,7 +236,7 @@ class RelativeConfig(_Section):
     """
 
     sum: float = Field(3.0, gt=0)
-    of: list[str] = Field(min_length=2)
+    of: Annotated[list[str], AfterValidator(_each_once)] = Field(min_length=2)
 
 
 class AshaConfig(_Section):
@@ -242,7 +255,7 @@ class BaselinesConfig(_Section):
     Each method gets `trials` runs over the same learning-rate range that the search has, all to the full budget.
     """
 
-    methods: list[Literal["ce", "kd"]] = ["ce", "kd"]
+    methods: Annotated[list[Literal["ce", "kd"]], AfterValidator(_each_once)] = ["ce", "kd"]
     trials: int = Field(6, ge=1)
 
 
@@ -355,7 +368,8 @@ def config_from(raw: Mapping[str, Any], source: str) -> SweepConfig:
 
 def dump_config(config: BaseModel) -> str:
     """The config as YAML, complete: every default is written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    content = config.model_dump(mode="json")
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
@@ -368,9 +382,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise ConfigError(
-            str(path), [Problem(key="", rule=f"cannot be read: {reason}{_siblings(Path(path))}")]
-        ) from error
+        known = _known_spaces() if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(str(path), [Problem(key="", rule=f"cannot be read: {reason}{known}")]) from error
     try:
         raw = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
@@ -385,7 +398,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
+        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} is written twice", key_node.start_mark
@@ -393,10 +406,21 @@ class _Loader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # such as the date 2026-02-31
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number: a digest may be 12345678e9012345."""
+
+
+for _either in (_Loader, _Dumper):
+    _either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
 
 
 def _one_line(error: yaml.YAMLError) -> str:
@@ -405,21 +429,24 @@ def _one_line(error: yaml.YAMLError) -> str:
     return " ".join(str(error).split())
 
 
-def _siblings(path: Path) -> str:
+def _known_spaces() -> str:
     known = sorted(p.name for p in Path("search_spaces").glob("*.yaml"))
-    return "" if path.exists() or not known else f"; known in search_spaces/: {', '.join(known)}"
+    return f"; known in search_spaces/: {', '.join(known)}" if known else ""
 
 
 def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
     *parents, last = override.key.split(".")
     target: Any = raw
-    for depth, parent in enumerate(parents):
-        target = target.setdefault(parent, {})
-        if isinstance(target, str) and parents[depth] in {"student"}:  # a bare name stands for the section
-            target = raw[parent] = {"name": target}
-        if not isinstance(target, dict):
-            key = ".".join(parents[: depth + 1])
+    for depth, parent in enumerate(parents, start=1):
+        section = target.get(parent)
+        if section is None:
+            section = target[parent] = {}
+        elif isinstance(section, str) and parents[:depth] == ["student"]:  # a bare name stands for the section
+            section = target[parent] = {"name": section}
+        if not isinstance(section, dict):
+            key = ".".join(parents[:depth])
             raise ConfigError(source, [Problem(key=override.came_from, rule=f"{key} is a value, not a section")])
+        target = section
     target[last] = override.value
 
 
@@ -432,8 +459,11 @@ def validated(model: type[_ModelT], raw: object, source: str, overrides: Sequenc
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        by_key = {p.key: p for p in reversed([_problem(d, model) for d in error.errors()])}  # a union tells twice
-        raise ConfigError(source, _with_origin(list(reversed(by_key.values())), overrides)) from error
+        by_key: dict[str, list[ErrorDetails]] = {}  # a union tells for each of its types
+        for details in error.errors():
+            by_key.setdefault(_key(details), []).append(details)
+        problems = [_problem(key, same, model) for key, same in by_key.items()]
+        raise ConfigError(source, _with_origin(problems, overrides)) from error
 
 
 def _validated(raw: Mapping[str, Any], source: str, overrides: Sequence[Override]) -> SweepConfig:
@@ -445,19 +475,27 @@ def _validated(raw: Mapping[str, Any], source: str, overrides: Sequence[Override
 
 
 def _with_origin(problems: Sequence[Problem], overrides: Sequence[Override]) -> list[Problem]:
-    origins = {override.key: override.came_from for override in overrides}
-    return [
-        Problem(key=f"{p.key} (from {origins[p.key]})", rule=p.rule, value=p.value, has_value=p.has_value)
-        if p.key in origins
-        else p
-        for p in problems
-    ]
+    last = {override.key: override.came_from for override in overrides}
+    found = []
+    for problem in problems:
+        origins = [o for key, o in last.items() if f"{problem.key}.".startswith(f"{key}.")]
+        origins += [o for key, o in last.items() if key.startswith(f"{problem.key}.")]
+        key = f"{problem.key} (from {', '.join(origins)})" if origins else problem.key
+        found.append(Problem(key=key, rule=problem.rule, value=problem.value, has_value=problem.has_value))
+    return found
 
 
-def _problem(details: ErrorDetails, root: type[BaseModel]) -> Problem:
-    loc = [part for part in details["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
-    key = ".".join(map(str, loc))
-    kind, value = details["type"], details["input"]
+_UNION_TAGS = {"float": "a number", "int": "a number", "str": "text", "bool": "true/false"}
+_KEY_TAG = "[key]"
+
+
+def _key(details: ErrorDetails) -> str:
+    return ".".join(str(part) for part in details["loc"] if part not in (*_UNION_TAGS, _KEY_TAG))
+
+
+def _problem(key: str, same: Sequence[ErrorDetails], root: type[BaseModel]) -> Problem:
+    details = next((d for d in same if d["type"] == "finite_number"), same[0])
+    loc, kind, value = details["loc"], details["type"], details["input"]
     if kind == "extra_forbidden":
         return Problem(key=key, rule=f"unknown key; {unknown_choice(str(loc[-1]), _fields_at(root, loc[:-1]))}")
     if kind == "missing":
@@ -465,13 +503,16 @@ def _problem(details: ErrorDetails, root: type[BaseModel]) -> Problem:
     if kind == "literal_error":
         known = re.findall(r"'([^']*)'", str(details["ctx"]["expected"]))
         return Problem(key=key, rule=unknown_choice(str(value), known), value=value, has_value=True)
-    rule = re.sub(r"^(Value error|Assertion failed), ", "", details["msg"])
-    rule = re.sub(r"^(Input|List|Dictionary) should", "must", rule)
-    plain = not isinstance(value, dict | BaseModel) and value is not None
-    return Problem(key=key, rule=rule, value=value, has_value=plain)
-
-
-_UNION_TAGS = frozenset({"float", "int", "str", "bool"})
+    if loc and loc[-1] == _KEY_TAG:
+        rule = "a key must be text"
+    elif kind in ("model_type", "dict_type"):
+        rule = "must be a mapping of keys to values"
+    elif len(same) > 1 and kind != "finite_number":
+        rule = f"must be {' or '.join(dict.fromkeys(_UNION_TAGS[str(d['loc'][-1])] for d in same))}"
+    else:
+        rule = re.sub(r"^(Value error|Assertion failed), ", "", details["msg"])
+        rule = re.sub(r"^(Input|List|Dictionary) should", "must", rule)
+    return Problem(key=key, rule=rule, value=value, has_value=not isinstance(value, dict | BaseModel))
 
 
 def _fields_at(root: type[BaseModel], loc: Sequence[object]) -> list[str]:
@@ -492,9 +533,12 @@ def _space_problems(config: SweepConfig) -> list[Problem]:
                 others = sorted(numbers - {name})
                 rule = f"a bound must be a number or the name of another range of the space; {unknown_choice(bound, others)}"
                 problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
+            elif name in RECIPE_PARAMETERS and bound not in RECIPE_PARAMETERS:
+                rule = "a range of the recipe, which the baselines search too, cannot be bound to one of the loss"
+                problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
         if name in config.loss:
             problems.append(Problem(key=f"loss.{name}", rule="is both fixed here and searched under space; choose one"))
-        kind_int = parameter.type == "int" or (parameter.type is None and name in INTEGER_PARAMETERS)
+        kind_int = _is_integer(name, parameter)
         for side in ("low", "high"):
             bound = getattr(parameter, side)
             if kind_int and isinstance(bound, float) and bound != int(bound):
@@ -510,14 +554,20 @@ def _space_problems(config: SweepConfig) -> list[Problem]:
     return problems
 
 
+def _is_integer(name: str, parameter: ParameterRange) -> bool:
+    return parameter.type == "int" or (parameter.type is None and name in INTEGER_PARAMETERS)
+
+
 def _cycle(space: Mapping[str, ParameterRange]) -> list[str]:
     for start in space:
         paths = [[start, name] for name in space[start].bound_names()]
+        seen: set[str] = set()
         while paths:
             path = paths.pop()
             if path[-1] == start:
                 return path
-            if len(path) <= len(space):
+            if path[-1] not in seen:
+                seen.add(path[-1])
                 paths += [[*path, name] for name in space[path[-1]].bound_names()]
     return []
 
@@ -526,14 +576,20 @@ def _relative_problems(config: SweepConfig, relative: RelativeConfig) -> list[Pr
     problems = []
     for name in relative.of:
         parameter = config.space.get(name)
-        low = parameter.low if parameter else None
         if parameter is None:
             rule = f"each must be a range of the space; {unknown_choice(name, config.space)}"
             problems.append(Problem(key="relative.of", rule=rule, value=name, has_value=True))
-        elif isinstance(low, str) or low is None or low <= 0:
-            problems.append(
-                Problem(key=f"space.{name}.low", rule="a relative weight must be above 0", value=low, has_value=True)
-            )
+        elif name in RECIPE_PARAMETERS or parameter.choices is not None or _is_integer(name, parameter):
+            rule = "a relative weight must be a range of floats, and of the loss"
+            problems.append(Problem(key=f"space.{name}", rule=rule))
+        elif isinstance(parameter.low, str) or parameter.low is None or parameter.low <= 0:
+            rule = "a relative weight must be above 0"
+            problems.append(Problem(key=f"space.{name}.low", rule=rule, value=parameter.low, has_value=True))
+    for name, parameter in config.space.items():
+        for bound in parameter.bound_names():
+            if (name in relative.of) != (bound in relative.of):
+                rule = "a bound cannot lead into or out of relative.of: scaling would break it"
+                problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
     return problems
 
 

@@ -9,6 +9,7 @@ Other projects need only this and `tune_topkd.loss`:
     criterion = TopKDLoss(**tuned.loss)
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from pydantic import ConfigDict
 from pydantic import Field
 
 from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
 from tune_topkd.config import Method
 from tune_topkd.config import ModelConfig
+from tune_topkd.config import Problem
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
@@ -44,7 +47,7 @@ class NoAnswerError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class BaselineEvidence(_Part):
@@ -134,7 +137,12 @@ def load_tuned_config(path: Path | str) -> TunedConfig:
     Raises:
         ConfigError: the file is missing, is of another schema version, or a key or value breaks a rule.
     """
-    return validated(TunedConfig, read_yaml(path), str(path))
+    raw = read_yaml(path)
+    version = raw.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:  # alone: what else such a file says may be right
+        rule = f"is not the schema version that this tune_topkd reads: known: {SCHEMA_VERSION}"
+        raise ConfigError(str(path), [Problem(key="schema_version", rule=rule, value=version, has_value=True)])
+    return validated(TunedConfig, raw, str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,11 +152,16 @@ def write_text(path: Path, text: str) -> None:
         OSError: the disk refused; what was at `path` is still there.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def as_yaml(tuned: TunedConfig) -> str:

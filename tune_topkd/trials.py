@@ -12,7 +12,7 @@ that is not as it was written is a `LedgerError` with the line number. The event
 | `sweep` | `version`, `sweep`, `id`, `seed`, `trials`, `baselines`, `epochs`, `metric`, `digest`, … | first line, once |
 | `driver` | `host`, `pid`, `trials` | a process began to drive the sweep, towards this number of trials |
 | `suggest` | `arm`, `number`, `proposal`, `params` | a trial was made: what the sampler chose, what the trial is given |
-| `start` | `arm`, `number`, `attempt`, `epoch` | a worker began it, or went on after `epoch` |
+| `start` | `arm`, `number`, `attempt` | a worker began it, or went on from its checkpoint |
 | `report` | `arm`, `number`, `epoch`, `metrics`, `decision` | one epoch's metrics and what was decided on them |
 | `end` | `arm`, `number`, `status`, `reason`, `epoch`, `value` | the trial is over |
 | `stop` | `reason` | the driver let go: `finished`, `interrupted`, `time_budget` or `failed` |
@@ -47,6 +47,8 @@ from tune_topkd.config import Scalar
 LEDGER_VERSION = 1
 LEDGER_FILE = "ledger.jsonl"
 SEARCH = "search"
+_LOCK_TRIES = 5
+_LOCK_PAUSE = 0.02
 
 
 class LedgerError(ValueError):
@@ -236,10 +238,11 @@ class SweepState:
         elif event.name == "report":
             if data["epoch"] in record.reports:
                 raise LedgerError(f"line {event.seq + 1}: trial {event.key} reports epoch {data['epoch']} again")
-            record.reports[data["epoch"]] = _decoded(data["metrics"])
-            record.decision = Decision(data["decision"])
+            metrics, decision = _decoded(data["metrics"]), Decision(data["decision"])
+            record.reports[data["epoch"]], record.decision = metrics, decision
         else:
-            record.status, record.reason, record.value = TrialStatus(data["status"]), data["reason"], data["value"]
+            value = None if data["value"] is None else float(data["value"])
+            record.status, record.reason, record.value = TrialStatus(data["status"]), data["reason"], value
             record.error, record.ended_at = data.get("error", ""), event.time
 
 
@@ -255,6 +258,7 @@ class Ledger:
         self.path = path
         self.state = state
         self._stream = stream
+        self._broken = False
 
     @classmethod
     def create(cls, path: Path, **header: Any) -> Self:
@@ -262,15 +266,21 @@ class Ledger:
 
         Raises:
             LedgerError: the file exists.
+            OSError: the disk refused; no file is left.
         """
         try:
             stream = open(path, "x+b", buffering=0)
         except FileExistsError as error:
             raise LedgerError(f"{path}: exists already") from error
-        _lock(stream, path)
-        ledger = cls(path, SweepState(), stream)
-        ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
-        _sync_folder(path.parent)
+        try:
+            _lock(stream, path)
+            ledger = cls(path, SweepState(), stream)
+            ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
+            _sync_folder(path.parent)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            stream.close()
+            raise
         return ledger
 
     @classmethod
@@ -302,21 +312,27 @@ class Ledger:
         """Write events, in one piece, and return when they are on the disk.
 
         Raises:
-            OSError: the disk refused; nothing of these events is kept.
+            OSError: the disk refused; nothing of these events is kept, and this object takes no more.
+            LedgerError: the events cannot follow those before them, or an earlier append has failed.
         """
-        start = self._stream.tell()
-        written = []
-        for name, data in events:
-            event = Event(self.state.last_seq + 1, round(time.time(), 3), name, _encoded(data))
-            self.state.apply(event)
-            written.append(event)
+        if self._broken:
+            raise LedgerError(f"{self.path}: an earlier write has failed; what was written until then is safe")
+        start, before = self._stream.tell(), self.state.last_seq
+        written = [
+            Event(seq, round(time.time(), 3), name, _encoded(data))
+            for seq, (name, data) in enumerate(events, start=before + 1)
+        ]
+        content = b"".join(map(_line, written))
         try:
-            _write_all(self._stream, b"".join(map(_line, written)))
+            for event in written:
+                self.state.apply(event)
+            _write_all(self._stream, content)
             os.fsync(self._stream.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):  # the torn line, if it stays, is dropped at the next opening
-                self._stream.truncate(start)
-            self.state.last_seq = -2  # the state is ahead of the disk: no append after this one is valid
+        except BaseException:  # an interruption as well: the state may be ahead of the disk
+            self._broken = self.state.last_seq != before
+            if self._broken:
+                with contextlib.suppress(OSError):  # the torn line, if it stays, is dropped at the next opening
+                    self._stream.truncate(start)
             raise
         return written
 
@@ -379,12 +395,17 @@ def driver_identity() -> dict[str, Any]:
 
 
 def _lock(stream: Any, path: Path) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        driver = read_state(path).last_driver
-        who = f"process {driver['pid']} on {driver['host']}" if driver else "another process"
-        raise LedgerError(f"{path}: the sweep is being driven by {who}") from error
+    for _ in range(_LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOCK_PAUSE)  # who only looks whether it is driven holds the lock for an instant
+    who = "another process"
+    with contextlib.suppress(LedgerError):
+        state = read_state(path)
+        if state.last_driver and not state.stop_reason:
+            who = f"process {state.last_driver['pid']} on {state.last_driver['host']}"
+    raise LedgerError(f"{path}: the sweep is being driven by {who}")
 
 
 def _replay(path: Path, content: bytes) -> SweepState:
@@ -406,18 +427,22 @@ def _apply(path: Path, state: SweepState, event: Event) -> None:
 
 
 def _parse(path: Path, content: bytes, *, known_before: bool) -> Iterator[Event]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         place = "a line read later" if known_before else f"line {number}"
         body, mark, crc = line.rpartition(b',"crc":"')
         if not mark or crc != b'%08x"}' % zlib.crc32(body):
             raise LedgerError(f"{path}: {place} is not as it was written (its checksum is wrong)")
-        data = json.loads(body + b"}")
-        yield Event(data.pop("seq"), data.pop("time"), data.pop("event"), data)
+        try:
+            data = json.loads(body + b"}")
+            yield Event(data.pop("seq"), data.pop("time"), data.pop("event"), data)
+        except (KeyError, ValueError) as error:
+            raise LedgerError(f"{path}: {place} is no event: {error!r}") from error
 
 
 def _line(event: Event) -> bytes:
     content = {"seq": event.seq, "time": event.time, "event": event.name, **event.data}
-    body = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()[:-1]
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    body = text.encode(errors="backslashreplace")[:-1]  # a lone surrogate, of an odd file name, as JSON escapes it
     return b'%s,"crc":"%08x"}\n' % (body, zlib.crc32(body))
 
 
