@@ -9,3 +9,27 @@ def clean_environment(monkeypatch, tmp_path_factory):
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TUNE_TOPKD_RUNS_DIR", "TUNE_TOPKD_SWEEP"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(scope="session")
+def unsynced_sqlite():
+    """MLflow's SQLite does not wait for the disk in this process: a test need not outlive a power cut."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def unsynced(connection, record):
+        connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", unsynced)
+    yield
+    event.remove(Engine, "connect", unsynced)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory, unsynced_sqlite):
+    """An MLflow database with its tables, to be copied: making one takes longer than all that a test does with it."""
+    from tune_topkd.tracking import check_uri
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    check_uri(f"sqlite:///{path}")
+    return path
