@@ -3,11 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+RUNS ?= $(or $(TUNE_TOPKD_RUNS_DIR),runs)
+SWEEP ?= digits
 
 .PHONY: sweep test test-slow check format bench analysis clean
 
 sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
-	@if [ -f runs/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits; else $(BIN)/python launch.py run; fi
+	@if [ -f $(RUNS)/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits --runs-dir $(RUNS); \
+	  else $(BIN)/python launch.py run --runs-dir $(RUNS); fi
 
 test: $(STAMP)  ## the tests, those marked slow left out
 	$(BIN)/python -m pytest $(ARGS)
@@ -29,8 +32,8 @@ bench: $(STAMP)  ## what proves the speed: ratios, each with its baseline in the
 	$(BIN)/python -m benchmarks $(ARGS)
 
 analysis: $(STAMP)  ## the notebook over a sweep as a page: make analysis SWEEP=digits
-	TUNE_TOPKD_SWEEP=$(or $(SWEEP),digits) TUNE_TOPKD_RUNS_DIR=$(abspath $(or $(RUNS),runs)) \
-	  $(BIN)/jupyter nbconvert --execute --to html --output-dir $(or $(RUNS),runs)/$(or $(SWEEP),digits) analysis/sweep.ipynb
+	TUNE_TOPKD_SWEEP=$(SWEEP) TUNE_TOPKD_RUNS_DIR=$(abspath $(RUNS)) $(BIN)/jupyter nbconvert --log-level WARN \
+	  --execute --to html --output-dir $(RUNS)/$(SWEEP) analysis/sweep.ipynb
 
 clean:  ## remove what can be made again, but never the sweeps in runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,115 @@
+"""The README is true: its commands run, as a newcomer would run them."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tune_topkd.trials import TrialStatus
+from tune_topkd.trials import read_state
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def commands():
+    lines = [line.partition("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_is_of_a_kind_that_the_test_below_runs():
+    assert {command.split()[0] for command in commands()} == {"make", "python", "mlflow"}
+    assert commands()[:2] == ["make sweep", "make test"]
+
+
+def test_what_it_links_to_is_there():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_make_knows_its_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("sweep", "test", "check", "bench", "analysis", "clean"):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The working tree under another path, with this environment as its own and no runs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    tracked = subprocess.run(
+        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True
+    )
+    for name in tracked.stdout.split():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_the_commands_run_one_after_the_other(checkout):
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("TUNE_TOPKD")}
+    environment["PATH"] = f"{sys.prefix}/bin:{environment['PATH']}"
+    if not (Path(sys.prefix) / ".installed").exists():
+        pytest.skip("the environment was not made by make")
+    for command in commands():
+        if command == "make test":  # this is it
+            continue
+        if command.startswith("mlflow ui"):
+            assert_page_opens(command, checkout, environment)
+            continue
+        done = subprocess.run(command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    state = read_state(checkout / "runs" / "digits" / "ledger.jsonl")
+    assert len(state.arm("search")) >= 24
+    assert state.counts()[TrialStatus.PRUNED] >= len(state.arm("search")) / 3
+    assert (checkout / "runs" / "digits" / "sweep.html").stat().st_size > 100_000
+    for block in blocks("python"):
+        code = subprocess.run(
+            [sys.executable, "-c", block], cwd=checkout, env=environment, capture_output=True, text=True
+        )
+        assert code.returncode == 0, code.stderr
+
+
+def assert_page_opens(command, folder, environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        f"exec {command} --port {port}",
+        shell=True,
+        cwd=folder,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "MLflow's page did not open"
+                time.sleep(0.3)
+        assert b"<title>MLflow</title>" in page
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
