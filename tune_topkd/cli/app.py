@@ -6,7 +6,6 @@ Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 3 the swee
 
 import dataclasses
 import json
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -302,7 +301,7 @@ def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> runni
 
 
 def _stderr() -> Console:
-    width = None if sys.stderr.isatty() or "COLUMNS" in os.environ else 160
+    width = None if sys.stderr.isatty() else 160
     return Console(stderr=True, width=width)
 
 

@@ -144,22 +144,19 @@ def baseline_total(config: SweepConfig) -> int:
     return len(config.baselines.methods) * (config.baselines.trials if searched else 1)
 
 
-def result_table(config: SweepConfig, state: SweepState, top: int = 5) -> Table:
-    """The best configs, and the baselines they are measured against."""
-    names = list(state.ranked()[0].params) if state.ranked() else list(config.space)
+def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
+    """The best configs, and the baselines they are measured against: a column each."""
+    ranked = state.ranked()[:top]
+    bases = [(m, state.best(m)) for m in (config.baselines.methods if config.baselines else ())]
+    shown = [(str(r.key.number), r) for r in ranked] + [(method, r) for method, r in bases if r is not None]
+    names = list(ranked[0].params) if ranked else list(config.space)
     table = Table(title=f"{state.header['sweep']}: best of {state.counts()['completed']} full trials")
-    table.add_column("trial", justify="right")
-    table.add_column("val top-1 %", justify="right")
+    table.add_column("trial")
+    for number, (title, _) in enumerate(shown):
+        table.add_column(title, justify="right", style="bold" if number == 0 else "")
+    table.add_row("val top-1 %", *(f"{record.value:.2f}" for _, record in shown), end_section=True)
     for name in names:
-        table.add_column(_header(name), justify="right", overflow="fold")
-    for place, record in enumerate(state.ranked()[:top]):
-        row = [str(record.key.number), f"{record.value:.2f}", *(short(record.params[n]) for n in names)]
-        table.add_row(*row, style="bold" if place == 0 else "", end_section=place == min(top, len(state.ranked())) - 1)
-    for method in config.baselines.methods if config.baselines else ():
-        best = state.best(method)
-        if best is not None:
-            row = [method, f"{best.value:.2f}", *(short(best.params[n]) if n in best.params else "" for n in names)]
-            table.add_row(*row, style="dim")
+        table.add_row(name, *(short(record.params[name]) if name in record.params else "" for _, record in shown))
     return table
 
 
@@ -179,24 +176,29 @@ def gains(config: SweepConfig, state: SweepState) -> list[str]:
 def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
     """Several sweeps side by side: dataset × pair → best K, scales, weights, top-1, gain."""
     table = Table(title="all sweeps")
-    shown = ("k", "scale_top", "scale_last", "scale_gt", "ce_weight", "tdl_weight", "contrastive_weight", "lr")
-    for column in ("dataset", "teacher → student", *map(_header, shown), "val top-1 %", "over CE", "over KD"):
-        table.add_column(column, justify="left" if "→" in column or column == "dataset" else "right", overflow="fold")
+    table.add_column("dataset")
+    table.add_column("teacher → student", overflow="fold")
+    for column in ("K", "scale top/last/gt", "weight ce/tdl/contr.", "lr", "top-1 %", "over CE/KD"):
+        table.add_column(column, justify="right", overflow="fold")
     for config, state in results:
         best = state.best()
-        params: Mapping[str, Scalar] = best.params if best else {}
-        over = [
-            f"{best.value - base.value:+.2f}" if best and base and best.value and base.value else "–"
-            for base in (state.best("ce"), state.best("kd"))
-        ]
+        params: Mapping[str, Scalar] = config.loss | (best.params if best else {})
+        bases = (state.best("ce"), state.best("kd"))
         table.add_row(
             config.data.name,
             f"{config.teacher.name} → {config.student.name}",
-            *(short(params[n]) if n in params else short(config.loss[n]) if n in config.loss else "–" for n in shown),
+            _joined(params, "k"),
+            _joined(params, "scale_top", "scale_last", "scale_gt"),
+            _joined(params, "ce_weight", "tdl_weight", "contrastive_weight"),
+            _joined(params, "lr"),
             f"{best.value:.2f}" if best else "–",
-            *over,
+            "/".join(f"{(best.value or 0) - (b.value or 0):+.2f}" if best and b else "–" for b in bases),
         )
     return table
+
+
+def _joined(params: Mapping[str, Scalar], *names: str) -> str:
+    return "/".join(short(params[name]) if name in params else "–" for name in names)
 
 
 def short_params(params: Mapping[str, Scalar]) -> str:
@@ -216,7 +218,3 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _header(name: str) -> str:
-    return name.replace("_weight", "\nweight").replace("scale_", "scale\n").replace("contrastive", "contr.")
