@@ -3,6 +3,15 @@
 import pytest
 
 
+def pytest_runtest_setup(item):
+    """A test marked gpu is skipped where torch sees no CUDA device."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path_factory):
     """No test writes to the user's runs or MLflow, or depends on where it is run."""

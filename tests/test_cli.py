@@ -161,20 +161,21 @@ def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs)
     assert len(list((runs / "teachers").glob("*/teacher.pt"))) == 1
 
 
-def test_several_spaces_end_in_a_table_of_all(finished, space, runs, tmp_path):
-    other = tmp_path / "other.yaml"
-    other.write_text(SPACE.replace("digits_cnn_tiny", "digits_linear"))
-    third = tmp_path / "third.yaml"
-    third.write_text(SPACE)
-    done = launch("run", other, third, "--trials", 2, "--set", "baselines=null", "--runs-dir", runs)
+def test_several_spaces_end_in_a_table_of_all_and_begin_with_the_best_of_another_sweep(finished, runs, tmp_path):
+    for name, student in (("first", "digits_linear"), ("second", "digits_cnn_tiny")):
+        (tmp_path / f"{name}.yaml").write_text(SPACE.replace("digits_cnn_tiny", student))
+    paths = [tmp_path / "first.yaml", tmp_path / "second.yaml"]
+    options = ["--trials", 2, "--set", "baselines=null", "--warm-start", "small"]
+    done = launch("run", *paths, *options, "--runs-dir", runs)
     assert done.returncode == 0, done.stderr
     table = done.stderr[done.stderr.index("all sweeps") :]
     assert "digits_linear" in table
     assert "digits_cnn_tiny" in table
-    warm = launch("run", space, "--name", "warm", "--trials", 3, "--warm-start", "small", "--runs-dir", runs)
-    assert warm.returncode == 0, warm.stderr
-    tried = [r.params for r in read_state(runs / "warm" / "ledger.jsonl").arm("search")]
-    assert tried[1] == read_state(runs / "small" / "ledger.jsonl").best().params
+    best = read_state(runs / "small" / "ledger.jsonl").best().params
+    for name in ("first", "second"):
+        defaults, warm = (r.params for r in read_state(runs / name / "ledger.jsonl").arm("search"))
+        assert defaults["k"] == 5
+        assert warm == pytest.approx(best)
 
 
 def test_ctrl_c_ends_cleanly_and_resume_finishes_the_same_sweep(space, finished, runs):
@@ -285,6 +286,18 @@ def test_a_process_refuses_without_a_traceback(space, tmp_path, case):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert all(word in done.stderr for word in words)
+
+
+def test_a_ledger_that_a_kill_left_without_a_line_is_no_sweep(finished, space, runs):
+    folder = runs / "torn"
+    folder.mkdir()
+    (folder / "ledger.jsonl").write_bytes(b'{"seq":0,"ti')
+    status = launch("status", "torn", "--runs-dir", runs)
+    assert status.returncode == 2
+    assert "no such sweep" in status.stderr
+    options = ["--name", "torn", "--trials", 1, "--epochs", 1, "--set", "baselines=null"]
+    done = launch("run", space, *options, "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
 
 
 def test_all_problems_of_all_files_come_at_once(space, tmp_path):

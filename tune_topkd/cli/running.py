@@ -67,7 +67,15 @@ class Place:
     def sweeps(self) -> list[str]:
         """The names of the sweeps that have begun, oldest first."""
         ledgers = sorted(self.runs.glob(f"*/{LEDGER_FILE}"), key=lambda p: p.stat().st_mtime)
-        return [path.parent.name for path in ledgers]
+        return [path.parent.name for path in ledgers if self.has_begun(path.parent.name)]
+
+    def has_begun(self, sweep: str) -> bool:
+        """Whether the sweep's ledger has a line; a kill may have come between the file and its first one."""
+        try:
+            with open(self.folder(sweep) / LEDGER_FILE, "rb") as ledger:
+                return ledger.readline().endswith(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def existing(self, sweep: str) -> Path:
         """The folder of a sweep that has begun.
@@ -76,7 +84,7 @@ class Place:
             ConfigError: there is none of this name.
         """
         folder = self.folder(sweep)
-        if not (folder / LEDGER_FILE).is_file():
+        if not self.has_begun(sweep):
             known = self.sweeps()
             rule = f"no such sweep in {self.runs}; " + (unknown_choice(sweep, known) if known else "there are none")
             raise ConfigError("SWEEP", [Problem(key=sweep, rule=rule)])
@@ -119,7 +127,7 @@ def check_name(name: str, place: Place) -> None:
     if not SWEEP_NAME.fullmatch(name) or name in ("teachers", "mlartifacts"):
         rule = "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and not be 'teachers'"
         raise ConfigError("--name", [Problem(key=name, rule=rule)])
-    if (place.folder(name) / LEDGER_FILE).exists():
+    if place.has_begun(name):
         state = read_state(place.folder(name) / LEDGER_FILE)
         what = sweep_state_name(place.folder(name), state)
         rule = (
@@ -161,6 +169,8 @@ def start(
         "versions": versions(),
         "git_commit": git_commit(),
     }
+    if not place.has_begun(name):
+        (folder / LEDGER_FILE).unlink(missing_ok=True)
     with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
         return _drive(config, ledger, place, console)
 
@@ -184,7 +194,6 @@ def go_on(name: str, place: Place, console: Console, trials: int | None, time_bu
             raise ConfigError("--trials", [Problem(key=name, rule=rule, value=trials, has_value=True)])
         settings = {"trials": trials or state.target, "time_budget": time_budget}
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update=settings)})
-        ready_teacher(config, place, console)
         return _drive(config, ledger, place, console)
 
 
@@ -228,8 +237,8 @@ def _teacher(config: SweepConfig, place: Place, console: Console) -> Any:
 def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) -> Outcome:
     """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
     folder = ledger.path.parent
-    checkpoint = str(teacher_path_quietly(config, place))
     ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
+    checkpoint = str(teacher_path(config, place, Console(quiet=True)))
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
@@ -243,11 +252,6 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
         console.print(f"note: MLflow has not got all of this sweep ({trouble})", style="yellow", soft_wrap=True)
     code = INTERRUPTED if reason == "interrupted" else DONE if ledger.state.best() else NO_SUCCESS
     return Outcome(config, ledger.state, reason, code)
-
-
-def teacher_path_quietly(config: SweepConfig, place: Place) -> Path:
-    """The path of a teacher that is known to be there."""
-    return teacher_path(config, place, Console(quiet=True))
 
 
 def _search(config: SweepConfig, ledger: Ledger, place: Place, checkpoint: str, trackers: Sequence[Any]) -> str:
