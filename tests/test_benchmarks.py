@@ -1,0 +1,63 @@
+"""The benchmarks run, and give a table of ratios; what the ratios are is nothing a test can hold."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def benchmarks(*arguments):
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+
+
+def ratios(page):
+    """The cells of the table's lines: what, against, ratio, spread, turns, medians, goal."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    return [cells for cells in lines if cells[0] != "what" and set(cells[0]) != {"-"}]
+
+
+def check(done, names):
+    """Every line that is to be there is, with a ratio that lies within its spread."""
+    assert done.returncode == 0, done.stderr
+    found = ratios(done.stdout)
+    for name in names:
+        assert any(name in cells[0] for cells in found), f"no line has {name!r}"
+    for what, against, ratio, spread, turns, medians, _ in found:
+        low, high = map(float, spread.split(" – "))
+        assert 0 < low <= float(ratio) <= high < math.inf, what
+        assert int(turns) >= 1
+        assert len(medians.split(" / ")) == 2
+        assert against
+
+
+def test_the_cost_of_the_losses():
+    before = set(RESULTS.glob("*"))
+    done = benchmarks("--quick", "loss_cost")
+    losses = ("TopKDLoss", "KDLoss", "DKDLoss", "LogitStandardKDLoss")
+    names = [f"{loss}, {classes} classes" for loss in losses for classes in (10, 100, 1000)]
+    check(done, [*names, "TopKDLoss alone, digits_cnn_tiny", "TopKDLoss alone, resnet18"])
+    assert set(RESULTS.glob("*")) == before, "a table is kept only if it is asked for"
+    assert re.search(r"^- .+, \d+ cores; load average at the start \d", done.stdout, re.MULTILINE)
+    assert re.search(r"torch \S+, ray \S+, optuna \S+, mlflow \S+", done.stdout)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_overhead_of_a_sweep():
+    done = benchmarks("--quick", "sweep_overhead")
+    names = ("wall time of 20 trials", "seconds per trial", "peak memory", "a proposal after 1,000", "taking the end")
+    check(done, names)
+
+
+def test_an_unknown_benchmark_is_refused():
+    done = benchmarks("loss_costs")
+    assert done.returncode == 2
+    assert "unknown benchmark loss_costs; known are loss_cost, sweep_overhead" in done.stderr
