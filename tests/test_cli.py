@@ -48,6 +48,22 @@ def launch(*arguments, **options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, **options)
 
 
+@pytest.fixture
+def inside(monkeypatch, capfd):
+    """The same within this process, which has the libraries imported: an exit code and the two streams."""
+
+    def inside(*arguments):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, exit_.value.code, out, err)
+
+    return inside
+
+
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     path = tmp_path_factory.mktemp("spaces") / "small.yaml"
@@ -97,13 +113,13 @@ def test_the_terminal_has_a_line_per_trial_a_table_and_what_to_do_next_and_no_ch
     assert finished.stdout == ""
 
 
-def test_status_tells_people_and_programs(finished, runs):
-    found = json.loads(launch("status", "small", "--json", "--runs-dir", runs).stdout)
+def test_status_tells_people_and_programs(finished, runs, inside):
+    found = json.loads(inside("status", "small", "--json", "--runs-dir", runs).stdout)
     assert (found["sweep"], found["state"]) == ("small", "finished")
     assert found["trials"]["completed"] + found["trials"]["pruned"] == 6
     assert found["trials"]["running"] == 0
     assert set(found["best"]) == {"number", "val_top1", "params"}
-    text = launch("status", "--runs-dir", runs).stdout
+    text = inside("status", "--runs-dir", runs).stdout
     assert re.match(r"small: finished, .* of 6; best \d+\.\d\d % \(trial \d\)\n", text)
 
 
@@ -122,40 +138,40 @@ def test_mlflow_has_one_parent_and_a_child_per_trial_and_nothing_runs(finished, 
     assert (children["metrics.val_top1"] > 0).all()
 
 
-def test_a_name_that_is_taken_is_refused_and_says_what_to_do(finished, space, runs):
+def test_a_name_that_is_taken_is_refused_and_says_what_to_do(finished, space, runs, inside):
     before = (runs / "small" / "ledger.jsonl").read_bytes()
-    again = launch("run", space, "--runs-dir", runs)
+    again = inside("run", space, "--runs-dir", runs)
     assert again.returncode == 2
     assert "`resume small`" in again.stderr
     assert "--name" in again.stderr
     assert (runs / "small" / "ledger.jsonl").read_bytes() == before
 
 
-def test_resume_of_a_finished_sweep_runs_nothing_and_more_trials_go_on(finished, runs):
+def test_resume_of_a_finished_sweep_runs_nothing_and_fewer_trials_are_refused(finished, runs, inside):
     def trials():
         return [e.data["number"] for e in read_events(runs / "small" / "ledger.jsonl")[0] if e.name == "suggest"]
 
     before = trials()
     assert launch("resume", "small", "--runs-dir", runs).returncode == 0
     assert trials() == before
-    fewer = launch("resume", "small", "--trials", 3, "--runs-dir", runs)
+    fewer = inside("resume", "small", "--trials", 3, "--runs-dir", runs)
     assert fewer.returncode == 2
     assert "must be at least 6" in fewer.stderr
 
 
 @pytest.mark.parametrize("format_", ["yaml", "json", "python"])
-def test_export_writes_what_the_sweep_found(finished, runs, tmp_path, format_):
+def test_export_writes_what_the_sweep_found(finished, runs, tmp_path, format_, inside):
     best = read_state(runs / "small" / "ledger.jsonl").best()
     path = tmp_path / f"tuned.{format_}"
-    done = launch("export", "small", "--format", format_, "-o", path, "--runs-dir", runs)
+    done = inside("export", "small", "--format", format_, "-o", path, "--runs-dir", runs)
     assert done.returncode == 0, done.stderr
     loss = runpy.run_path(str(path))["LOSS"] if format_ == "python" else load_tuned_config(path).loss
     assert loss["k"] == best.params["k"]
-    assert launch("export", "small", "--format", format_, "--runs-dir", runs).stdout == path.read_text()
+    assert inside("export", "small", "--format", format_, "--runs-dir", runs).stdout == path.read_text()
 
 
-def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs):
-    done = launch("teacher", space, "--runs-dir", runs)
+def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs, inside):
+    done = inside("teacher", space, "--runs-dir", runs)
     assert "found" in done.stderr
     assert Path(done.stdout.strip()).is_file()
     assert len(list((runs / "teachers").glob("*/teacher.pt"))) == 1
@@ -262,18 +278,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_input_is_one_message_exit_2_and_nothing_half_written(space, tmp_path, case, monkeypatch, capfd):
+def test_wrong_input_is_one_message_exit_2_and_nothing_half_written(space, tmp_path, case, monkeypatch, inside):
     arguments, words = REFUSED[case]
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path / "runs"))
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["launch.py", *(a.replace("SPACE", str(space)) for a in arguments)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    out, err = capfd.readouterr()
-    assert exit_.value.code == 2
-    assert out == ""
+    done = inside(*(a.replace("SPACE", str(space)) for a in arguments))
+    assert (done.returncode, done.stdout) == (2, "")
     for word in words:
-        assert word in err
+        assert word in done.stderr
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
@@ -288,11 +299,11 @@ def test_a_process_refuses_without_a_traceback(space, tmp_path, case):
     assert all(word in done.stderr for word in words)
 
 
-def test_a_ledger_that_a_kill_left_without_a_line_is_no_sweep(finished, space, runs):
+def test_a_ledger_that_a_kill_left_without_a_line_is_no_sweep(finished, space, runs, inside):
     folder = runs / "torn"
     folder.mkdir()
     (folder / "ledger.jsonl").write_bytes(b'{"seq":0,"ti')
-    status = launch("status", "torn", "--runs-dir", runs)
+    status = inside("status", "torn", "--runs-dir", runs)
     assert status.returncode == 2
     assert "no such sweep" in status.stderr
     options = ["--name", "torn", "--trials", 1, "--epochs", 1, "--set", "baselines=null"]
@@ -300,17 +311,18 @@ def test_a_ledger_that_a_kill_left_without_a_line_is_no_sweep(finished, space, r
     assert done.returncode == 0, done.stderr
 
 
-def test_all_problems_of_all_files_come_at_once(space, tmp_path):
+def test_all_problems_of_all_files_come_at_once(space, tmp_path, inside):
     other = tmp_path / "other.yaml"
     other.write_text(SPACE.replace("trials: 6", "trials: -1").replace("momentum", "momentun"))
-    done = launch("check", space, other, "missing.yaml", "--set", "sweep.seed=-2")
+    done = inside("check", space, other, "missing.yaml", "--set", "sweep.seed=-2")
     assert done.returncode == 2
     for words in ("small.yaml", "other.yaml", "missing.yaml", "sweep.seed", "sweep.trials"):
         assert words in done.stderr
 
 
-def test_check_says_what_would_run_and_starts_nothing(space, tmp_path):
-    done = launch("check", space, "--show", env=os.environ | {"TUNE_TOPKD_RUNS_DIR": str(tmp_path / "runs")})
+def test_check_says_what_would_run_and_starts_nothing(space, tmp_path, inside, monkeypatch):
+    monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path / "runs"))
+    done = inside("check", space, "--show")
     assert done.returncode == 0, done.stderr
     for words in (
         "small.yaml: valid",
@@ -323,12 +335,12 @@ def test_check_says_what_would_run_and_starts_nothing(space, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_doctor_tells_what_is_there(tmp_path):
+def test_doctor_tells_what_is_there(tmp_path, inside):
     done = launch("doctor", "--runs-dir", tmp_path)
     assert done.returncode == 0, done.stdout
     for words in ("ok  python", "ok  torch", "ok  ray: private cluster: 1 node(s)", "ok  mlflow: sqlite", "GB free"):
         assert words in done.stdout
-    sick = launch("doctor", "--runs-dir", "/proc/runs", "--address", "127.0.0.1:1")
+    sick = inside("doctor", "--runs-dir", "/proc/runs", "--address", "127.0.0.1:1")
     assert sick.returncode == 2
     assert sick.stdout.count("BAD") == 3
 

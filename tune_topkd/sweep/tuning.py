@@ -5,6 +5,7 @@ a scheduler that only translate. Ray's own experiment folder is scratch: nothing
 """
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -78,7 +79,7 @@ class Cluster:
         try:
             yield cls(tuple(_resources(node) for node in ray.nodes() if node["Alive"]))
         finally:
-            ray.shutdown()
+            _shutdown()
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
 
@@ -148,6 +149,21 @@ def run_sweep(
     )
     tuner.fit()
     return search.stopped()
+
+
+def _shutdown() -> None:
+    """Let go of Ray with no garbage left that holds references into it.
+
+    A reference that another thread's garbage collection drops while Ray shuts down ends the whole process from C++.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def check_address(address: str) -> None:
