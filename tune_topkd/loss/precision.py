@@ -19,7 +19,10 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast is off for the device of the tensor."""
     kind = tensor.device.type
     # Asked first: torch.autocast is slow to enter, and raises for devices that have none, such as "meta".
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(
+        kind
+    )  # torch 2.11 cannot trace the latter
+    if not available or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(device_type=kind, enabled=False)
 
