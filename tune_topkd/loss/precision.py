@@ -18,10 +18,9 @@ def widened(*logits: Tensor) -> list[Tensor]:
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Return a context in which autocast is off for the device of the tensor."""
     kind = tensor.device.type
-    # Asked first: torch.autocast is slow to enter, and raises for devices that have none, such as "meta".
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(
-        kind
-    )  # torch 2.11 cannot trace the latter
+    # Asked first: torch.autocast is slow to enter, and raises for devices that have none, such as "meta". Not asked while
+    # compiling: torch 2.11 cannot trace the question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     if not available or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(device_type=kind, enabled=False)
