@@ -165,7 +165,10 @@ RANGE = {"low": 1.0, "high": 4.0}
 BROKEN = {
     "unknown key": ({"methd": "kd"}, ["methd: unknown key", "did you mean 'method'", "known: baselines, data, "]),
     "unknown key one down": ({"recipe.epoch": 3}, ["recipe.epoch: unknown key", "'epochs'", "known: batch_size, "]),
-    "unknown key two down": ({"data.augment.pd": 1}, ["data.augment.pd: unknown key", "'pad'", "known: flip, pad"]),
+    "unknown key two down": (
+        {"data.augment.pd": 1},
+        ["data.augment.pd: unknown key", "'pad'", "known: crop_scale, erase, "],
+    ),
     "unknown key in an optional section": (
         {"sweep.asha.grace": 1},
         ["sweep.asha.grace: unknown key", "known: grace_epochs, "],
@@ -482,3 +485,181 @@ def test_a_problem_of_the_file_does_not_name_an_option_beside_it(tmp_path):
 def test_of_two_options_for_one_key_the_last_is_named(tmp_path):
     overrides = [parse_set("sweep.trials=3"), Override("sweep.trials", 0, "--trials")]
     assert refusal(written(tmp_path, MINIMAL), overrides).startswith("sweep.trials (from --trials) = 0")
+
+
+# --- extends --------------------------------------------------------------------------------------------------------
+
+BARE = {name: section for name, section in MINIMAL.items() if name != "recipe"}
+PARENT = {"recipe": {"epochs": 8, "lr": 0.5}}
+
+
+def family(folder, files):
+    """Files by name, with folders made for them; the path of `space.yaml`."""
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False))
+    return folder / "space.yaml"
+
+
+def test_a_file_is_merged_over_the_one_it_extends_key_by_key(tmp_path):
+    parent = {"recipe": {"epochs": 8, "lr": 0.5, "milestones": [2, 4, 6]}, "space": {"a": {"low": 1.0, "high": 2.0}}}
+    child = {"extends": "parent.yaml", "recipe": {"lr": 0.25, "milestones": [3]}, "space": {"a": {"high": 3.0}}}
+    config = load_config(family(tmp_path, {"space.yaml": BARE | child, "parent.yaml": parent}))
+    assert (config.recipe.epochs, config.recipe.lr) == (8, 0.25)
+    assert config.recipe.milestones == [3]  # a list is replaced whole
+    assert (config.space["a"].low, config.space["a"].high) == (1.0, 3.0)
+
+
+def test_of_several_parents_the_later_wins_and_the_file_over_all(tmp_path):
+    files = {
+        "space.yaml": BARE | {"extends": ["one.yaml", "two.yaml"], "recipe": {"lr": 0.3}},
+        "one.yaml": {"recipe": {"epochs": 1, "lr": 0.1, "momentum": 0.1, "gamma": 0.1}},
+        "two.yaml": {"recipe": {"epochs": 2, "lr": 0.2, "momentum": 0.2}, "sweep": {"asha": None}},
+    }
+    config = load_config(family(tmp_path, files))
+    recipe = config.recipe
+    assert (recipe.gamma, recipe.momentum, recipe.lr, recipe.epochs) == (0.1, 0.2, 0.3, 2)
+    assert config.sweep.asha is None  # outside of space and loss null is a value
+
+
+def test_a_parent_is_found_relative_to_the_file_that_names_it(tmp_path, monkeypatch):
+    files = {
+        "space.yaml": BARE | {"extends": "bases/parent.yaml"},
+        "bases/parent.yaml": {"extends": ["../other/grand.yaml"], "recipe": {"lr": 0.25}},
+        "other/grand.yaml": PARENT,
+    }
+    path = family(tmp_path, files)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert (load_config(path).recipe.epochs, load_config(path).recipe.lr) == (8, 0.25)
+
+
+def test_two_parents_of_one_grandparent_are_no_circle(tmp_path):
+    files = {
+        "space.yaml": BARE | {"extends": ["one.yaml", "two.yaml"]},
+        "one.yaml": {"extends": "grand.yaml", "recipe": {"lr": 0.25}},
+        "two.yaml": {"extends": "grand.yaml"},
+        "grand.yaml": PARENT,
+    }
+    assert load_config(family(tmp_path, files)).recipe.lr == 0.5  # two brings the grandparent's again, after one
+
+
+@pytest.mark.parametrize("section", ["space", "loss"])
+def test_null_takes_an_inherited_entry_away(tmp_path, section):
+    entries = {"a": [1, 2], "b": [1, 2]} if section == "space" else {"a": 1, "b": 2}
+    files = {
+        "space.yaml": BARE | {"extends": "parent.yaml", section: {"a": None, "c": entries["b"]}},
+        "parent.yaml": PARENT | {section: entries},
+    }
+    assert set(getattr(load_config(family(tmp_path, files)), section)) == {"b", "c"}
+
+
+def test_what_was_taken_away_can_be_given_again(tmp_path):
+    files = {
+        "space.yaml": BARE | {"extends": ["one.yaml", "two.yaml", "three.yaml"]},
+        "one.yaml": PARENT | {"space": {"a": {"low": 1.0, "high": 2.0}}},
+        "two.yaml": {"space": {"a": None}},
+        "three.yaml": {"space": {"a": [1, 2]}},
+    }
+    assert load_config(family(tmp_path, files)).space["a"].choices == [1, 2]
+
+
+def test_a_range_can_become_choices(tmp_path):
+    files = {
+        "space.yaml": BARE | {"extends": "parent.yaml", "space": {"k": [1, 5]}},
+        "parent.yaml": PARENT | {"space": {"k": {"low": 1, "high": 20, "log": True}}},
+    }
+    assert load_config(family(tmp_path, files)).space["k"].choices == [1, 5]
+
+
+def test_the_dumped_config_needs_no_parent(tmp_path):
+    config = load_config(family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": PARENT}))
+    (tmp_path / "alone").mkdir()
+    assert load_config(written(tmp_path / "alone", dump_config(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("parents", "source", "named"),
+    [
+        ({}, "space.yaml", "./space.yaml"),
+        ({"a.yaml": {"extends": "space.yaml"}}, "a.yaml", "space.yaml"),
+        ({"a.yaml": {"extends": "b/b.yaml"}, "b/b.yaml": {"extends": ["../a.yaml"]}}, "b/b.yaml", "../a.yaml"),
+    ],
+    ids=["itself", "its parent", "two parents"],
+)
+def test_a_circle_is_told_with_the_file_that_closes_it(tmp_path, parents, source, named):
+    first = "a.yaml" if parents else "./space.yaml"
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": first}, **parents})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert (tmp_path / source).samefile(caught.value.source)
+    assert str(caught.value) == f"{caught.value.source}: extends: goes in a circle: {named} extends this file"
+
+
+def test_a_missing_parent_is_told_with_where_it_was_looked_for(tmp_path):
+    files = {"space.yaml": BARE | {"extends": "bases/a.yaml"}, "bases/a.yaml": {"extends": "b.yaml"}}
+    with pytest.raises(ConfigError) as caught:
+        load_config(family(tmp_path, files))
+    bases = tmp_path / "bases"
+    assert str(caught.value) == f"{bases / 'a.yaml'}: extends = 'b.yaml': must be an existing file, relative to {bases}"
+
+
+def test_a_folder_is_no_parent(tmp_path):
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": "bases"}, "bases/a.yaml": PARENT})
+    assert refusal(path).startswith("extends = 'bases': must be an existing file")
+
+
+@pytest.mark.parametrize("parents", [5, True, None, {"a": 1}, ["a.yaml", 5]])
+def test_extends_must_be_paths(tmp_path, parents):
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": parents}, "a.yaml": PARENT})
+    assert refusal(path).startswith(
+        f"extends = {parents!r}: must be the path of a YAML, relative to this one, or a list"
+    )
+
+
+def test_a_parent_that_is_no_yaml_is_told_by_its_name(tmp_path):
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": "recipe: [1\n"})
+    with pytest.raises(ConfigError, match="is no valid YAML") as caught:
+        load_config(path)
+    assert caught.value.source == str(tmp_path / "parent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("recipe.epochs", 0, "recipe.epochs (from {}) = 0: must be greater"),
+        ("recipe.epoch", 1, "recipe.epoch (from {}): unknown key"),
+        ("recip", {"epochs": 1}, "recip (from {}): unknown key"),
+        ("space.a", {"low": 2, "high": 1}, "space.a (from {}): low <= high must hold"),
+        ("sweep.asha.grace_epochs", 9, "sweep.asha.grace_epochs (from {}) = 9: must be at most"),
+    ],
+)
+def test_a_bad_value_of_a_parent_is_told_with_that_file(tmp_path, key, value, told):
+    *sections, last = key.split(".")
+    parent = {last: value}
+    for section in reversed(sections):
+        parent = {section: parent}
+    files = {
+        "space.yaml": BARE | {"extends": ["fine.yaml", "bases/bad.yaml"]},
+        "fine.yaml": PARENT,
+        "bases/bad.yaml": parent,
+    }
+    path = family(tmp_path, files)
+    assert refusal(path).startswith(told.format(tmp_path / "bases" / "bad.yaml"))
+
+
+def test_a_bad_value_of_the_file_itself_is_not_blamed_on_a_parent_that_had_a_good_one(tmp_path):
+    files = {"space.yaml": BARE | {"extends": "parent.yaml", "recipe": {"epochs": 0}}, "parent.yaml": PARENT}
+    assert refusal(family(tmp_path, files)).startswith("recipe.epochs = 0: must be greater")
+
+
+def test_a_bad_value_of_an_option_is_not_blamed_on_a_parent_that_had_a_good_one(tmp_path):
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": PARENT})
+    told = refusal(path, [Override("recipe.epochs", 0, "--epochs")])
+    assert told.startswith("recipe.epochs (from --epochs) = 0: must be greater")
+
+
+def test_options_win_over_parents(tmp_path):
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": PARENT})
+    recipe = load_config(path, [parse_set("recipe.epochs=3")]).recipe
+    assert (recipe.epochs, recipe.lr) == (3, 0.5)

@@ -1,0 +1,76 @@
+"""All that a search-space YAML may say, as pydantic models, and the one error for what it may not.
+
+A YAML is read by `load_config`, which reports every problem it finds at once: file, key, value, rule, known choices.
+What needs a look at data, networks or losses (class counts, model names) is checked by the command line's preflight.
+
+Inside: `sections` are the models, `rules` what holds between their fields, `validation` turns both into `ConfigError`,
+`files` reads and writes YAML, with `extends:` and `--set`.
+"""
+
+from tune_topkd.config.errors import ConfigError
+from tune_topkd.config.errors import Override
+from tune_topkd.config.errors import Problem
+from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.files import config_from
+from tune_topkd.config.files import dump_config
+from tune_topkd.config.files import load_config
+from tune_topkd.config.files import load_pair
+from tune_topkd.config.files import parse_set
+from tune_topkd.config.files import read_yaml
+from tune_topkd.config.sections import INTEGER_PARAMETERS
+from tune_topkd.config.sections import METHODS
+from tune_topkd.config.sections import RECIPE_PARAMETERS
+from tune_topkd.config.sections import SWEEP_NAME
+from tune_topkd.config.sections import AshaConfig
+from tune_topkd.config.sections import AugmentConfig
+from tune_topkd.config.sections import BaselinesConfig
+from tune_topkd.config.sections import DataConfig
+from tune_topkd.config.sections import Method
+from tune_topkd.config.sections import ModelConfig
+from tune_topkd.config.sections import PairConfig
+from tune_topkd.config.sections import ParameterRange
+from tune_topkd.config.sections import RandAugmentConfig
+from tune_topkd.config.sections import RecipeConfig
+from tune_topkd.config.sections import RelativeConfig
+from tune_topkd.config.sections import Scalar
+from tune_topkd.config.sections import StudentConfig
+from tune_topkd.config.sections import SweepConfig
+from tune_topkd.config.sections import SweepSettings
+from tune_topkd.config.sections import TeacherConfig
+from tune_topkd.config.sections import TrialConfig
+from tune_topkd.config.validation import validated
+
+__all__ = [
+    "INTEGER_PARAMETERS",
+    "METHODS",
+    "RECIPE_PARAMETERS",
+    "SWEEP_NAME",
+    "AshaConfig",
+    "AugmentConfig",
+    "BaselinesConfig",
+    "ConfigError",
+    "DataConfig",
+    "Method",
+    "ModelConfig",
+    "Override",
+    "PairConfig",
+    "ParameterRange",
+    "Problem",
+    "RandAugmentConfig",
+    "RecipeConfig",
+    "RelativeConfig",
+    "Scalar",
+    "StudentConfig",
+    "SweepConfig",
+    "SweepSettings",
+    "TeacherConfig",
+    "TrialConfig",
+    "config_from",
+    "dump_config",
+    "load_config",
+    "load_pair",
+    "parse_set",
+    "read_yaml",
+    "unknown_choice",
+    "validated",
+]

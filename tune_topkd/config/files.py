@@ -1,0 +1,219 @@
+"""Search-space YAMLs: reading with `extends:` and overrides, and writing."""
+
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from tune_topkd.config.errors import ConfigError
+from tune_topkd.config.errors import Override
+from tune_topkd.config.errors import Problem
+from tune_topkd.config.sections import PairConfig
+from tune_topkd.config.sections import SweepConfig
+from tune_topkd.config.validation import validated_pair
+from tune_topkd.config.validation import validated_sweep
+
+EXTENDS = "extends"
+
+
+def parse_set(text: str) -> Override:
+    """Turn `key=value` of `--set` into an `Override`; the value is read as YAML.
+
+    Raises:
+        ConfigError: if there is no `=`, no key, or the value is no YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
+        raise ConfigError("--set", [Problem(key=text, rule="must read key=value, the key dotted: recipe.epochs=10")])
+    try:
+        return Override(key.strip(), yaml.load(value, Loader=_Loader), f"--set {text}")  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError("--set", [Problem(key=text, rule=f"the value is no YAML: {_one_line(error)}")]) from error
+
+
+def load_config(path: Path | str, overrides: Sequence[Override] = ()) -> SweepConfig:
+    """Read a search-space YAML.
+
+    `extends: other.yaml` (or a list of files), relative to the file that says so, starts from those: mappings are
+    merged key by key, everything else is replaced, later files win and the file itself wins over all. A `null` in
+    `space` or `loss` takes an entry away.
+
+    Args:
+        path: the file.
+        overrides: values that replace those of the file, applied in order.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, or a key or value breaks a rule; all such problems at once.
+    """
+    raw, origins = _overridden(path, overrides)
+    return validated_sweep(raw, str(path), origins)
+
+
+def load_pair(path: Path | str, overrides: Sequence[Override] = ()) -> PairConfig:
+    """Read a search-space YAML for a single training, which its space does not concern; as `load_config` otherwise.
+
+    Raises:
+        ConfigError: as `load_config`; also if an override sets what only a sweep has.
+    """
+    raw, origins = _overridden(path, overrides)
+    return validated_pair(raw, str(path), origins)
+
+
+def _overridden(path: Path | str, overrides: Sequence[Override]) -> tuple[dict[str, Any], list[Override]]:
+    raw, inherited = _extended(Path(path), ())
+    for override in overrides:
+        _apply(raw, override, str(path))
+    origins = [Override(key, None, file) for key, file in inherited.items() if file != str(path)]
+    return raw, [*origins, *overrides]
+
+
+def config_from(raw: Mapping[str, Any], source: str) -> SweepConfig:
+    """A config from plain data, as `load_config` does from a file; `source` stands in the error."""
+    return validated_sweep(raw, source, ())
+
+
+def dump_config(config: BaseModel) -> str:
+    """The config as YAML, complete: every default is written out."""
+    content = config.model_dump(mode="json")
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file; duplicate keys and anything but a mapping are errors.
+
+    Raises:
+        ConfigError: names the file and what is wrong with it.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        known = _known_spaces() if isinstance(error, FileNotFoundError) else ""
+        raise ConfigError(str(path), [Problem(key="", rule=f"cannot be read: {reason}{known}")]) from error
+    try:
+        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [Problem(key="", rule=f"is no valid YAML: {_one_line(error)}")]) from error
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise ConfigError(str(path), [Problem(key="", rule="must be a mapping of keys to values")])
+    return raw
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number (YAML 1.2, and what people mean) and refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is written twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # such as the date 2026-02-31
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which `_Loader` would read as a number: a digest may be 12345678e9012345."""
+
+
+for _either in (_Loader, _Dumper):
+    _either.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    )
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _extended(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The mapping of a file over those it extends, and the file that each dotted key of it was read from."""
+    raw = read_yaml(path)
+    parents = raw.pop(EXTENDS, [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        rule = "must be the path of a YAML, relative to this one, or a list of them"
+        raise ConfigError(str(path), [Problem(key=EXTENDS, rule=rule, value=parents, has_value=True)])
+    seen = (*below, path.resolve())
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for parent in parents:
+        other = path.parent / parent
+        if other.resolve() in seen:
+            raise ConfigError(str(path), [Problem(key=EXTENDS, rule=f"goes in a circle: {parent} extends this file")])
+        if not other.is_file():
+            rule = f"must be an existing file, relative to {path.parent}"
+            raise ConfigError(str(path), [Problem(key=EXTENDS, rule=rule, value=parent, has_value=True)])
+        _merge(merged, origins, *_extended(other, seen))
+    _merge(merged, origins, raw, dict.fromkeys(_leaves(raw), str(path)))
+    return merged, origins
+
+
+def _merge(into: dict[str, Any], origins: dict[str, str], raw: Mapping[str, Any], its: Mapping[str, str]) -> None:
+    replaced = _merged(into, raw, "")
+    for key in [k for k in origins if any(f"{k}.".startswith(f"{r}.") for r in replaced)]:
+        del origins[key]
+    origins.update(its)
+
+
+def _merged(into: dict[str, Any], raw: Mapping[str, Any], parent: str) -> list[str]:
+    """Merge `raw` into `into`; the dotted keys whose old values are gone."""
+    replaced = []
+    for name, value in raw.items():
+        key = f"{parent}{name}"
+        there = into.get(name)
+        if isinstance(value, dict) and isinstance(there, dict):
+            replaced += _merged(there, value, f"{key}.")
+        elif value is None and parent in _TAKE_AWAY:
+            into.pop(name, None)
+            replaced.append(key)
+        else:
+            into[name] = value
+            replaced.append(key)
+    return replaced
+
+
+_TAKE_AWAY = ("space.", "loss.")
+
+
+def _leaves(raw: Mapping[str, Any], parent: str = "") -> Iterator[str]:
+    for name, value in raw.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{parent}{name}.")
+        elif value is not None or parent not in _TAKE_AWAY:
+            yield f"{parent}{name}"
+
+
+def _known_spaces() -> str:
+    known = sorted(p.name for p in Path("search_spaces").glob("*.yaml"))
+    return f"; known in search_spaces/: {', '.join(known)}" if known else ""
+
+
+def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
+    *parents, last = override.key.split(".")
+    target: Any = raw
+    for depth, parent in enumerate(parents, start=1):
+        section = target.get(parent)
+        if section is None:
+            section = target[parent] = {}
+        elif isinstance(section, str) and parents[:depth] == ["student"]:  # a bare name stands for the section
+            section = target[parent] = {"name": section}
+        if not isinstance(section, dict):
+            key = ".".join(parents[:depth])
+            raise ConfigError(source, [Problem(key=override.came_from, rule=f"{key} is a value, not a section")])
+        target = section
+    target[last] = override.value

@@ -1,0 +1,135 @@
+"""What must hold between the fields of a `SweepConfig`."""
+
+from collections.abc import Mapping
+
+from tune_topkd.config.errors import Problem
+from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.sections import INTEGER_PARAMETERS
+from tune_topkd.config.sections import RECIPE_PARAMETERS
+from tune_topkd.config.sections import PairConfig
+from tune_topkd.config.sections import ParameterRange
+from tune_topkd.config.sections import RelativeConfig
+from tune_topkd.config.sections import SweepConfig
+
+
+def problems_of_sweep(config: SweepConfig) -> list[Problem]:
+    """Every rule between sections that a config of valid sections breaks."""
+    return [*_space_problems(config), *problems_of_pair(config), *_sweep_problems(config)]
+
+
+def problems_of_pair(config: PairConfig) -> list[Problem]:
+    """Those of the rules that concern a single training too."""
+    return [*_recipe_problems(config), *_method_problems(config)]
+
+
+def _space_problems(config: SweepConfig) -> list[Problem]:
+    problems = []
+    numbers = {name for name, r in config.space.items() if r.choices is None}
+    for name, parameter in config.space.items():
+        for bound in parameter.bound_names():
+            if bound not in numbers or bound == name:
+                others = sorted(numbers - {name})
+                rule = f"a bound must be a number or the name of another range of the space; {unknown_choice(bound, others)}"
+                problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
+            elif name in RECIPE_PARAMETERS and bound not in RECIPE_PARAMETERS:
+                rule = "a range of the recipe, which the baselines search too, cannot be bound to one of the loss"
+                problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
+        if name in config.loss:
+            problems.append(Problem(key=f"loss.{name}", rule="is both fixed here and searched under space; choose one"))
+        kind_int = _is_integer(name, parameter)
+        for side in ("low", "high"):
+            bound = getattr(parameter, side)
+            if kind_int and isinstance(bound, float) and bound != int(bound):
+                problems.append(
+                    Problem(key=f"space.{name}.{side}", rule="must be a whole number", value=bound, has_value=True)
+                )
+    if not problems and (cycle := _cycle(config.space)):
+        problems.append(
+            Problem(key=f"space.{cycle[0]}", rule=f"bounds name one another in a circle: {' → '.join(cycle)}")
+        )
+    if config.relative:
+        problems += _relative_problems(config, config.relative)
+    return problems
+
+
+def _is_integer(name: str, parameter: ParameterRange) -> bool:
+    return parameter.type == "int" or (parameter.type is None and name in INTEGER_PARAMETERS)
+
+
+def _cycle(space: Mapping[str, ParameterRange]) -> list[str]:
+    for start in space:
+        paths = [[start, name] for name in space[start].bound_names()]
+        seen: set[str] = set()
+        while paths:
+            path = paths.pop()
+            if path[-1] == start:
+                return path
+            if path[-1] not in seen:
+                seen.add(path[-1])
+                paths += [[*path, name] for name in space[path[-1]].bound_names()]
+    return []
+
+
+def _relative_problems(config: SweepConfig, relative: RelativeConfig) -> list[Problem]:
+    problems = []
+    for name in relative.of:
+        parameter = config.space.get(name)
+        if parameter is None:
+            rule = f"each must be a range of the space; {unknown_choice(name, config.space)}"
+            problems.append(Problem(key="relative.of", rule=rule, value=name, has_value=True))
+        elif name in RECIPE_PARAMETERS or parameter.choices is not None or _is_integer(name, parameter):
+            rule = "a relative weight must be a range of floats, and of the loss"
+            problems.append(Problem(key=f"space.{name}", rule=rule))
+        elif isinstance(parameter.low, str) or parameter.low is None or parameter.low <= 0:
+            rule = "a relative weight must be above 0"
+            problems.append(Problem(key=f"space.{name}.low", rule=rule, value=parameter.low, has_value=True))
+    for name, parameter in config.space.items():
+        for bound in parameter.bound_names():
+            if (name in relative.of) != (bound in relative.of):
+                rule = "a bound cannot lead into or out of relative.of: scaling would break it"
+                problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
+    return problems
+
+
+def _recipe_problems(config: PairConfig) -> list[Problem]:
+    problems = []
+    recipes = {"recipe": config.recipe, "teacher.recipe": config.teacher and config.teacher.recipe}
+    for key, recipe in recipes.items():
+        if recipe and recipe.schedule == "step" and any(m >= recipe.epochs for m in recipe.milestones):
+            rule = f"a milestone lies at or after the last epoch ({recipe.epochs}); shares below 1 follow the epochs"
+            problems.append(Problem(key=f"{key}.milestones", rule=rule, value=recipe.milestones, has_value=True))
+    return problems
+
+
+def _sweep_problems(config: SweepConfig) -> list[Problem]:
+    problems = []
+    if config.data.selection == "best_test_epoch":
+        rule = "a sweep never selects on the test set; `train` takes it, to compare with published rows that do"
+        value = config.data.selection
+        problems.append(Problem(key="data.selection", rule=rule, value=value, has_value=True))
+    if config.teacher is None and config.baselines and "kd" in config.baselines.methods:
+        rule = "kd learns from a teacher, and there is none; choose [ce], or null"
+        problems.append(Problem(key="baselines.methods", rule=rule))
+    asha = config.sweep.asha
+    if asha and asha.grace_epochs > config.recipe.epochs:
+        rule = f"must be at most recipe.epochs = {config.recipe.epochs}"
+        problems.append(Problem(key="sweep.asha.grace_epochs", rule=rule, value=asha.grace_epochs, has_value=True))
+    return problems
+
+
+def _method_problems(config: PairConfig) -> list[Problem]:
+    problems = []
+    if config.teacher is None and config.method != "ce":
+        problems.append(Problem(key="teacher", rule=f"is required but missing: method {config.method} learns from one"))
+    if config.data.augment.mixup and "topkd" in config.method.split("+"):
+        rule = (
+            "mixup gives an image two labels, and the Top-K scaling module amplifies the one ground truth: no rule is "
+            "defined for both; set it to 0, or choose a method without topkd"
+        )
+        value = config.data.augment.mixup
+        problems.append(Problem(key="data.augment.mixup", rule=rule, value=value, has_value=True))
+    for key, recipe in {"recipe": config.recipe, "teacher.recipe": config.teacher and config.teacher.recipe}.items():
+        if recipe and recipe.warmup_epochs >= recipe.epochs:
+            rule = f"must be below the epochs, {recipe.epochs}"
+            problems.append(Problem(key=f"{key}.warmup_epochs", rule=rule, value=recipe.warmup_epochs, has_value=True))
+    return problems

@@ -1,0 +1,379 @@
+"""The sections of a search-space YAML, and what a single training needs, as pydantic models."""
+
+import re
+from typing import Annotated
+from typing import Any
+from typing import Literal
+from typing import Self
+from typing import TypeAlias
+from typing import TypeVar
+
+from pydantic import AfterValidator
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import field_validator
+from pydantic import model_validator
+
+from tune_topkd.config.errors import unknown_choice
+
+Scalar: TypeAlias = bool | int | float | str
+"""A value that a parameter of a loss or a recipe can take."""
+
+METHODS: tuple[str, ...] = ("topkd", "kd", "dkd", "lskd", "kd+topkd", "dkd+topkd", "lskd+topkd", "ce")
+
+INTEGER_PARAMETERS = frozenset({"k", "batch_size"})
+"""Parameters whose range is of integers without saying `type: int`; every other range is of floats."""
+
+SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+_USER_METHOD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*(\+topkd)?")
+
+
+def _known_method(value: str) -> str:
+    if value not in METHODS and not _USER_METHOD.fullmatch(value):
+        raise ValueError(f"{unknown_choice(value, METHODS)}; or a callable of your own: package.module:loss")
+    return value
+
+
+Method = Annotated[str, AfterValidator(_known_method)]
+"""One of `METHODS`, or `package.module:loss`, a callable of the user's; `+topkd` makes either the base of the plug-in."""
+
+_ListT = TypeVar("_ListT", bound=list[Any])
+
+
+def _each_once(value: _ListT) -> _ListT:
+    if len(set(value)) < len(value):
+        raise ValueError("must name each once")
+    return value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=False)
+
+
+class RandAugmentConfig(_Section):
+    """RandAugment (Cubuk et al., arXiv 1909.13719): `ops` random operations of strength `magnitude`, of 0 to 30."""
+
+    ops: int = Field(2, ge=1, le=16)
+    magnitude: int = Field(9, ge=0, le=30)
+
+
+class AugmentConfig(_Section):
+    """Random views of a training image, in this order: crop, flip, rotation, RandAugment, erasing."""
+
+    pad: int = Field(0, ge=0, le=64)
+    """Zero-pad by so many pixels on all sides and crop back at a random offset."""
+    crop_scale: list[float] | None = None
+    """Instead: crop a random part of this share of the area, lowest and highest, and resize it to the image's size."""
+    flip: bool = False
+    """Mirror left to right, one time in two."""
+    rotate: float = Field(0.0, ge=0, le=180)
+    """Degrees, at most, either way."""
+    rand_augment: RandAugmentConfig | None = None
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability of erasing a random rectangle (Zhong et al., arXiv 1708.04896) of the normalised image."""
+    mixup: float = Field(0.0, ge=0)
+    """α of mixup (Zhang et al., arXiv 1710.09412); 0 mixes nothing. The loss is that of both labels, weighed alike."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _shares(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1] <= 1):
+            raise ValueError("must be two shares of the area, 0 < lowest <= highest <= 1")
+        return value
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> Self:
+        if self.pad and self.crop_scale is not None:
+            raise ValueError("at most one of pad and crop_scale can be given")
+        return self
+
+
+class DataConfig(_Section):
+    """A dataset by name and how it is split; the split is stratified and a function of `split_seed`."""
+
+    name: str
+    root: str | None = None
+    """Folder the datasets lie in; by default `$TUNE_TOPKD_DATA_DIR`, or `data` in the working directory."""
+    download: bool = False
+    """Fetch what is missing, where torchvision can."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that dataset."""
+    val_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the images (of the training part, where there is a test part) that a trial may be chosen by."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share kept back for the final evaluation, where the dataset has no test part of its own."""
+    split_seed: int = Field(0, ge=0)
+    selection: Literal["validation", "best_test_epoch"] = "validation"
+    """`best_test_epoch` trains on all training images and reports the best epoch on the test part, as many published
+    rows do; it marks the result, and a sweep refuses it."""
+    image_size: int | None = Field(None, ge=1)
+    """Side in pixels that images are resized to; by default the dataset's own."""
+    mean: list[float] | None = None
+    """Per channel, of pixels from 0 to 1; by default the field's constants or the training split's own."""
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    workers: int = Field(0, ge=0)
+    """Processes that decode and augment images one by one; 0 does it in the trial's own."""
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _some_left_to_train_on(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction + test_fraction must be below 1, but got {self.val_fraction:g} + {self.test_fraction:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _both_constants(self) -> Self:
+        if (self.mean is None) != (self.std is None) or len(self.mean or []) != len(self.std or []):
+            raise ValueError("mean and std must be given together, one number per channel each")
+        return self
+
+
+class ModelConfig(_Section):
+    """A network by name; `kwargs` go to its constructor. A bare name may stand for the whole section."""
+
+    name: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    image_size: int | None = Field(None, ge=1)
+    """Side that images are resized to (bilinear, antialiased) before this network sees them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        if isinstance(value, ModelConfig) and not isinstance(value, cls):
+            return value.model_dump()
+        return {"name": value} if isinstance(value, str) else value
+
+
+class StudentConfig(ModelConfig):
+    """The network that learns."""
+
+    checkpoint: str | None = None
+    """Weights to start from, all but those of the head, which starts fresh; relative to the working directory."""
+    linear_probe: bool = False
+    """Train the head alone: the other weights of `checkpoint`, and its batch norms' statistics, stay as they are."""
+
+    @model_validator(mode="after")
+    def _something_to_probe(self) -> Self:
+        if self.linear_probe and self.checkpoint is None:
+            raise ValueError("linear_probe needs the checkpoint of the network to probe")
+        return self
+
+
+class RecipeConfig(_Section):
+    """How a network is trained: an optimiser with a learning-rate schedule by epoch."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD; AdamW has its usual betas, 0.9 and 0.999."""
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    milestones: list[float] = Field(default_factory=lambda: [0.625, 0.75, 0.875])
+    """Epochs after which the learning rate is multiplied by `gamma`; below 1 they are shares of `epochs`.
+    The default is the field's 150, 180, 210 of 240."""
+    gamma: float = Field(0.1, gt=0, le=1)
+    min_lr: float = Field(0.0, ge=0)
+    """Where the cosine ends."""
+    warmup_epochs: int = Field(0, ge=0)
+    """Epochs in which the learning rate rises linearly from `warmup_start` times what the schedule says."""
+    warmup_start: float = Field(0.001, gt=0, le=1)
+    distill_warmup: int | None = Field(None, ge=0)
+    """Epochs in which the weight of all terms but the cross-entropy rises linearly: min(epoch / distill_warmup, 1).
+    By default that of the method: for DKD the field's 20 of 240 epochs, as a share of `epochs`; for the others 0."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _rising(cls, value: list[float]) -> list[float]:
+        if any(v <= 0 for v in value) or sorted(value) != value or (value and (value[0] < 1) != (value[-1] < 1)):
+            raise ValueError("must rise, be positive, and be all shares below 1 or all epochs")
+        return value
+
+    def milestone_epochs(self) -> list[int]:
+        """The milestones as whole epochs, those that fall together counted once each."""
+        return [round(m * self.epochs) if m < 1 else int(m) for m in self.milestones]
+
+    def distill_share(self, epoch: int, method: str) -> float:
+        """What the distillation terms of `method` are multiplied by in an epoch, from 1."""
+        warmup = self.distill_warmup
+        if warmup is None:
+            warmup = round(self.epochs * 20 / 240) if method.removesuffix("+topkd") == "dkd" else 0
+        return min(epoch / warmup, 1.0) if warmup else 1.0
+
+
+class TeacherConfig(_Section):
+    """The network that teaches: given as a `checkpoint`, or trained once with cross-entropy by `recipe`."""
+
+    name: str
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    checkpoint: str | None = None
+    """Path of a checkpoint to load; relative paths are relative to the working directory."""
+    recipe: RecipeConfig | None = None
+    seed: int = Field(0, ge=0)
+    image_size: int | None = Field(None, ge=1)
+    """Side that the student's images are resized to before the teacher sees them."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.checkpoint is None) == (self.recipe is None):
+            raise ValueError("exactly one of checkpoint and recipe must be given")
+        return self
+
+    @property
+    def model(self) -> ModelConfig:
+        """The network without where its weights come from."""
+        return ModelConfig(name=self.name, kwargs=self.kwargs, image_size=self.image_size)
+
+
+class ParameterRange(_Section):
+    """The values one parameter may take: `low` to `high`, both included, or a list of `choices`.
+
+    A bound may be the name of another parameter of the space: `high: scale_top`.
+    """
+
+    low: float | str | None = None
+    high: float | str | None = None
+    log: bool = False
+    """Draw uniformly in the logarithm; both bounds must then be positive."""
+    type: Literal["int", "float"] | None = None
+    choices: list[Scalar] | None = None
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, value: list[Scalar] | None) -> list[Scalar] | None:
+        if value is not None and (not value or len(set(value)) < len(value)):  # 1, 1.0 and true are the same to Optuna
+            raise ValueError("choices must be at least one value, each once")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_list(cls, value: Any) -> Any:
+        if isinstance(value, bool | int | float | str) or value is None:
+            raise ValueError(
+                "must be {low: …, high: …} or a list of choices; a fixed value belongs under loss or recipe"
+            )
+        return {"choices": value} if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log or self.type:
+                raise ValueError("choices cannot be combined with low, high, log or type")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("both low and high must be given (inclusive), or a list of choices")
+        bounds = [b for b in (self.low, self.high) if not isinstance(b, str)]
+        if self.log and any(b <= 0 for b in bounds):
+            raise ValueError(f"log: true needs bounds above 0, but got {min(bounds):g}")
+        if len(bounds) == 2 and bounds[0] > bounds[1]:
+            raise ValueError(f"low <= high must hold, but got low = {bounds[0]:g}, high = {bounds[1]:g}")
+        return self
+
+    def bound_names(self) -> list[str]:
+        """The parameters this range's bounds name."""
+        return [b for b in (self.low, self.high) if isinstance(b, str)]
+
+
+class RelativeConfig(_Section):
+    """Loss weights that are drawn freely and then scaled to a fixed `sum`, so that only their ratios are searched.
+
+    Under SGD the sum of the weights multiplies the step size: without this a search over weights is partly a search
+    over the learning rate.
+    """
+
+    sum: float = Field(3.0, gt=0)
+    of: Annotated[list[str], AfterValidator(_each_once)] = Field(min_length=2)
+
+
+class AshaConfig(_Section):
+    """Asynchronous successive halving (Li et al., arXiv 1810.05934) on the epoch.
+
+    Rungs are at `grace_epochs` × `reduction_factor`^i; at each the best 1 / `reduction_factor` go on.
+    """
+
+    grace_epochs: int = Field(3, ge=1)
+    reduction_factor: int = Field(3, ge=2)
+
+
+class BaselinesConfig(_Section):
+    """What the tuned student is compared with: each method at its defaults, with the recipe's part of the space.
+
+    Each method gets `trials` runs over the same learning-rate range that the search has, all to the full budget.
+    """
+
+    methods: Annotated[list[Literal["ce", "kd"]], AfterValidator(_each_once)] = ["ce", "kd"]
+    trials: int = Field(6, ge=1)
+
+
+class SweepSettings(_Section):
+    """How the search is run."""
+
+    trials: int = Field(32, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    asha: AshaConfig | None = AshaConfig()
+    """`null` lets every trial run to the end."""
+    startup_trials: int = Field(10, ge=1)
+    """Random proposals before Optuna's TPE takes over; the first one of all is the defaults."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Trials at once; by default as many as the cluster has room for."""
+    cpus_per_trial: float = Field(1.0, gt=0)
+    gpus_per_trial: float = Field(0.0, ge=0)
+    """May be a fraction: 0.25 lets four trials share a GPU."""
+    max_failures: int = Field(3, ge=0)
+    """Times that a trial whose worker died is started again from its last checkpoint."""
+    time_budget: float | None = Field(None, gt=0)
+    """Seconds after which no trial goes on; the sweep can be resumed."""
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a fraction up to 1 or a whole number")
+        return value
+
+
+class PairConfig(_Section):
+    """One (dataset, teacher, student) and how the one learns from the other."""
+
+    description: str = ""
+    data: DataConfig
+    teacher: TeacherConfig | None = None
+    """Needed by every method but `ce`, and by the baseline `kd`."""
+    student: StudentConfig
+    method: Method = "topkd"
+    loss: dict[str, Scalar] = Field(default_factory=dict)
+    """Fixed parameters of the loss; what neither this nor the space names has the method's default."""
+    recipe: RecipeConfig
+
+
+class SweepConfig(PairConfig):
+    """A pair and the space to search for it."""
+
+    space: dict[str, ParameterRange] = Field(min_length=1)
+    relative: RelativeConfig | None = None
+    sweep: SweepSettings = SweepSettings()
+    baselines: BaselinesConfig | None = BaselinesConfig()
+
+
+class TrialConfig(_Section):
+    """All that one training needs: what `train` is called with."""
+
+    data: DataConfig
+    student: StudentConfig
+    teacher: ModelConfig | None = None
+    teacher_checkpoint: str | None = None
+    """Absolute path of the teacher's weights; needed by every method but `ce`."""
+    method: Method = "topkd"
+    loss: dict[str, Scalar] = Field(default_factory=dict)
+    recipe: RecipeConfig
+    seed: int = Field(0, ge=0)
+
+
+RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma")
+"""The fields of a recipe that a space may search."""
