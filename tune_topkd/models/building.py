@@ -1,0 +1,236 @@
+"""A network by its name: our own, torchvision's, timm's, or one that a function elsewhere makes."""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn
+from torch.nn import functional
+
+from tune_topkd.config import ModelConfig
+from tune_topkd.config import unknown_choice
+from tune_topkd.models.cifar import CIFAR
+from tune_topkd.models.imagenet import IMAGENET
+from tune_topkd.models.small import SMALL
+
+_Factory = Callable[..., nn.Module]
+
+_REGISTRY: dict[str, _Factory] = {**SMALL, **CIFAR, **IMAGENET}
+
+_FORMS = "or cifar:NAME, torchvision:NAME, timm:NAME, package.module:FACTORY"
+
+
+class ModelNameError(ValueError):
+    """Nothing can be built under this name, whatever the arguments."""
+
+
+def model_names() -> list[str]:
+    """The names without a prefix that `build_model` knows."""
+    return sorted(_REGISTRY)
+
+
+def build_model(name: str, /, *, num_classes: int, **kwargs: Any) -> nn.Module:
+    """A freshly initialised network on torch's default device, in training mode.
+
+    Args:
+        name: one of `model_names()`; `cifar:`, `torchvision:` or `timm:` and a name there; or `package.module:FACTORY`,
+            which is called as `FACTORY(num_classes=num_classes, **kwargs)`.
+        num_classes: number of logits.
+        kwargs: arguments of that network. Published weights are not one of them: they come from a checkpoint.
+
+    Raises:
+        ModelNameError: an unknown name, a library that is not installed, or a factory that cannot be imported, is not
+            callable or does not give a `torch.nn.Module`.
+        ValueError: an argument that the network does not take, a value that it refuses, or any other exception of
+            a library's or of another's factory.
+    """
+    return _network(name, _factory(name), num_classes, kwargs)
+
+
+def build_configured(config: ModelConfig, *, num_classes: int) -> nn.Module:
+    """The network of a config, for a dataset of `num_classes`; with an `image_size` it resizes its images to that side.
+
+    Resizing is bilinear with antialiasing, and no part of the state dict.
+
+    Raises:
+        ValueError: as `build_model`; also if the kwargs set what the dataset decides.
+    """
+    return _configured(config, _factory(config.name), num_classes)
+
+
+def check_model(config: ModelConfig, *, num_classes: int) -> None:
+    """Raise what `build_configured` would, without holding the weights where that can be avoided.
+
+    Raises:
+        ModelNameError: nothing can be built under this name.
+        ValueError: the arguments do not fit.
+    """
+    factory = _factory(config.name)  # imports first: tensors that a module makes for itself must be real
+    if ":" not in config.name or config.name.startswith(tuple(f"{prefix}:" for prefix in _SOURCES)):
+        try:
+            with torch.device("meta"):
+                _configured(config, factory, num_classes)
+            return
+        except ValueError:
+            pass  # some networks compute with their first weights, which the meta device has not
+    _configured(config, factory, num_classes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable numbers; running statistics and other buffers do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of the classifier head: the last linear map in the order in which the modules were added.
+
+    Raises:
+        ValueError: the network has no linear map.
+    """
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no head: it holds no torch.nn.Linear")
+    return linear[-1]
+
+
+# --- building -------------------------------------------------------------------------------------------------------
+
+
+def _configured(config: ModelConfig, factory: _Factory, num_classes: int) -> nn.Module:
+    if "num_classes" in config.kwargs:
+        raise ValueError(f"model {config.name!r}: kwargs must not set num_classes, which the dataset decides")
+    network = _network(config.name, factory, num_classes, config.kwargs)
+    if config.image_size is not None:
+        network.register_forward_pre_hook(partial(_resize, config.image_size))
+    return network
+
+
+def _resize(side: int, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    images, *others = inputs
+    if images.shape[-2:] != (side, side):
+        images = functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    return (images, *others)
+
+
+def _network(name: str, factory: _Factory, num_classes: int, kwargs: Mapping[str, Any]) -> nn.Module:
+    if ":" not in name or name.startswith("cifar:"):
+        signature = inspect.signature(factory)
+        try:
+            signature.bind(num_classes=num_classes, **kwargs)
+        except TypeError as error:
+            known = ", ".join(p for p in signature.parameters if p != "num_classes") or "none"
+            raise ValueError(f"model {name!r}: {error}; known kwargs: {known}") from error
+        return factory(num_classes=num_classes, **kwargs)
+    try:
+        network: object = factory(num_classes=num_classes, **kwargs)
+    except Exception as error:  # others' code can raise anything
+        raise ValueError(f"model {name!r}: {_told(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise ModelNameError(f"model {name!r}: must give a torch.nn.Module, but gave a {type(network).__name__}")
+    return network
+
+
+# --- finding --------------------------------------------------------------------------------------------------------
+
+
+def _factory(name: str) -> _Factory:
+    prefix, colon, inner = name.partition(":")
+    if not colon:
+        return _own(name, name, _REGISTRY, _FORMS)
+    return _SOURCES[prefix](inner) if prefix in _SOURCES else _resolved(name)
+
+
+def _own(name: str, bare: str, known: Mapping[str, _Factory], also: str = "") -> _Factory:
+    if bare not in known:
+        raise ModelNameError(f"unknown model {name!r}; {unknown_choice(bare, known)}{also and '; '}{also}")
+    return known[bare]
+
+
+def _cifar(bare: str) -> _Factory:
+    return _own(f"cifar:{bare}", bare, CIFAR)
+
+
+# Both warn, and give a tuple in training, unless they are told not to.
+_TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def _torchvision(bare: str) -> _Factory:
+    library = _library("torchvision", "torchvision.models", "sweep")
+    names = library.list_models(module=library)
+    _check_listed(f"torchvision:{bare}", bare, names, "torchvision.models.list_models()")
+
+    def build(*, num_classes: int, **kwargs: Any) -> nn.Module:
+        _refuse(kwargs, "weights", "weights_backbone", "pretrained")
+        chosen = _TORCHVISION_DEFAULTS.get(bare, {}) | kwargs
+        network: nn.Module = library.get_model_builder(bare)(weights=None, num_classes=num_classes, **chosen)
+        return network
+
+    return build
+
+
+def _timm(bare: str) -> _Factory:
+    library = _library("timm", "timm", "vit")
+    _check_listed(f"timm:{bare}", bare, library.list_models(), "timm.list_models()")
+
+    def build(*, num_classes: int, **kwargs: Any) -> nn.Module:
+        _refuse(kwargs, "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+        network: nn.Module = library.create_model(bare, pretrained=False, num_classes=num_classes, **kwargs)
+        return network
+
+    return build
+
+
+_SOURCES: dict[str, Callable[[str], _Factory]] = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
+
+
+def _resolved(name: str) -> _Factory:
+    """The factory that `package.module:FACTORY` names."""
+    try:
+        factory: Any = pkgutil.resolve_name(name)
+    except Exception as error:  # importing runs others' code
+        prefix = name.partition(":")[0]
+        hint = f"; {unknown_choice(prefix, _SOURCES)}" if difflib.get_close_matches(prefix, _SOURCES) else ""
+        raise ModelNameError(f"unknown model {name!r}: cannot be imported: {_told(error)}{hint}") from error
+    if not callable(factory):
+        raise ModelNameError(f"unknown model {name!r}: must be callable, but is a {type(factory).__name__}")
+    found: _Factory = factory
+    return found
+
+
+def _library(name: str, module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a library that does not fit torch can raise anything
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        reason = f"{name} is not installed: pip install 'tune_topkd[{extra}]'" if missing else _told(error)
+        raise ModelNameError(f"{name}: its networks cannot be built: {reason}") from error
+
+
+def _check_listed(name: str, bare: str, names: Sequence[str], listing: str) -> None:
+    """Refuse a name that a library does not list; of the hundreds that it lists only near ones are told."""
+    if bare not in names:
+        stem = bare.partition(".")[0]  # what follows a dot in a name of timm's are published weights
+        shown = difflib.get_close_matches(stem, names, n=6, cutoff=0.5) or sorted(names)[:3]
+        more = len(names) - len(shown)
+        raise ModelNameError(f"unknown model {name!r}; {unknown_choice(stem, shown)} and {more} more: {listing}")
+
+
+def _refuse(kwargs: Mapping[str, Any], *names: str) -> None:
+    for name in names:
+        if name in kwargs:
+            raise ValueError(f"kwargs must not set {name}: nothing is downloaded; weights come from a checkpoint file")
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("ValueError: ")
