@@ -6,16 +6,22 @@ from fractions import Fraction
 import pytest
 import torch
 
-import tune_topkd.data as data
+import tune_topkd.data.datasets as datasets
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
+from tune_topkd.data import DatasetInfo
 from tune_topkd.data import Split
 from tune_topkd.data import count_hits
 from tune_topkd.data import dataset_info
 from tune_topkd.data import eval_batches
+from tune_topkd.data import fingerprint
 from tune_topkd.data import load_dataset
+from tune_topkd.data import missing_data
 from tune_topkd.data import train_batches
 from tune_topkd.data import view
+from tune_topkd.data.randomness import mixed
+from tune_topkd.data.randomness import signed
+from tune_topkd.data.sources import Generated
 
 DIGITS = DataConfig(name="digits", val_fraction=0.3, test_fraction=0.25)
 PLAIN = AugmentConfig()
@@ -39,24 +45,26 @@ def epoch_of(split: Split, batch_size: int, *, seed=1, epoch=1, augment=PLAIN):
 
 
 def test_info_agrees_with_the_data():
-    info, dataset = dataset_info("digits"), load_dataset(DIGITS)
+    info, dataset = dataset_info(DIGITS), load_dataset(DIGITS)
     assert dataset.num_classes == info.num_classes == len(dataset.train.labels.unique())
     assert dataset.train.images.shape[1:] == info.image_shape
 
 
 def test_info_loads_nothing():
     code = (
-        "import sys; from tune_topkd.data import dataset_info; dataset_info('digits'); "
-        "print([m for m in ('sklearn', 'ray', 'optuna', 'mlflow', 'pandas') if m in sys.modules])"
+        "import sys; from tune_topkd.config import DataConfig; from tune_topkd.data import dataset_info; "
+        "[dataset_info(DataConfig(name=name)) for name in ('digits', 'glyphs', 'cifar100', 'imagenet')]; "
+        "heavy = ('sklearn', 'torchvision', 'matplotlib', 'ray', 'optuna', 'mlflow', 'pandas'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
 
 
-@pytest.mark.parametrize("call", [dataset_info, lambda name: load_dataset(DataConfig(name=name))])
+@pytest.mark.parametrize("call", [dataset_info, load_dataset, missing_data, fingerprint])
 def test_unknown_dataset_tells_the_known_ones(call):
-    with pytest.raises(ValueError, match=r"unknown dataset 'digit'; did you mean 'digits'.*known: digits"):
-        call("digit")
+    with pytest.raises(ValueError, match=r"unknown dataset 'digit'; did you mean 'digits'.*known: cifar10, .*digits"):
+        call(DataConfig(name="digit"))
 
 
 def test_digits_are_uint8_from_the_darkest_to_the_brightest():
@@ -70,11 +78,11 @@ def test_digits_are_uint8_from_the_darkest_to_the_brightest():
     assert images.double().sum().item() == pytest.approx(load_digits().images.sum() * 255 / 16, rel=1e-3)
 
 
-def marked_source(counts: list[int]) -> data._Source:
+def marked_source(counts: list[int]) -> Generated:
     """Images that say their own number, in classes of the given sizes."""
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
     images = torch.arange(len(labels)).view(-1, 1, 1, 1).expand(-1, 2, 1, 1) // torch.tensor([256, 1]).view(1, 2, 1, 1)
-    return data._Source(data.DatasetInfo(len(counts), (2, 1, 1)), lambda: Split((images % 256).to(torch.uint8), labels))
+    return Generated(DatasetInfo(len(counts), (2, 1, 1)), lambda: Split((images % 256).to(torch.uint8), labels))
 
 
 def numbers(split: Split) -> list[int]:
@@ -83,9 +91,9 @@ def numbers(split: Split) -> list[int]:
 
 @pytest.fixture
 def marked(monkeypatch):
-    monkeypatch.setitem(data._SOURCES, "marked", marked_source([100, 37, 400]))
+    monkeypatch.setitem(datasets.SOURCES, "marked", marked_source([100, 37, 400]))
     yield DataConfig(name="marked", val_fraction=0.2, test_fraction=0.3, split_seed=5)
-    data._loaded.cache_clear()
+    datasets._loaded.cache_clear()
 
 
 def test_splits_are_disjoint_and_cover_everything_with_its_label(marked):
@@ -104,7 +112,7 @@ def test_every_class_has_its_share_in_every_split(marked):
 
 def test_split_is_a_function_of_its_seed(marked):
     first = numbers(load_dataset(marked).val)
-    data._loaded.cache_clear()
+    datasets._loaded.cache_clear()
     torch.rand(3)
     assert numbers(load_dataset(marked).val) == first
     assert numbers(load_dataset(marked.model_copy(update={"split_seed": 6})).val) != first
@@ -221,8 +229,8 @@ def test_views_are_those_of_a_slow_reference(augment, seed, epoch):
 def test_the_hash_is_splitmix64():
     # The first outputs of the reference implementation in C for the seed 1234567.
     known = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    state = torch.tensor(1234567) + data._signed(0x9E3779B97F4A7C15) * torch.arange(3)
-    assert [int(bits) % 2**64 for bits in data._mixed(state)] == known
+    state = torch.tensor(1234567) + signed(0x9E3779B97F4A7C15) * torch.arange(3)
+    assert [int(bits) % 2**64 for bits in mixed(state)] == known
 
 
 def test_a_view_depends_on_neither_batch_size_nor_order_nor_the_other_images():
@@ -239,7 +247,7 @@ def test_a_view_depends_on_neither_batch_size_nor_order_nor_the_other_images():
 def test_preparing_in_chunks_changes_nothing(monkeypatch):
     split = noise(50)
     whole = epoch_of(split, 8, augment=BOTH)
-    monkeypatch.setattr(data, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr("tune_topkd.data.batches.CHUNK_BYTES", 1)
     for chunked, once in zip(epoch_of(split, 8, augment=BOTH), whole, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(chunked, once, strict=True))
 

@@ -1,0 +1,46 @@
+"""Datasets by name, their splits, and batches of them on the device.
+
+Images that are in memory stay uint8 where the split lies (in the GPU's memory, if that is where it was moved); those of
+the large datasets stay in their files and are decoded when they come into a batch. They are normalised batch by batch.
+All randomness is a counter-based hash, not a generator with a state: the order of an epoch depends on nothing but (seed,
+epoch) and the view of an image on nothing but (seed, epoch, index), so that it is the same for every batch size and
+number of worker processes, and a resumed or repeated epoch is the same epoch.
+"""
+
+from tune_topkd.data.batches import Batch
+from tune_topkd.data.batches import count_hits
+from tune_topkd.data.batches import eval_batches
+from tune_topkd.data.batches import train_batches
+from tune_topkd.data.datasets import dataset_info
+from tune_topkd.data.datasets import dataset_names
+from tune_topkd.data.datasets import fingerprint
+from tune_topkd.data.datasets import load_dataset
+from tune_topkd.data.datasets import missing_data
+from tune_topkd.data.datasets import needs_files
+from tune_topkd.data.sources import data_root
+from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import Dataset
+from tune_topkd.data.splits import DatasetInfo
+from tune_topkd.data.splits import FileSplit
+from tune_topkd.data.splits import Split
+from tune_topkd.data.views import view
+
+__all__ = [
+    "AnySplit",
+    "Batch",
+    "Dataset",
+    "DatasetInfo",
+    "FileSplit",
+    "Split",
+    "count_hits",
+    "data_root",
+    "dataset_info",
+    "dataset_names",
+    "eval_batches",
+    "fingerprint",
+    "load_dataset",
+    "missing_data",
+    "needs_files",
+    "train_batches",
+    "view",
+]

@@ -1,0 +1,142 @@
+"""Batches of a split on its device: in a random order and augmented to train on, as they are to evaluate on."""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from tune_topkd.config import AugmentConfig
+from tune_topkd.data.randomness import ORDER
+from tune_topkd.data.randomness import random_order
+from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import FileSplit
+from tune_topkd.data.splits import Split
+from tune_topkd.data.views import goes_by_batch
+from tune_topkd.data.views import resized
+from tune_topkd.data.views import view
+from tune_topkd.data.views import views_of
+
+CHUNK_BYTES = 2**26
+"""Size of the float images that are prepared at once: on small images a call per batch costs more than its work."""
+
+EVAL_BATCH = 512
+"""Images that are evaluated at once, if they are so small that their pixels stay below `CHUNK_BYTES`."""
+
+
+class Batch(NamedTuple):
+    """Normalised images `(B, C, H, W)` float32, labels `(B,)` int64, and the images' indices in the split `(B,)` int64."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+def train_batches(
+    split: AnySplit,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    augment: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Iterator[Batch]:
+    """The batches of one epoch, shuffled and augmented, on the device of `split`.
+
+    Every batch has `batch_size` images; the rest of the epoch's order, fewer than that, is left out: the contrastive
+    loss and batch norm depend on the batch size, and a last batch of one would have no contrast and no variance. The
+    images left out are others in each epoch. A split smaller than a batch is one batch.
+
+    Args:
+        split: what to train on.
+        batch_size: images per batch.
+        seed: with `epoch`, all that the order and the views depend on.
+        epoch: absolute, from 1.
+        augment: how views are made.
+        mean: per channel, with pixels from 0 to 1.
+        std: likewise.
+
+    Raises:
+        ValueError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+    """
+    order = random_order(len(split), seed, epoch, ORDER, split.device)
+    order = order[: len(split) - len(split) % batch_size or len(split)]
+    normalise = _normaliser(mean, std, split.device)
+    if isinstance(split, FileSplit) or not goes_by_batch(augment):
+        batches = torch.split(order, batch_size)
+        made = views_of(split, batches, augment=augment, seed=seed, epoch=epoch)
+        side = split.image_size if isinstance(split, Split) else None
+        for indices, (images, kept) in zip(batches, made, strict=True):
+            pixels = normalise(resized(images.to(split.device, non_blocking=True), side))
+            if kept is not None:
+                pixels.masked_fill_(~kept.to(split.device, non_blocking=True), 0.0)
+            yield Batch(pixels, split.labels[indices], indices)
+        return
+    batches_at_once = max(1, CHUNK_BYTES // (batch_size * _image_bytes(split)))
+    for indices in torch.split(order, batch_size * batches_at_once):
+        views = view(split.images, indices, augment=augment, seed=seed, epoch=epoch, image_size=split.image_size)
+        parts = (normalise(views), split.labels[indices], indices)
+        yield from map(Batch, *(torch.split(part, batch_size) for part in parts))
+
+
+def eval_batches(
+    split: AnySplit, *, mean: Sequence[float], std: Sequence[float], batch_size: int = EVAL_BATCH
+) -> Iterator[Batch]:
+    """All images in their order, not augmented but normalised, on the device of `split`; the last batch may be smaller.
+
+    An image file is resized so that its shorter side is 8/7 of the split's and the middle is cut out (256 and 224),
+    unless it has the split's size.
+
+    Raises:
+        ValueError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+    """
+    normalise = _normaliser(mean, std, split.device)
+    for images, indices in raw_batches(split, batch_size):
+        yield Batch(normalise(images), split.labels[indices], indices)
+
+
+def raw_batches(split: AnySplit, batch_size: int = EVAL_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images of `eval_batches` as `(B, C, H, W)` uint8, and their indices."""
+    batches = torch.split(torch.arange(len(split), device=split.device), batch_size)
+    if isinstance(split, FileSplit):
+        for indices, (images, _) in zip(batches, views_of(split, batches), strict=True):
+            yield images.to(split.device, non_blocking=True), indices
+    else:
+        for images, indices in zip(torch.split(split.images, batch_size), batches, strict=True):
+            yield resized(images, split.image_size), indices
+
+
+def count_hits(model: nn.Module, split: AnySplit, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """How many images have their label first, and among the first five, of the model's logits: `(2,)` int64.
+
+    The model and the split are on one device, on which the result stays: no wait for the GPU. With five classes or
+    fewer the second count is of all images. Leaves the model in the mode it was in.
+
+    Raises:
+        ValueError: as `eval_batches`.
+    """
+    was_training = model.training
+    model.eval()
+    hits = torch.zeros(2, dtype=torch.int64, device=split.device)
+    batch_size = min(EVAL_BATCH, max(1, CHUNK_BYTES // _image_bytes(split)))
+    with torch.no_grad():
+        for batch in eval_batches(split, mean=mean, std=std, batch_size=batch_size):
+            logits = model(batch.images)
+            hit = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
+            hits += torch.stack([hit[:, 0].sum(), hit.sum()])
+    model.train(was_training)
+    return hits
+
+
+def _image_bytes(split: AnySplit) -> int:
+    channels, height, width = split.batch_shape
+    return 4 * channels * height * width
+
+
+def _normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device) -> Callable[[Tensor], Tensor]:
+    shift, scale = (255 * torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+    return lambda images: images.to(torch.float32).sub_(shift).div_(scale)

@@ -1,0 +1,256 @@
+"""Datasets by name: what is known of them, whether their files are there, and how they are split."""
+
+import dataclasses
+import functools
+import hashlib
+import http.client
+import inspect
+import json
+import tarfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tune_topkd.config import AugmentConfig
+from tune_topkd.config import DataConfig
+from tune_topkd.config import unknown_choice
+from tune_topkd.data import glyphs
+from tune_topkd.data.batches import raw_batches
+from tune_topkd.data.folders import ImageFolder
+from tune_topkd.data.folders import ImageNet
+from tune_topkd.data.folders import TinyImageNet
+from tune_topkd.data.formats import Cifar
+from tune_topkd.data.formats import Stl10
+from tune_topkd.data.randomness import SAMPLE
+from tune_topkd.data.randomness import random_order
+from tune_topkd.data.sources import Constants
+from tune_topkd.data.sources import Generated
+from tune_topkd.data.sources import Parts
+from tune_topkd.data.sources import Source
+from tune_topkd.data.sources import check_kwargs
+from tune_topkd.data.sources import data_root
+from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import Dataset
+from tune_topkd.data.splits import DatasetInfo
+from tune_topkd.data.splits import FileSplit
+from tune_topkd.data.splits import Split
+from tune_topkd.data.splits import stratified
+from tune_topkd.data.views import resized
+
+MEASURED_FILES = 10_000
+"""Image files that mean and standard deviation are taken from, drawn out of the training split if it has more."""
+
+_RESIZED_AT_ONCE = 4096
+
+
+def dataset_names() -> list[str]:
+    """The names `load_dataset` knows."""
+    return sorted(SOURCES)
+
+
+def dataset_info(config: DataConfig) -> DatasetInfo:
+    """Class count and shape of the images in batches; loads no images, and looks at the disk only for image_folder.
+
+    Raises:
+        ValueError: an unknown name or argument, or what is needed from the disk is not there.
+    """
+    info = _source(config).info(config)
+    if config.image_size is None:
+        return info
+    return DatasetInfo(info.num_classes, (info.image_shape[0], config.image_size, config.image_size))
+
+
+def needs_files(config: DataConfig) -> bool:
+    """Whether the dataset is read from files below `data_root`; False of one that is unknown."""
+    return config.name in SOURCES and SOURCES[config.name].on_disk(config)
+
+
+def missing_data(config: DataConfig) -> str | None:
+    """What must be put where before the dataset can be loaded; None if the files are there or can be downloaded.
+
+    A look at names alone, though a thorough look may find files damaged.
+
+    Raises:
+        ValueError: an unknown name or argument.
+    """
+    return None if config.download else _source(config).missing(config)
+
+
+def fingerprint(config: DataConfig) -> str:
+    """16 hex digits for the files as they lie on the disk, by name and size, wherever that is; downloads if told to.
+
+    Of a dataset that is made rather than read, for its arguments.
+
+    Raises:
+        ValueError: an unknown name or argument, or files that are missing or not laid out as they must be.
+    """
+    source = _source(config)
+    _get(source, config)
+    folder = source.folder(config)
+    files = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in source.files(config))
+    text = json.dumps([config.kwargs, files], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """The dataset of a config, on the CPU, split as it says; kept in memory for the next call.
+
+    A test part of the dataset's own stays whole, and the validation split is drawn from the training part.
+
+    Raises:
+        ValueError: an unknown name or argument; files that are missing, cannot be downloaded, are damaged or not laid
+            out as they must be; or fractions that leave a split without an image of some class.
+    """
+    _get(_source(config), config)
+    alike = {"root": str(data_root(config)), "download": False, "augment": AugmentConfig()}  # the splits are the same
+    return _loaded(config.model_copy(update=alike).model_dump_json())
+
+
+@functools.lru_cache(maxsize=2)  # the trials of a sweep share a process and a dataset
+def _loaded(text: str) -> Dataset:
+    config = DataConfig.model_validate_json(text)
+    source = _source(config)
+    whole, own_test = source.read(config)
+    num_classes = source.info(config).num_classes
+    fractions = (config.val_fraction,) if own_test is not None else (config.val_fraction, config.test_fraction)
+    indices = stratified(whole.labels, fractions, config.split_seed)
+    test = whole.subset(indices[1]) if own_test is None else own_test
+    if config.selection == "best_test_epoch":
+        train = whole.subset(torch.cat([indices[0], indices[-1]]).sort().values)
+        val = test
+    else:
+        val, train = whole.subset(indices[0]), whole.subset(indices[-1])
+    del whole
+    for kind, split in {"training": train, "validation": val, "test": test}.items():
+        if len(torch.unique(split.labels)) < num_classes:
+            asked_for = f"val_fraction = {config.val_fraction:g}"
+            if own_test is None:
+                asked_for += f" and test_fraction = {config.test_fraction:g}"
+            leave = "leave" if own_test is None else "leaves"
+            raise ValueError(
+                f"dataset {config.name!r}: its test part has no image of some class; complete it"
+                if split is own_test
+                else f"dataset {config.name!r}: {asked_for} {leave} the {kind} split without an image of some class"
+            )
+    train, test = _prepared(train, config), _prepared(test, config)
+    val = test if config.selection == "best_test_epoch" else _prepared(val, config)
+    constants = _constants(source, config, train)
+    return Dataset(train, val, test, num_classes, constants.mean, constants.std, config.selection)
+
+
+def _prepared(split: AnySplit, config: DataConfig) -> AnySplit:
+    """Images in memory that are larger than asked for are resized once, smaller ones batch by batch."""
+    if isinstance(split, FileSplit):
+        return split
+    side = config.image_size
+    if side is not None and max(split.images.shape[-2:]) > side:
+        images = torch.cat([resized(some, side) for some in torch.split(split.images, _RESIZED_AT_ONCE)])
+        return Split(images, split.labels, workers=config.workers)
+    if split.images.shape[-2:] == (side, side):
+        side = None
+    return dataclasses.replace(split, image_size=side, workers=config.workers)
+
+
+def _get(source: Source, config: DataConfig) -> None:
+    """See that the files are there, downloading them if the config says so."""
+    text = source.missing(config)
+    if text is None:
+        return
+    failure = ""
+    if config.download:
+        try:
+            failure = "" if source.download(config) else "; it cannot be downloaded by itself"
+        except (OSError, RuntimeError, EOFError, tarfile.TarError, http.client.HTTPException) as error:
+            failure = f"; downloading failed: {' '.join(str(error).split()) or type(error).__name__}"
+        text = source.missing(config)
+    if text is not None or failure:
+        raise ValueError(f"{text or f'dataset {config.name!r}'}{failure}")
+
+
+# --- constants of the normalisation ---------------------------------------------------------------------------------
+
+
+def _constants(source: Source, config: DataConfig, train: AnySplit) -> Constants:
+    channels = train.batch_shape[0]
+    if config.mean is not None and config.std is not None:
+        if len(config.mean) != channels:
+            raise ValueError(
+                f"dataset {config.name!r}: data.mean and data.std need one number per channel, {channels}, "
+                f"but have {len(config.mean)}"
+            )
+        return Constants(tuple(config.mean), tuple(config.std))
+    if source.constants is not None:
+        return source.constants
+    if isinstance(train, Split):
+        return Constants(*_channel_statistics(train.images))
+    chosen = random_order(len(train), config.split_seed, 0, SAMPLE, train.device)[:MEASURED_FILES]
+    return _measured(train.subset(chosen))
+
+
+def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    pixels = images.double().transpose(0, 1).flatten(1) / 255
+    return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1, correction=0).tolist())
+
+
+def _measured(split: FileSplit) -> Constants:
+    """In whole numbers, so that it does not depend on how the images are batched."""
+    total, squares, count = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 0
+    for images, _ in raw_batches(split, 64):
+        pixels = images.transpose(0, 1).flatten(1).long()
+        total, squares, count = total + pixels.sum(1), squares + pixels.square().sum(1), count + pixels.shape[1]
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp_min(0).sqrt()
+    return Constants(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+
+
+# --- the registry ---------------------------------------------------------------------------------------------------
+
+
+def _load_digits() -> Split:
+    from sklearn.datasets import load_digits  # imported here: slow, and only this dataset needs it
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8)
+    return Split(images[:, None].contiguous(), torch.from_numpy(bunch.target).long())
+
+
+class _Glyphs(Source):
+    """Rendered characters with a test part of their own; the arguments are those of `glyphs.load`."""
+
+    kwargs = frozenset(inspect.signature(glyphs.load).parameters)
+
+    def info(self, config: DataConfig) -> DatasetInfo:
+        return DatasetInfo(len(glyphs.CHARACTERS), (3, glyphs.SIDE, glyphs.SIDE))
+
+    def on_disk(self, config: DataConfig) -> bool:
+        return False
+
+    def read(self, config: DataConfig) -> Parts:
+        arguments: dict[str, Any] = config.kwargs
+        train, test = glyphs.load(**arguments)
+        return Parts(Split(*train), Split(*test))
+
+
+CIFAR100_CONSTANTS = Constants((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+CIFAR10_CONSTANTS = Constants((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+STL10_CONSTANTS = Constants((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2712))
+
+SOURCES: dict[str, Source] = {
+    "cifar10": Cifar(vision="CIFAR10", num_classes=10, side=32, constants=CIFAR10_CONSTANTS, key="labels"),
+    "cifar100": Cifar(vision="CIFAR100", num_classes=100, side=32, constants=CIFAR100_CONSTANTS, key="fine_labels"),
+    "digits": Generated(DatasetInfo(num_classes=10, image_shape=(1, 8, 8)), _load_digits),
+    "glyphs": _Glyphs(),
+    "image_folder": ImageFolder(),
+    "imagenet": ImageNet(),
+    "stl10": Stl10(vision="STL10", num_classes=10, side=96, constants=STL10_CONSTANTS),
+    "tiny_imagenet": TinyImageNet(),
+}
+
+
+def _source(config: DataConfig) -> Source:
+    if config.name not in SOURCES:
+        raise ValueError(f"unknown dataset {config.name!r}; {unknown_choice(config.name, SOURCES)}")
+    source = SOURCES[config.name]
+    check_kwargs(config, source.kwargs)
+    return source

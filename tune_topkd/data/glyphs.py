@@ -1,0 +1,136 @@
+"""Glyphs: 100 classes of rendered characters, RGB 32×32, as many as one likes; nothing is downloaded.
+
+The characters come from the fonts that ship with matplotlib and are chosen so that every class has look-alikes: letters
+with and without their accents, Latin letters beside Greek ones, zero beside O. Each image has its own font, colours,
+size, place, shear, rotation, clutter, blur and noise. An image is a function of (seed, part, index) alone: a larger set
+begins with the smaller one.
+"""
+
+import functools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL import ImageFont
+
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzàáâäãåçèéêëìíîïñòóôöõùúûüýαβγδεημνρσωÆ"
+"""One per class, in the order of the classes."""
+
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+)
+"""Files in matplotlib's font folder that have all of the characters."""
+
+SIDE = 32
+_CANVAS = 64
+"""Side of the rendering before it is halved: edges come out smooth."""
+_TRAIN, _TEST = range(2)
+
+
+def load(*, train_images: int = 8000, test_images: int = 2000, seed: int = 0) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Render a training and a test part.
+
+    Args:
+        train_images: how many; the classes follow one another in turn, so a multiple of 100 is balanced.
+        test_images: likewise.
+        seed: of everything random.
+
+    Returns:
+        Images `(N, 3, 32, 32)` uint8 and labels `(N,)` int64 of the training part, and of the test part. The pixels
+        depend, besides the arguments, on the versions of matplotlib's fonts and of Pillow.
+
+    Raises:
+        ValueError: a part with less than one image per class, or a negative seed.
+    """
+    for name, count in (("train_images", train_images), ("test_images", test_images)):
+        if type(count) is not int or count < len(CHARACTERS):
+            raise ValueError(f"glyphs: {name} must be a whole number of at least {len(CHARACTERS)}, but got {count!r}")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"glyphs: seed must be a whole number of at least 0, but got {seed!r}")
+    return _part(train_images, seed, _TRAIN), _part(test_images, seed, _TEST)
+
+
+def _part(count: int, seed: int, part: int) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(count) % len(CHARACTERS)
+    pixels = np.stack([render(index, seed=seed, part=part) for index in range(count)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def render(index: int, *, seed: int, part: int = _TRAIN) -> "np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]":
+    """The image with this index, `(32, 32, 3)` uint8; its class is the index modulo 100."""
+    from PIL import Image
+    from PIL import ImageFilter
+
+    random = np.random.default_rng((seed, part, index))
+    mask = _glyph(CHARACTERS[index % len(CHARACTERS)], random, size=random.uniform(34, 56), centre=_CANVAS / 2)
+    clutter = Image.new("L", (_CANVAS, _CANVAS))
+    for _ in range(random.integers(0, 3)):
+        angle = random.uniform(0, 2 * math.pi)
+        away = _CANVAS * random.uniform(0.42, 0.6)
+        place = (_CANVAS / 2 + away * math.cos(angle), _CANVAS / 2 + away * math.sin(angle))
+        other = CHARACTERS[random.integers(len(CHARACTERS))]
+        piece = _glyph(other, random, size=random.uniform(28, 48), centre=place)
+        clutter.paste(255, mask=piece)
+    back, ink, third = _colours(random)
+    picture = Image.new("RGB", (_CANVAS, _CANVAS), back)
+    picture.paste(third, mask=clutter)
+    picture.paste(ink, mask=mask)
+    picture = picture.filter(ImageFilter.GaussianBlur(random.uniform(0.0, 2.2)))
+    small = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float32)
+    noisy = small + random.normal(0.0, random.uniform(4.0, 32.0), small.shape).astype(np.float32)
+    return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+
+
+def _glyph(
+    character: str, random: np.random.Generator, *, size: float, centre: float | tuple[float, float]
+) -> "Image.Image":
+    """A mask of the character: its ink's middle near `centre`, sheared and rotated about it."""
+    from PIL import Image
+    from PIL import ImageDraw
+
+    font = _font(FONTS[random.integers(len(FONTS))], round(size))
+    angle, shear = math.radians(random.uniform(-20, 20)), random.uniform(-0.3, 0.3)
+    middle = np.broadcast_to(np.asarray(centre, dtype=float), 2) + random.uniform(-5, 5, 2)
+    left, top, right, bottom = font.getbbox(character)
+    mask = Image.new("L", (_CANVAS, _CANVAS))
+    corner = ((_CANVAS - left - right) / 2, (_CANVAS - top - bottom) / 2)
+    ImageDraw.Draw(mask).text(corner, character, fill=255, font=font)
+    cos, sin = math.cos(angle), math.sin(angle)
+    matrix = np.array([[cos, sin], [-sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]])
+    offset = np.full(2, _CANVAS / 2) - matrix @ middle  # the transform maps where a pixel goes to where it comes from
+    (a, b), (d, e) = matrix.tolist()
+    coefficients = (a, b, float(offset[0]), d, e, float(offset[1]))
+    return mask.transform(mask.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
+
+
+def _colours(random: np.random.Generator) -> list[tuple[int, int, int]]:
+    """Of the background, the character and the clutter: the background is darker than the character."""
+    back, ink = random.uniform(0, 100), random.uniform(150, 255)
+    third = random.uniform(back, ink)
+    rows = np.clip(np.array([[back], [ink], [third]]) + random.uniform(-40, 40, (3, 3)), 0, 255)
+    return [(int(r), int(g), int(b)) for r, g, b in rows.tolist()]
+
+
+@functools.cache
+def _font(name: str, size: int) -> "ImageFont.FreeTypeFont":
+    import matplotlib
+    from PIL import ImageFont
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

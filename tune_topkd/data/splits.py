@@ -1,0 +1,127 @@
+"""What a dataset comes to: its splits, in memory or in files, and how images are dealt out to them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tune_topkd.data.randomness import SPLIT
+from tune_topkd.data.randomness import random_order
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a dataset without loading it; `image_shape` is (channels, height, width)."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images `(N, C, H, W)` uint8 and labels `(N,)` int64, on one device. Shared: not to be written to."""
+
+    images: Tensor
+    labels: Tensor
+    image_size: int | None = None
+    """Side that batches are resized to; None leaves the images as they are."""
+    workers: int = 0
+    """Processes that augment images one by one, where the augmentation needs that; 0 does it in this one."""
+    host: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
+    """The same images on the CPU, where those that are augmented one by one are taken from."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches come to lie."""
+        return self.labels.device
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image of a batch."""
+        channels, height, width = self.images.shape[1:]
+        return (channels, self.image_size or height, self.image_size or width)
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on `device`."""
+        images = self.images.to(device)
+        host = self.images if self.host is None else self.host
+        return dataclasses.replace(self, images=images, labels=self.labels.to(device), host=host)
+
+    def subset(self, indices: Tensor) -> "Split":
+        """The images with these indices, `(n,)` int64, in this order."""
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], host=None)
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Image files, decoded batch by batch to RGB, and their labels `(N,)` int64 on the device of the batches."""
+
+    paths: tuple[str, ...]
+    labels: Tensor
+    size: tuple[int, int]
+    """Height and width of an image of a batch."""
+    fitted: bool
+    """Whether images are resized and cropped to `size`; where not, an image of another size is an error."""
+    workers: int = 0
+    """Processes that decode and augment; 0 does it in this one."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches come to lie."""
+        return self.labels.device
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image of a batch."""
+        return (3, *self.size)
+
+    def to(self, device: torch.device) -> "FileSplit":
+        """The same split, whose batches come to lie on `device`."""
+        return dataclasses.replace(self, labels=self.labels.to(device))
+
+    def subset(self, indices: Tensor) -> "FileSplit":
+        """The images with these indices, `(n,)` int64, in this order."""
+        paths = tuple(self.paths[index] for index in indices.tolist())
+        return dataclasses.replace(self, paths=paths, labels=self.labels[indices])
+
+
+AnySplit: TypeAlias = Split | FileSplit
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three disjoint splits, and the constants `mean` and `std` that images are normalised with.
+
+    These are per channel, with pixels from 0 to 1. With the `selection` "best_test_epoch", `train` has all training
+    images and `val` is the test split itself: a result that was chosen by it is to be marked as such.
+    """
+
+    train: AnySplit
+    val: AnySplit
+    test: AnySplit
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    selection: str = "validation"
+
+
+def stratified(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
+    """Indices of each fraction, then of what is left; of every class each part gets its share, to the nearest image."""
+    shuffled = random_order(len(labels), seed, 0, SPLIT, labels.device)
+    parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
+    for label in torch.unique(labels).tolist():
+        members = shuffled[labels[shuffled] == label]
+        ends = [round(math.fsum(fractions[: i + 1]) * len(members)) for i in range(len(fractions))]
+        for part, piece in zip(parts, members.tensor_split(ends), strict=True):
+            part.append(piece)
+    return [torch.cat(part).sort().values for part in parts]

@@ -1,0 +1,256 @@
+"""Views of images: each a function of (seed, epoch, index) alone.
+
+Padding, cropping and flipping is done for whole batches, on their device. All other augmentation is torchvision's, one
+image at a time on the CPU, in worker processes if there are any, with torch's generator seeded for each image.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+from typing import Any
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tune_topkd.config import AugmentConfig
+from tune_topkd.data.randomness import DETAIL
+from tune_topkd.data.randomness import DRAW
+from tune_topkd.data.randomness import DRAW_BITS
+from tune_topkd.data.randomness import VIEW
+from tune_topkd.data.randomness import random_bits
+from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import Split
+
+EVAL_MARGIN = 8 / 7
+"""An image file is resized so that its shorter side is this times the crop's: the field's 256 for 224."""
+
+
+def view(
+    images: Tensor, indices: Tensor, *, augment: AugmentConfig, seed: int, epoch: int, image_size: int | None = None
+) -> Tensor:
+    """The random views of some images in one epoch: each a function of (seed, epoch, index) alone.
+
+    Args:
+        images: all images of the split, `(N, C, H, W)` uint8.
+        indices: which of them, `(B,)` int64.
+        augment: what to draw; all but its erasing, which is done to normalised images.
+        seed: of the training.
+        epoch: absolute, from 1.
+        image_size: side that the views are resized to; by default the images' own.
+
+    Returns:
+        `(B, C, H, W)` uint8.
+    """
+    if goes_by_batch(augment):
+        views = _padded_and_flipped(images[indices], random_bits(indices, seed, epoch, VIEW), augment)
+    else:
+        drawn = _Views(None, images.cpu(), augment, seed, epoch, image_size)
+        views = torch.stack([image for image, _ in drawn.drawn(indices.tolist())]).to(images.device)
+    return resized(views, image_size)
+
+
+def goes_by_batch(augment: AugmentConfig) -> bool:
+    """Whether all that it asks for can be done for a whole batch at once."""
+    return not (augment.crop_scale or augment.rotate or augment.rand_augment or augment.erase)
+
+
+def resized(images: Tensor, side: int | None) -> Tensor:
+    """Images `(B, C, H, W)` uint8 at this side, bilinear and antialiased; themselves if it is theirs, or None."""
+    if side is None or images.shape[-2:] == (side, side):
+        return images
+    from torchvision.transforms.v2.functional import resize  # imported late: slow, and most runs need none of it
+
+    return resize(images, [side, side], antialias=True)  # type: ignore[no-any-return]
+
+
+def _padded_and_flipped(picked: Tensor, bits: Tensor, augment: AugmentConfig) -> Tensor:
+    """`(B, C, H, W)` with 64 random bits per image: the low 40 for the offsets, the next one for the flip."""
+    if not augment.pad and not augment.flip:
+        return picked
+    channels, height, width = picked.shape[1:]
+    offsets = 2 * augment.pad + 1
+    top, left = (((bits >> shift & DRAW) * offsets >> DRAW_BITS)[:, None] for shift in (0, DRAW_BITS))
+    rows = top + torch.arange(height, device=picked.device)
+    columns = left + torch.arange(width, device=picked.device)
+    if augment.flip:
+        flipped = (bits >> 2 * DRAW_BITS & 1).bool()[:, None]
+        columns = torch.where(flipped, columns.flip(1), columns)
+    padded = functional.pad(picked, (augment.pad,) * 4)
+    cropped = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, padded.shape[3]))
+    return cropped.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))
+
+
+# --- one image at a time --------------------------------------------------------------------------------------------
+
+Made: TypeAlias = tuple[Tensor, Tensor | None]
+"""Images `(B, C, H, W)` uint8, and which pixels `(B, 1, H, W)` bool are kept once they are normalised; None: all."""
+
+
+def views_of(
+    split: AnySplit,
+    batches: Sequence[Tensor],
+    *,
+    augment: AugmentConfig | None = None,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Iterator[Made]:
+    """Batches of a split made image by image, on the CPU, by as many processes as the split has workers.
+
+    Args:
+        split: of which.
+        batches: indices, `(B,)` int64 each.
+        augment: what to draw; None makes the views that a network is evaluated on.
+        seed: of the training.
+        epoch: absolute, from 1.
+
+    Raises:
+        ValueError: a file that cannot be decoded, or an image that is not of the split's size; the message names it.
+    """
+    if isinstance(split, Split):
+        images = split.images if split.host is None else split.host
+        views = _Views(None, images.cpu(), augment, seed, epoch, split.image_size)
+    else:
+        views = _Views(split.paths, None, augment, seed, epoch, None, split.size, split.fitted)
+    lists: list[list[int]] = [indices.tolist() for indices in batches]
+    made = map(views.__getitem__, lists) if not split.workers else _in_workers(views, lists, split)
+    for result in made:
+        if isinstance(result, str):
+            raise ValueError(result)
+        yield result
+
+
+def _in_workers(views: "_Views", lists: Sequence[list[int]], split: AnySplit) -> Iterator[Made | str]:
+    from torch import multiprocessing
+    from torch.utils.data import DataLoader
+
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)  # not fork: this process may have threads, or hold a GPU
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # once, not by each worker
+    loader: DataLoader[Any] = DataLoader(
+        views,  # type: ignore[arg-type]  # has what a map-style dataset needs
+        sampler=lists,
+        batch_size=None,  # the sampler's lists are the batches
+        collate_fn=_unchanged,
+        num_workers=min(split.workers, max(len(lists), 1)),
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # else it draws from the global one, which the training may use
+        pin_memory=split.device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def _unchanged(made: object) -> object:
+    return made
+
+
+class _Views:
+    """Makes batches out of lists of indices; what a worker process gets, so all of it can be pickled."""
+
+    def __init__(
+        self,
+        paths: Sequence[str] | None,
+        images: Tensor | None,
+        augment: AugmentConfig | None,
+        seed: int,
+        epoch: int,
+        image_size: int | None,
+        size: tuple[int, int] | None = None,
+        fitted: bool = False,
+    ) -> None:
+        self.paths, self.images = paths, images
+        self.augment, self.seed, self.epoch = augment, seed, epoch
+        self.size, self.fitted = size, fitted
+        if image_size is not None:
+            size = (image_size, image_size)
+        elif images is not None:
+            size = (images.shape[-2], images.shape[-1])
+        assert size is not None, "files come with their size"
+        self.final_size = size
+
+    def __getitem__(self, indices: list[int]) -> Made | str:
+        """The batch, or what is wrong with it: an exception out of a worker would come with the worker's trace."""
+        try:
+            images, kept = zip(*self.drawn(indices), strict=True)
+        except ValueError as error:
+            return str(error)
+        return torch.stack(images), None if kept[0] is None else torch.stack(kept)
+
+    def drawn(self, indices: list[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each image, and which of its pixels are kept; torch's generator is left as it was.
+
+        Raises:
+            ValueError: a file that cannot be decoded, or an image that is not of the right size.
+        """
+        if self.augment is None:
+            for index in indices:
+                yield self._plain(index), None
+            return
+        bits, seeds = (random_bits(torch.tensor(indices), self.seed, self.epoch, stream) for stream in (VIEW, DETAIL))
+        crop, detail, erase = _transforms(self.augment, self.final_size)
+        for number, index in enumerate(indices):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(seeds[number]))  # torch.manual_seed would seed the GPU's too
+                image = self._plain(index) if crop is None else crop(self._read(index))
+                image = _padded_and_flipped(image[None], bits[number : number + 1], self.augment)[0]
+                for transform in detail:
+                    image = transform(image)
+                kept = None if erase is None else erase(torch.ones(1, *self.final_size, dtype=torch.uint8)).bool()
+            yield image, kept
+
+    def _read(self, index: int) -> Tensor:
+        if self.images is not None:
+            return self.images[index]
+        assert self.paths is not None, "images are in memory or in files"
+        return decoded(self.paths[index])
+
+    def _plain(self, index: int) -> Tensor:
+        """The image as it is, one of a file at the split's size."""
+        image = self._read(index)
+        if self.size is None or image.shape[-2:] == self.size:
+            return image
+        if not self.fitted:
+            assert self.paths is not None, "images in memory have their size"
+            raise ValueError(
+                f"{self.paths[index]}: is {image.shape[-1]} × {image.shape[-2]} pixels, not {self.size[1]} × "
+                f"{self.size[0]}; all images must be of that size unless data.image_size is given"
+            )
+        from torchvision.transforms.v2.functional import center_crop
+        from torchvision.transforms.v2.functional import resize
+
+        side = round(self.size[0] * EVAL_MARGIN)
+        return center_crop(resize(image, [side], antialias=True), list(self.size))  # type: ignore[no-any-return]
+
+
+def _transforms(augment: AugmentConfig, size: tuple[int, int]) -> tuple[Any, list[Any], Any]:
+    """The random crop or None, what comes after the flip, and the erasing or None."""
+    from torchvision.transforms import v2
+
+    crop = augment.crop_scale and v2.RandomResizedCrop(size, scale=tuple(augment.crop_scale), antialias=True)
+    detail: list[Any] = []
+    if augment.rotate:
+        detail.append(v2.RandomRotation(augment.rotate))
+    if augment.rand_augment:
+        detail.append(v2.RandAugment(augment.rand_augment.ops, augment.rand_augment.magnitude))
+    return crop, detail, v2.RandomErasing(augment.erase, value=0) if augment.erase else None
+
+
+def decoded(path: str) -> Tensor:
+    """An image file as RGB, `(3, H, W)` uint8.
+
+    Raises:
+        ValueError: it cannot be read or decoded.
+    """
+    import struct
+    import zlib
+
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    damage = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+    try:
+        with Image.open(path) as image:
+            return pil_to_tensor(image.convert("RGB"))  # type: ignore[no-any-return]
+    except damage as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}; replace or remove the file") from error
