@@ -4,12 +4,14 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tune_topkd import loss as loss_module
@@ -474,7 +476,8 @@ def test_logit_standardisation_by_hand() -> None:
 def test_defaults_are_those_of_the_method() -> None:
     expected = {
         "k": 5, "scale_top": 2.0, "scale_last": 1.0, "scale_gt": 3.0, "shift": 0.1, "alpha": 1.0, "beta": 1.0,
-        "temperature": 0.1, "normalize": True, "ce_weight": 1.0, "tdl_weight": 1.0, "contrastive_weight": 1.0,
+        "temperature": 0.1, "normalize": True, "contrastive_batch": 0,
+        "ce_weight": 1.0, "tdl_weight": 1.0, "contrastive_weight": 1.0,
     }  # fmt: skip
     assert loss_parameters("topkd") == expected
     assert loss_parameters("kd") == {"ce_weight": 0.1, "kd_weight": 0.9, "temperature": 4.0}
@@ -1053,10 +1056,135 @@ def test_terms_of_another_loss_are_refused() -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     for call in (lambda: build_loss("topk", {}), lambda: loss_parameters("topk")):
-        with refused(f"unknown method 'topk'; known methods: {', '.join(METHODS)}"):
+        with refused(f"unknown method 'topk'; known methods: {', '.join(METHODS)}; or a callable: package.module:loss"):
             call()
     with refused("unknown parameters of method 'kd': 'tau', 'k'; known parameters: ce_weight, kd_weight, temperature"):
         build_loss("kd", {"tau": 1.0, "temperature": 2.0, "k": 3})
     for name in ("base_ce_weight", "base", "temperature", "base_k"):
         with pytest.raises(ValueError, match=f"unknown parameters of method 'kd.topkd': '{name}'; .* base_temperature"):
             build_loss("kd+topkd", {name: 1.0})
+
+
+# --- groups of the contrastive loss -------------------------------------------------------------------------
+
+
+def test_contrastive_batch_makes_the_term_that_of_batches_of_this_size() -> None:
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 12, 7, dtype=torch.float64, generator=generator)
+    labels = torch.arange(12) % 7
+    whole, grouped = TopKDLoss(), TopKDLoss(contrastive_batch=4)
+    parts = [
+        whole.terms(student[i : i + 4], teacher[i : i + 4], labels[i : i + 4])["contrastive"] for i in range(0, 12, 4)
+    ]
+    term = grouped.terms(student, teacher, labels)["contrastive"]
+    torch.testing.assert_close(term, torch.stack(parts).mean())
+    assert term < whole.terms(student, teacher, labels)["contrastive"] - 0.1  # fewer to tell apart
+    # A last group that is smaller counts by its samples.
+    uneven = TopKDLoss(contrastive_batch=8).terms(student, teacher, labels)["contrastive"]
+    eight, four = (whole.terms(student[s], teacher[s], labels[s])["contrastive"] for s in (slice(8), slice(8, 12)))
+    torch.testing.assert_close(uneven, (8 * eight + 4 * four) / 12)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "4"])
+def test_contrastive_batch_must_be_a_count(value: object) -> None:
+    with pytest.raises(ValueError, match=f"`contrastive_batch.*{value}"):
+        TopKDLoss(contrastive_batch=value)
+
+
+# --- a user's loss ------------------------------------------------------------------------------------------
+
+USERS = """
+import torch
+from tune_topkd.loss import KDLoss
+
+def squared(student, teacher, labels, weight=2.0, *, power=2):
+    return weight * (student - teacher).abs().pow(power).mean()
+
+def shapeless(student, teacher, labels):
+    return student - teacher
+
+class Scaled(torch.nn.Module):
+    def __init__(self, scale=3.0):
+        super().__init__()
+        if scale <= 0:
+            raise ValueError(f"scale must be positive, but got {scale}")
+        self.scale = scale
+
+    def forward(self, student, teacher, labels):
+        return self.scale * (student * teacher).mean()
+
+class Warm(KDLoss):
+    def __init__(self, *, ce_weight=0.5, temperature=8.0):
+        super().__init__(ce_weight=ce_weight, temperature=temperature)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module with losses of a user's own."""
+    name = f"users_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def pair() -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(1))
+    return student, teacher, torch.arange(6)
+
+
+def test_a_function_of_the_users_is_a_loss_with_its_parameters(users: str) -> None:
+    student, teacher, labels = pair()
+    assert loss_parameters(f"{users}:squared") == {"weight": 2.0, "power": 2}
+    loss = build_loss(f"{users}:squared", {"power": 3})
+    assert loss.terms(student, teacher, labels).keys() == {"loss"}
+    torch.testing.assert_close(loss(student, teacher, labels), 2 * (student - teacher).abs().pow(3).mean())
+
+
+def test_a_class_of_the_users_is_constructed_and_keeps_its_terms(users: str) -> None:
+    student, teacher, labels = pair()
+    scaled = build_loss(f"{users}:Scaled", {"scale": 5.0})
+    torch.testing.assert_close(scaled(student, teacher, labels), 5 * (student * teacher).mean())
+    warm = build_loss(f"{users}:Warm", {"ce_weight": 1.0})
+    assert warm.terms(student, teacher, labels).keys() == {"ce", "kd"}
+    torch.testing.assert_close(
+        warm(student, teacher, labels), KDLoss(ce_weight=1.0, temperature=8.0)(student, teacher, labels)
+    )
+
+
+def test_a_loss_of_the_users_is_the_base_of_the_plug_in(users: str) -> None:
+    student, teacher, labels = pair()
+    assert {"k", "tdl_weight", "base_weight", "base_power"} <= loss_parameters(f"{users}:squared+topkd").keys()
+    assert "base_ce_weight" not in loss_parameters(f"{users}:Warm+topkd")
+    ours = {"k": 2, "base_weight": 0.5}
+    plugged = build_loss(f"{users}:squared+topkd", ours | {"base_power": 1})
+    expected = TopKDPlugin(lambda s, t, y: 2 * (s - t).abs().mean(), **ours)
+    torch.testing.assert_close(plugged(student, teacher, labels), expected(student, teacher, labels))
+    warm = build_loss(f"{users}:Warm+topkd", {})
+    expected = TopKDPlugin(KDLoss(ce_weight=0.0, temperature=8.0))
+    torch.testing.assert_close(warm(student, teacher, labels), expected(student, teacher, labels))
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "told"),
+    [
+        ("{}:missing", {}, "cannot be imported: AttributeError"),
+        ("no_such_module_at_all:loss", {}, "cannot be imported: ModuleNotFoundError"),
+        ("{}:number", {}, "must be callable, but is a int"),
+        ("{}:squared", {"gamma": 1.0}, "unknown parameters of method .*: 'gamma'; known parameters: weight, power"),
+        ("{}:Scaled", {"scale": -1.0}, "scale must be positive"),
+        ("{}:Scaled", {"scale": "x"}, "cannot be constructed: TypeError"),
+    ],
+)
+def test_what_is_wrong_with_a_users_loss_is_told(users: str, method: str, parameters: dict, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        build_loss(method.format(users), parameters)
+
+
+def test_a_users_loss_must_return_a_scalar(users: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{users}:shapeless must return a scalar tensor, but returned shape \(6, 9\)"
+    ):
+        build_loss(f"{users}:shapeless", {})(*pair())

@@ -31,6 +31,15 @@ def check_flag(**values: object) -> None:
             raise ValueError(f"`{name}` must be True or False, but got {value!r}")
 
 
+def check_group(**values: object) -> None:
+    """Check that every value is an integer, at least 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"`{name}` must be an integer, but got {value!r}")
+        if value < 0:
+            raise ValueError(f"`{name} >= 0` must hold, but got {name}={value!r}")
+
+
 def check_k(k: object) -> None:
     """Check that K is an integer, at least 1."""
     if isinstance(k, bool) or not isinstance(k, Integral):

@@ -190,13 +190,18 @@ def _groups(scaled: Tensor, k: int) -> Tensor:
     return torch.cat((masks, 1 - masks.sum(0, keepdim=True)))
 
 
-def contrastive_entropy(student: Tensor, teacher: Tensor, temperature: float, normalize: bool) -> Tensor:
-    """Compute `contrastive_loss` of checked input."""
+def contrastive_entropy(
+    student: Tensor, teacher: Tensor, temperature: float, normalize: bool, group: int = 0
+) -> Tensor:
+    """Compute `contrastive_loss` of checked input, within groups of so many samples if that is not 0."""
     if normalize:
         student, teacher = _unit(student), _unit(teacher)
-    similarity = student @ teacher.T / temperature
-    own = (similarity.log_softmax(0) + similarity.log_softmax(1)).diagonal()
-    return -own.mean() / 2
+    groups = zip(torch.split(student, group or len(student)), torch.split(teacher, group or len(teacher)), strict=True)
+    own = []
+    for one, other in groups:
+        similarity = one @ other.T / temperature
+        own.append((similarity.log_softmax(0) + similarity.log_softmax(1)).diagonal())
+    return -torch.cat(own).mean() / 2
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tune_topkd.loss.checks import check_flag
+from tune_topkd.loss.checks import check_group
 from tune_topkd.loss.checks import check_k_fits
 from tune_topkd.loss.checks import check_numbers
 from tune_topkd.loss.checks import check_scaling
@@ -58,7 +59,7 @@ class TopKDLoss(_TopK):
     **Paper** (arXiv 2508.04539): ``L_con + L_TDL``, the decoupled loss on the scaled teacher logits, the
     contrastive loss on the unscaled ones. **Ours**: the cross-entropy with the labels and the three weights,
     all 1 by default. Under SGD the sum of the weights multiplies the step size. The contrastive term depends
-    on the batch size.
+    on the batch size unless ``contrastive_batch`` fixes it.
 
     Terms: ``ce``, ``tdl``, ``contrastive``.
 
@@ -72,6 +73,8 @@ class TopKDLoss(_TopK):
         beta: weight of the negative group, at least 0; see `top_k_decoupled_loss`.
         temperature: of the contrastive loss, above 0.
         normalize: whether the contrastive loss normalises the rows; see `contrastive_loss`.
+        contrastive_batch: samples that are contrasted with one another: the batch is cut into groups of so many, so
+            that the term means the same at another batch size. 0, the default, is the whole batch (**paper**).
         ce_weight: at least 0, as are the other two.
         tdl_weight: weight of the decoupled loss.
         contrastive_weight: weight of the contrastive loss.
@@ -98,6 +101,7 @@ class TopKDLoss(_TopK):
         beta: float = 1.0,
         temperature: float = 0.1,
         normalize: bool = True,
+        contrastive_batch: int = 0,
         ce_weight: float = 1.0,
         tdl_weight: float = 1.0,
         contrastive_weight: float = 1.0,
@@ -114,9 +118,11 @@ class TopKDLoss(_TopK):
         )
         check_temperature(temperature)
         check_flag(normalize=normalize)
+        check_group(contrastive_batch=contrastive_batch)
         check_numbers(0, ce_weight=ce_weight, tdl_weight=tdl_weight, contrastive_weight=contrastive_weight)
         self.temperature = temperature
         self.normalize = normalize
+        self.contrastive_batch = contrastive_batch
         self.ce_weight = ce_weight
         self.tdl_weight = tdl_weight
         self.contrastive_weight = contrastive_weight
@@ -125,7 +131,9 @@ class TopKDLoss(_TopK):
         return {
             "ce": functional.cross_entropy(student, labels),
             "tdl": self._tdl(student, self._scaled_teacher(teacher, labels)),
-            "contrastive": contrastive_entropy(student, teacher, self.temperature, self.normalize),
+            "contrastive": contrastive_entropy(
+                student, teacher, self.temperature, self.normalize, self.contrastive_batch
+            ),
         }
 
 
