@@ -85,6 +85,23 @@ def test_key_changes_with_all_that_the_teacher_depends_on():
     assert len({teacher_key(sweep(**change)) for change in changes}) == len(changes)
 
 
+def test_key_is_of_the_data_and_not_of_where_it_lies(tmp_path: Path):
+    def key(root: str, **data) -> str:
+        named = {"name": "stl10", "root": str(tmp_path / root), **data}
+        return teacher_key(sweep(data=named))
+
+    for root, byte in (("a", b"1"), ("b", b"1"), ("c", b"22")):
+        folder = tmp_path / root / "stl10_binary"
+        folder.mkdir(parents=True)
+        for name in ("train_X", "train_y", "test_X", "test_y"):
+            (folder / f"{name}.bin").write_bytes(byte)
+    first = key("a")
+    assert key("b") == key("a", workers=2) == key("a", download=True) == first
+    assert len({first, key("c"), key("a", image_size=32)}) == 3
+    with pytest.raises(ValueError, match=r"'stl10': .*/none/stl10_binary has no train_X\.bin"):
+        key("none")
+
+
 def test_key_of_a_checkpoint_is_its_content(tmp_path: Path):
     keys = []
     for name, content in (("a.pt", b"1"), ("b.pt", b"1"), ("c.pt", b"2")):
@@ -112,7 +129,8 @@ def test_teacher_is_trained_with_cross_entropy_by_its_own_recipe(tmp_path: Path)
     ensure_teacher(config, tmp_path, train)
     (trial,) = train.calls
     assert (trial.method, trial.seed, trial.teacher) == ("ce", 7, None)
-    assert (trial.student, trial.recipe, trial.data) == (config.teacher.model, config.teacher.recipe, config.data)
+    assert (trial.student.name, trial.student.kwargs) == (config.teacher.name, config.teacher.kwargs)
+    assert (trial.recipe, trial.data) == (config.teacher.recipe, config.data)
 
 
 def test_record_says_what_the_teacher_is(tmp_path: Path):
@@ -155,7 +173,7 @@ def test_a_training_that_was_killed_leaves_nothing_that_is_taken_for_a_teacher(t
             write_atomically(path, content)
 
         with monkeypatch.context() as patch:
-            patch.setattr("tune_topkd.models.write_atomically", write)
+            patch.setattr("tune_topkd.models.checkpoints.write_atomically", write)
             patch.setattr("tune_topkd.teacher.write_atomically", write)
             with pytest.raises(KeyboardInterrupt):
                 ensure_teacher(sweep(), tmp_path, train)

@@ -6,17 +6,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import tune_topkd.data as data
+import tune_topkd.data.datasets as datasets
 import tune_topkd.models as models
+import tune_topkd.train as training
+from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import load_config
+from tune_topkd.data import DatasetInfo
 from tune_topkd.data import Split
+from tune_topkd.data import count_hits
 from tune_topkd.data import dataset_info
 from tune_topkd.data import load_dataset
 from tune_topkd.data import train_batches
+from tune_topkd.data.sources import Generated
+from tune_topkd.loss import build_loss
 from tune_topkd.loss import loss_parameters
 from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
@@ -25,6 +31,7 @@ from tune_topkd.models import save_weights
 from tune_topkd.teacher import load_teacher
 from tune_topkd.train import CHECKPOINT_NAME
 from tune_topkd.train import CheckpointError
+from tune_topkd.train import _mixup as mixup
 from tune_topkd.train import checkpoint_metrics
 from tune_topkd.train import train
 
@@ -235,10 +242,10 @@ def three_classes(monkeypatch):
     labels = torch.arange(30) % 3
     images = (labels * 80).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
     images[:, 0, 0, 0] = torch.arange(30)
-    source = data._Source(data.DatasetInfo(3, (1, 8, 8)), lambda: Split(images, labels))
-    monkeypatch.setitem(data._SOURCES, "three", source)
+    source = Generated(DatasetInfo(3, (1, 8, 8)), lambda: Split(images, labels))
+    monkeypatch.setitem(datasets.SOURCES, "three", source)
     yield DataConfig(name="three", val_fraction=0.3, test_fraction=0.3)
-    data._loaded.cache_clear()
+    datasets._loaded.cache_clear()
 
 
 def test_few_classes_have_no_top5_and_fewer_images_than_a_batch_will_do(three_classes, teacher):
@@ -380,14 +387,220 @@ def test_only_cross_entropy_can_do_without_a_teacher(leave_out, teacher):
         train(trial("kd", **{**teacher, leave_out: None}))
 
 
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+def rates(**recipe) -> list[float]:
+    seen = Recorder()
+    train(trial(recipe={"epochs": 6, "batch_size": 512, "lr": 0.08, **recipe}), seen)
+    return [metrics["lr"] for metrics in seen.metrics]
+
+
+def test_warm_up_is_a_ramp_times_the_schedule():
+    ramp = [0.1, 0.1 + 0.9 / 3, 0.1 + 1.8 / 3, 1, 1, 1]
+    cosine = [0.02 + 0.06 * (1 + math.cos(math.pi * e / 6)) / 2 for e in range(6)]
+    warm = {"warmup_epochs": 3, "warmup_start": 0.1}
+    assert rates(schedule="cosine", min_lr=0.02, **warm) == pytest.approx(
+        [r * c for r, c in zip(ramp, cosine, strict=True)]
+    )
+    steps = [0.08, 0.08, 0.08, 0.08, 0.04, 0.04]
+    assert rates(schedule="step", milestones=[4], gamma=0.5, **warm) == pytest.approx(
+        [r * s for r, s in zip(ramp, steps, strict=True)]
+    )
+    assert rates(schedule="constant", **warm) == pytest.approx([0.08 * r for r in ramp])
+
+
+def test_a_cosine_ends_at_its_floor():
+    assert rates(schedule="cosine", min_lr=0.02) == pytest.approx(
+        [0.02 + 0.06 * (1 + math.cos(math.pi * e / 6)) / 2 for e in range(6)]
+    )
+
+
+def test_adamw_lets_matrices_decay_and_vectors_not(teacher):
+    def weights(weight_decay):
+        recipe = {"optimizer": "adamw", "lr": 1e-9, "weight_decay": weight_decay, "epochs": 1}
+        return train(trial("kd", **teacher, recipe=recipe)).model.state_dict()
+
+    still, decayed = weights(0.0), weights(1e8)  # each of the 5 steps takes a tenth
+    for name, value in still.items():
+        if "weight" in name and value.ndim > 1:
+            torch.testing.assert_close(decayed[name], value * 0.9**5, rtol=1e-3, atol=1e-6)
+        elif "running" not in name:
+            torch.testing.assert_close(decayed[name], value)
+
+
+def test_dkd_warms_up_as_the_field_does_and_the_recipe_can_say_otherwise():
+    recipe = RecipeConfig(epochs=240)
+    assert [recipe.distill_share(e, "dkd") for e in (1, 10, 20, 240)] == [0.05, 0.5, 1.0, 1.0]
+    assert recipe.distill_share(5, "dkd+topkd") == 0.25
+    assert {recipe.distill_share(1, m) for m in ("kd", "topkd", "lskd+topkd", "ce")} == {1.0}
+    assert RecipeConfig(epochs=240, distill_warmup=4).distill_share(1, "kd") == 0.25
+    assert RecipeConfig(epochs=240, distill_warmup=0).distill_share(1, "dkd") == 1.0
+
+
+def test_the_warm_up_weighs_the_distillation_terms_and_not_the_cross_entropy(teacher):
+    def first_epoch(**recipe):
+        seen = Recorder()
+        recipe = {"epochs": 4, "lr": 1e-9, "batch_size": 512} | recipe
+        train(trial("dkd", **teacher, recipe=recipe, loss={"alpha": 2.0, "beta": 3.0}), seen)
+        return seen.metrics
+
+    for metrics, share in zip(first_epoch(distill_warmup=2), (0.5, 1.0, 1.0, 1.0), strict=True):
+        distilled = 2 * metrics["train_tckd"] + 3 * metrics["train_nckd"]
+        assert metrics["train_loss"] == pytest.approx(metrics["train_ce"] + share * distilled, rel=1e-5)
+
+
+def test_mixup_mixes_images_and_the_loss_of_both_labels(teacher):
+    """With a learning rate of nothing the loss of a mixed batch can be counted again from what was mixed."""
+    data = DIGITS.model_copy(update={"augment": DIGITS.augment.model_copy(update={"mixup": 0.7})})
+    config = trial("kd", **teacher, data=data, recipe={"epochs": 1, "lr": 1e-12}, seed=5)
+    result = train(config)
+
+    dataset = load_dataset(data)
+    torch.manual_seed(5)
+    model = build_configured(TINY, num_classes=10)
+    taught_by = load_teacher(teacher["teacher"], Path(teacher["teacher_checkpoint"]), num_classes=10)
+    loss, totals, shares = build_loss("kd", {}), [], []
+    batches = train_batches(
+        dataset.train, batch_size=64, seed=5, epoch=1, augment=data.augment, mean=dataset.mean, std=dataset.std
+    )
+    for number, batch in enumerate(batches):
+        share, other = mixup(len(batch.labels), 0.7, (5, 1, number))
+        shares.append(share)
+        assert sorted(other.tolist()) == list(range(64))
+        images = share * batch.images + (1 - share) * batch.images[other]
+        logits, taught = model(images), taught_by(images)
+        one, two = loss(logits, taught, batch.labels), loss(logits, taught, batch.labels[other])
+        totals.append(float((share * one + (1 - share) * two).detach()))
+    assert len({round(share, 6) for share in shares}) == len(shares)
+    assert result.metrics["train_loss"] == pytest.approx(sum(totals) / len(totals), rel=1e-5)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A checkpoint of the tiny network for 7 classes."""
+    torch.manual_seed(9)
+    model = build_configured(TINY, num_classes=7)
+    model(torch.rand(32, 1, 8, 8) * 3)  # running statistics
+    save_weights(model, tmp_path / "pretrained.pt")
+    return model, tmp_path / "pretrained.pt"
+
+
+def test_a_linear_probe_trains_the_head_alone_and_keeps_the_batch_norms(pretrained):
+    model, path = pretrained
+    student = {"name": TINY.name, "kwargs": TINY.kwargs, "checkpoint": str(path), "linear_probe": True}
+    seen = Recorder()
+    result = train(trial(student=student, recipe={"lr": 0.1, "weight_decay": 0.0, "epochs": 6}), seen)
+    before, after = model.state_dict(), result.model.state_dict()
+    assert after["classifier.weight"].shape == (10, 4)
+    for name, value in before.items():
+        if not name.startswith("classifier"):
+            assert torch.equal(after[name], value), name
+    assert seen.metrics[-1]["train_loss"] < seen.metrics[0]["train_loss"] - 0.01
+
+
+def test_a_student_can_start_from_a_checkpoint_all_but_its_head(pretrained, tmp_path):
+    model, path = pretrained
+    student = {"name": TINY.name, "kwargs": TINY.kwargs, "checkpoint": str(path)}
+    result = train(trial(student=student, recipe={"lr": 1e-12, "epochs": 1}))
+    assert torch.equal(result.model.features[0].weight, model.features[0].weight)
+    assert not torch.equal(result.model.features[1].running_mean, model.features[1].running_mean)
+    with pytest.raises(ValueError, match=r"gone\.pt: cannot be read"):
+        train(trial(student=student | {"checkpoint": str(tmp_path / "gone.pt")}))
+
+
+def test_the_students_checkpoint_may_move_but_not_change(pretrained, tmp_path):
+    _, path = pretrained
+    student = {"name": TINY.name, "kwargs": TINY.kwargs, "checkpoint": str(path)}
+    train(trial(student=student, recipe={"epochs": 1}), Recorder(tmp_path, save_at={1}))
+    moved = path.rename(tmp_path / "moved.pt")
+    config = trial(student=student | {"checkpoint": str(moved)}, recipe={"epochs": 1})
+    assert train(config, resume_from=tmp_path / "1").epoch == 1
+    save_weights(build_configured(TINY, num_classes=7), moved)
+    with pytest.raises(ValueError, match=r"student\.checkpoint was"):
+        train(config, resume_from=tmp_path / "1")
+
+
+def test_the_best_test_epoch_is_named_so_and_trains_on_all_training_images(tmp_path):
+    data = DIGITS.model_copy(update={"selection": "best_test_epoch"})
+    seen = Recorder(tmp_path, save_at={2})
+    result = train(trial(data=data, recipe={"lr": 0.8, "epochs": 5}), seen)
+    accuracies = [metrics["test_top1"] for metrics in seen.metrics]
+    assert [metrics["best_epoch_test_top1"] for metrics in seen.metrics] == [max(accuracies[:n]) for n in range(1, 6)]
+    assert not [name for name in result.metrics if name.startswith("val_")]
+    dataset, usual = load_dataset(data), load_dataset(DIGITS)
+    hits = count_hits(result.model, usual.test, mean=dataset.mean, std=dataset.std)
+    assert accuracies[-1] == pytest.approx(100 * int(hits[0]) / len(usual.test))
+    assert len(dataset.train) == len(usual.train) + len(usual.val)
+    again = Recorder()
+    train(trial(data=data, recipe={"lr": 0.8, "epochs": 5}), again, resume_from=tmp_path / "2")
+    assert again.metrics[-1]["best_epoch_test_top1"] == max(accuracies)
+
+
+def test_a_teacher_that_sees_the_same_images_in_every_epoch_is_asked_once(teacher, monkeypatch):
+    still = DIGITS.model_copy(update={"augment": AugmentConfig()})
+    asked = []
+
+    def counting(*arguments, **options):
+        model = load_teacher(*arguments, **options)
+        model.register_forward_hook(lambda module, inputs, logits: asked.append(len(logits)))
+        return model
+
+    monkeypatch.setattr(training, "load_teacher", counting)
+    monkeypatch.setattr(training, "_known_logits", {})
+    result = train(trial("kd", **teacher, data=still))
+    assert sum(asked) == len(load_dataset(still).train)
+    asked.clear()
+    again = train(trial("kd", **teacher, data=still))
+    assert asked == []
+    assert same_weights(result.model, again.model)
+    train(trial("kd", **teacher))  # views that differ are shown to it every time
+    assert sum(asked) == 4 * (len(load_dataset(still).train) // 64 * 64)
+    # And what it says is what it would have said of each batch.
+    monkeypatch.setattr(training, "_LOGITS_BYTES", 0)
+    every_time = train(trial("kd", **teacher, data=still))
+    assert every_time.metrics["train_loss"] == pytest.approx(result.metrics["train_loss"], rel=1e-4)
+
+
+def test_another_teacher_or_another_split_is_not_taken_for_the_known_one(teacher, tmp_path):
+    still = DIGITS.model_copy(update={"augment": AugmentConfig()})
+    first = train(trial("kd", **teacher, data=still, recipe={"epochs": 1}))
+    other = tmp_path / "other.pt"
+    torch.manual_seed(77)
+    save_weights(build_configured(teacher["teacher"], num_classes=10), other)
+    second = train(trial("kd", **(teacher | {"teacher_checkpoint": str(other)}), data=still, recipe={"epochs": 1}))
+    assert second.metrics["train_kd"] != pytest.approx(first.metrics["train_kd"], rel=1e-3)
+    apart = still.model_copy(update={"split_seed": 4})
+    third = train(trial("kd", **teacher, data=apart, recipe={"epochs": 1, "lr": 1e-12}))
+    dataset = load_dataset(apart)
+    taught_by = load_teacher(teacher["teacher"], Path(teacher["teacher_checkpoint"]), num_classes=10)
+    torch.manual_seed(0)
+    student = build_configured(TINY, num_classes=10)
+    batches = train_batches(
+        dataset.train, batch_size=64, seed=0, epoch=1, augment=apart.augment, mean=dataset.mean, std=dataset.std
+    )
+    terms = [build_loss("kd", {}).terms(student(b.images), taught_by(b.images), b.labels)["kd"] for b in batches]
+    assert third.metrics["train_kd"] == pytest.approx(float(torch.stack(terms).mean().detach()), rel=1e-4)
+
+
+def test_a_users_loss_trains(teacher, tmp_path, monkeypatch):
+    (tmp_path / "a_users_loss.py").write_text(
+        "def pull(student, teacher, labels, strength=1.0):\n    return strength * (student - teacher).square().mean()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = Recorder()
+    train(trial("a_users_loss:pull", **teacher, loss={"strength": 0.5}, recipe={"lr": 0.01}), seen)
+    assert seen.metrics[-1]["train_loss"] < seen.metrics[0]["train_loss"]
+
+
 # --- the shipped search spaces --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("digits*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_space_names_what_exists(path):
     config = load_config(path)
-    classes = dataset_info(config.data.name).num_classes
+    classes = dataset_info(config.data).num_classes
     student, teacher = (build_configured(m, num_classes=classes) for m in (config.student, config.teacher.model))
     assert count_parameters(student) < count_parameters(teacher) / 5
-    assert config.space.keys() - {"lr"} | config.loss.keys() == loss_parameters(config.method).keys()
+    assert config.space.keys() - {"lr"} | {"contrastive_batch"} == loss_parameters(config.method).keys()
     assert config.space["k"].high < classes

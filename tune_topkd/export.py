@@ -31,6 +31,7 @@ from tune_topkd.config import ModelConfig
 from tune_topkd.config import Problem
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import Scalar
+from tune_topkd.config import StudentConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
@@ -96,8 +97,8 @@ class TunedConfig(_Part):
     """Every parameter of the loss, the weights absolute: `TopKDLoss(**loss)` for the method `topkd`."""
     recipe: RecipeConfig
     data: DataConfig
-    teacher: ModelConfig
-    student: ModelConfig
+    teacher: ModelConfig | None
+    student: StudentConfig
     evidence: Evidence = Field(repr=False)
 
 
@@ -124,8 +125,8 @@ def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[
         method=config.method,
         loss=dict(loss_defaults) | config.loss | searched,
         recipe=RecipeConfig.model_validate(recipe),
-        data=config.data,
-        teacher=config.teacher.model,
+        data=config.data.model_copy(update={"root": None}),  # a place on this machine
+        teacher=config.teacher.model if config.teacher else None,
         student=config.student,
         evidence=_evidence(config, state, best, best.value),
     )
@@ -168,7 +169,7 @@ def as_yaml(tuned: TunedConfig) -> str:
     """The tuned config as the YAML that `load_tuned_config` reads."""
     evidence = tuned.evidence
     opening = (
-        f"# {tuned.method} for {tuned.teacher.name} -> {tuned.student.name} on {tuned.data.name}: "
+        f"# {tuned.method} for {_pair(tuned)} on {tuned.data.name}: "
         f"validation top-1 {evidence.val_top1:.2f} % (trial {evidence.trial} of sweep {evidence.sweep}).\n"
         "# from tune_topkd.export import load_tuned_config; TopKDLoss(**load_tuned_config(this).loss)\n"
     )
@@ -186,7 +187,7 @@ def as_python(tuned: TunedConfig) -> str:
     content = tuned.model_dump(mode="json")
     constants = [("METHOD", "method"), ("LOSS", "loss"), ("RECIPE", "recipe"), ("EVIDENCE", "evidence")]
     lines = [
-        f'"""{tuned.method} tuned for {tuned.teacher.name} -> {tuned.student.name} on {tuned.data.name}.',
+        f'"""{tuned.method} tuned for {_pair(tuned)} on {tuned.data.name}.',
         "",
         f"Validation top-1 {evidence.val_top1:.2f} %, trial {evidence.trial} of sweep {evidence.sweep}.",
         "Use: `from tune_topkd.loss import build_loss; criterion = build_loss(METHOD, LOSS)`.",
@@ -195,6 +196,10 @@ def as_python(tuned: TunedConfig) -> str:
         *(f"{name} = {pformat(content[key], sort_dicts=False, width=100)}" for name, key in constants),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pair(tuned: TunedConfig) -> str:
+    return f"{tuned.teacher.name} -> {tuned.student.name}" if tuned.teacher else tuned.student.name
 
 
 WRITERS: Mapping[str, Callable[[TunedConfig], str]] = {"yaml": as_yaml, "json": as_json, "python": as_python}

@@ -26,10 +26,13 @@ from torch import nn
 from tune_topkd import __version__
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
-from tune_topkd.config import SweepConfig
+from tune_topkd.config import PairConfig
+from tune_topkd.config import StudentConfig
+from tune_topkd.config import TeacherConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import count_hits
 from tune_topkd.data import dataset_info
+from tune_topkd.data import fingerprint
 from tune_topkd.data import load_dataset
 from tune_topkd.models import build_configured
 from tune_topkd.models import load_weights
@@ -85,19 +88,20 @@ class Teacher:
     was_cached: bool
 
 
-def teacher_key(config: SweepConfig) -> str:
+def teacher_key(config: PairConfig) -> str:
     """16 hex digits that name a teacher by content: of its training's inputs, or of the given checkpoint's bytes.
 
     Raises:
-        ValueError: the given checkpoint cannot be read.
+        ValueError: the given checkpoint cannot be read, or the dataset's files are not there.
     """
-    if config.teacher.checkpoint is not None:
-        return _file_hash(Path(config.teacher.checkpoint))[:16]
+    given = _given(config)
+    if given.checkpoint is not None:
+        return _file_hash(Path(given.checkpoint))[:16]
     text = json.dumps(_inputs(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def ensure_teacher(config: SweepConfig, root: Path, train: TrainFunction, progress: Progress | None = None) -> Teacher:
+def ensure_teacher(config: PairConfig, root: Path, train: TrainFunction, progress: Progress | None = None) -> Teacher:
     """The teacher of a sweep: the given checkpoint, checked, or the one under `root`, trained first if need be.
 
     Two processes that need the same teacher at once train it once: the second waits for the first.
@@ -112,10 +116,11 @@ def ensure_teacher(config: SweepConfig, root: Path, train: TrainFunction, progre
         ValueError: the checkpoint does not fit or cannot be read, the training diverged, the teacher is hardly better
             than chance on the validation split, or `root` cannot be written to.
     """
-    if config.teacher.checkpoint is not None:
-        path = Path(config.teacher.checkpoint).absolute()
+    given = _given(config)
+    if given.checkpoint is not None:
+        path = Path(given.checkpoint).absolute()
         key = teacher_key(config)
-        model = load_teacher(config.teacher.model, path, num_classes=dataset_info(config.data.name).num_classes)
+        model = load_teacher(given.model, path, num_classes=dataset_info(config.data).num_classes)
         return Teacher(path, key, _checked_accuracy(model, config.data, str(path)), was_cached=True)
     key = teacher_key(config)
     folder = root.absolute() / key
@@ -137,28 +142,33 @@ def load_teacher(model: ModelConfig, checkpoint: Path, *, num_classes: int) -> n
     return network.eval().requires_grad_(False)
 
 
-def _inputs(config: SweepConfig) -> dict[str, Any]:
+def _given(config: PairConfig) -> TeacherConfig:
+    assert config.teacher is not None, "asked for only where the config has a teacher"
+    return config.teacher
+
+
+def _inputs(config: PairConfig) -> dict[str, Any]:
     """All that a trained teacher depends on."""
-    teacher = config.teacher.model_dump(mode="json", include={"name", "kwargs", "recipe", "seed"})
-    return {"format": _FORMAT, "data": config.data.model_dump(mode="json"), "teacher": teacher}
+    teacher = _given(config).model_dump(mode="json", include={"name", "kwargs", "image_size", "recipe", "seed"})
+    data = config.data.model_dump(mode="json", exclude={"root", "download", "workers"})  # these change no pixel
+    return {"format": _FORMAT, "data": data, "files": fingerprint(config.data), "teacher": teacher}
 
 
-def _trained(config: SweepConfig, folder: Path, key: str, train: TrainFunction, progress: Progress | None) -> Teacher:
-    assert config.teacher.recipe is not None, "a teacher without a checkpoint has a recipe"
+def _trained(config: PairConfig, folder: Path, key: str, train: TrainFunction, progress: Progress | None) -> Teacher:
+    given = _given(config)
+    assert given.recipe is not None, "a teacher without a checkpoint has a recipe"
     trial = TrialConfig(
         data=config.data,
-        student=config.teacher.model,
+        student=StudentConfig.model_validate(given.model),
         method="ce",
-        recipe=config.teacher.recipe,
-        seed=config.teacher.seed,
+        recipe=given.recipe,
+        seed=given.seed,
     )
     started = time.perf_counter()
     result = train(trial, lambda epoch, metrics, save: progress(epoch, metrics) if progress else None)
     if result.diverged:
-        raise ValueError(
-            f"teacher {config.teacher.name!r}: its training diverged in epoch {result.epoch}; lower its lr"
-        )
-    val_top1 = _checked_accuracy(result.model, config.data, repr(config.teacher.name))
+        raise ValueError(f"teacher {given.name!r}: its training diverged in epoch {result.epoch}; lower its lr")
+    val_top1 = _checked_accuracy(result.model, config.data, repr(given.name))
     path = folder / WEIGHTS_NAME
     save_weights(result.model, path)
     record = {

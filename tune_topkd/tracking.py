@@ -20,6 +20,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from typing import Protocol
@@ -115,6 +116,53 @@ def catch_up(ledger: Path, uri: str) -> None:
     _Follower(ledger, uri).catch_up()
 
 
+def log_training(
+    uri: str,
+    name: str,
+    *,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    history: Sequence[tuple[int, float, Mapping[str, float]]],
+    started: float,
+    status: str,
+) -> str:
+    """Write one training that belongs to no sweep as a run of its own.
+
+    Args:
+        uri: MLflow's tracking URI.
+        name: the run's.
+        params: the run's, by dotted key.
+        tags: the run's.
+        history: (epoch, Unix seconds, metrics) of each epoch; values that are not finite are left out.
+        started: Unix seconds.
+        status: MLflow's: FINISHED, FAILED or KILLED.
+
+    Returns:
+        What went wrong, in one line without credentials, or nothing: observing may fail, the training is done.
+    """
+    from mlflow.entities import Metric
+    from mlflow.entities import Param
+
+    try:
+        client, experiment = _connected(uri)
+        run = client.create_run(experiment, _ms(started), dict(tags), name).info.run_id
+        chunk = [Param(n, str(v)) for n, v in params.items()]
+        for start in range(0, len(chunk), 100):
+            client.log_batch(run, params=chunk[start : start + 100])
+        points = [
+            Metric(n, v, _ms(at), epoch)
+            for epoch, at, metrics in history
+            for n, v in metrics.items()
+            if math.isfinite(v)
+        ]
+        for start in range(0, len(points), METRICS_PER_BATCH):
+            client.log_batch(run, metrics=points[start : start + METRICS_PER_BATCH])
+        client.set_terminated(run, status)
+    except Exception as error:  # noqa: BLE001 (observing may fail; the caller says so)
+        return masked(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    return ""
+
+
 def masked(text: str) -> str:
     """The text with the credentials of every URI in it starred out."""
     return re.sub(r"(\w+://)[^/@\s]+@", r"\1***@", text)
@@ -145,7 +193,7 @@ class _Client(Protocol):
     ) -> Any: ...
     def create_run(self, experiment_id: str, start_time: int, tags: dict[str, str], run_name: str) -> Any: ...
     def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> Any: ...
-    def set_terminated(self, run_id: str, status: str, end_time: int) -> None: ...
+    def set_terminated(self, run_id: str, status: str, end_time: int | None = None) -> None: ...
     def update_run(self, run_id: str, status: str) -> None: ...
 
 
@@ -180,12 +228,7 @@ class _Follower:
         self._behind = []
 
     def _connect(self) -> None:
-        from mlflow import MlflowClient  # costs seconds: here it is the tracker's thread that waits
-
-        client: _Client = MlflowClient(tracking_uri=self._uri)
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        experiment = client.get_experiment_by_name(name)
-        self._experiment = experiment.experiment_id if experiment else _create_experiment(client, name, self._uri)
+        client, self._experiment = _connected(self._uri)
         self._runs = _find_runs(client, self._experiment, self._state.header["id"])
         self._client = client
 
@@ -298,6 +341,16 @@ _MLFLOW_STATUS = {
     TrialStatus.PRUNED: "KILLED",
     TrialStatus.FAILED: "FAILED",
 }
+
+
+def _connected(uri: str) -> tuple[_Client, str]:
+    """A client, and the id of the experiment, which is created if need be."""
+    from mlflow import MlflowClient  # costs seconds: here it is the tracker's thread that waits
+
+    client: _Client = MlflowClient(tracking_uri=uri)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(name)
+    return client, experiment.experiment_id if experiment else _create_experiment(client, name, uri)
 
 
 def _create_experiment(client: _Client, name: str, uri: str) -> str:

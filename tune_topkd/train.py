@@ -6,9 +6,11 @@ bit.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
+import random
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -23,20 +25,28 @@ import torch
 from torch import Tensor
 from torch import nn
 from torch.optim import SGD
+from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.lr_scheduler import MultiStepLR
 
+from tune_topkd.config import AugmentConfig
 from tune_topkd.config import RecipeConfig
+from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import Batch
 from tune_topkd.data import count_hits
+from tune_topkd.data import eval_batches
 from tune_topkd.data import load_dataset
 from tune_topkd.data import train_batches
 from tune_topkd.loss import CELoss
 from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
 from tune_topkd.models import build_configured
+from tune_topkd.models import find_head
+from tune_topkd.models import load_backbone
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import write_atomically
 from tune_topkd.teacher import load_teacher
@@ -49,6 +59,11 @@ VAL_TOP1 = "val_top1"
 """Percent of the validation images whose label has the largest logit."""
 VAL_TOP5 = "val_top5"
 """Percent with the label among the five largest logits; only where there are more than five classes."""
+TEST_TOP1 = "test_top1"
+"""Instead of `val_top1` where the data's selection is `best_test_epoch`: of the test images; `test_top5` likewise."""
+TEST_TOP5 = "test_top5"
+BEST_TEST_TOP1 = "best_epoch_test_top1"
+"""The highest `test_top1` of the epochs so far: selected on the test set, comparable only with rows that are too."""
 LEARNING_RATE = "lr"
 """The learning rate of the epoch."""
 EPOCH_SECONDS = "epoch_seconds"
@@ -149,9 +164,10 @@ class _Trial:
         self.dataset = load_dataset(config.data)
         self.train_split = self.dataset.train.to(device)
         self.val_split = self.dataset.val.to(device)
-        self.model = build_configured(config.student, num_classes=self.dataset.num_classes).to(device)
+        self.model = _student(config.student, self.dataset.num_classes).to(device)
         self.loss = build_loss(config.method, config.loss)
         self.teacher = None if isinstance(self.loss, CELoss) else self._load_teacher()
+        self.teacher_logits = self._all_teacher_logits()
         self.identity = _identity(config)
         self.optimizer = _optimizer(self.model, config.recipe)
         self.scheduler = _scheduler(self.optimizer, config.recipe)
@@ -174,9 +190,14 @@ class _Trial:
         self.rng = _generator_states(self.device)  # before a reporter can draw from them
         self.epoch += 1
         seconds = time.perf_counter() - started
-        self.metrics = dict(zip([*names, VAL_TOP1, VAL_TOP5], values, strict=True))
+        on_test = self.config.data.selection == "best_test_epoch"
+        top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
+        best = self.metrics.get(BEST_TEST_TOP1, 0.0)
+        self.metrics = dict(zip([*names, top1, top5], values, strict=True))
         if self.dataset.num_classes <= 5:
-            del self.metrics[VAL_TOP5]
+            del self.metrics[top5]
+        if on_test:
+            self.metrics[BEST_TEST_TOP1] = max(best, self.metrics[TEST_TOP1])
         self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
 
     def save(self, folder: Path) -> None:
@@ -208,7 +229,7 @@ class _Trial:
 
     def _train_epoch(self) -> tuple[list[str], Tensor, int]:
         """Names and means over the batches, on the device, of loss and terms; and the number of images."""
-        self.model.train()
+        self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
         batches = train_batches(
             self.train_split,
             batch_size=self.config.recipe.batch_size,
@@ -221,28 +242,62 @@ class _Trial:
         names: list[str] = []
         values: list[Tensor] = []
         images = 0
-        for batch in batches:
-            total, terms = self._step(batch)
+        for number, batch in enumerate(batches):
+            total, terms = self._step(batch, number)
             values.append(torch.stack([total, *terms.values()]).detach())
             names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
             images += len(batch.labels)
         return names, torch.stack(values).double().mean(0), images
 
-    def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _step(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the optimiser; the loss and its unweighted terms on this batch."""
-        logits = self.model(batch.images)
-        if self.teacher is None:
-            assert isinstance(self.loss, CELoss)
-            terms = self.loss.terms(logits, None, batch.labels)
+        alpha = self.config.data.augment.mixup
+        if alpha:
+            share, other = _mixup(len(batch.labels), alpha, (self.config.seed, self.epoch + 1, number))
+            other = other.to(self.device)
+            images = share * batch.images + (1 - share) * batch.images[other]
+            logits, taught = self.model(images), self._taught(images, batch.indices)
+            one, two = (self._terms(logits, taught, labels) for labels in (batch.labels, batch.labels[other]))
+            terms = {name: share * one[name] + (1 - share) * two[name] for name in one}
         else:
-            with torch.no_grad():
-                teacher_logits = self.teacher(batch.images)
-            terms = self.loss.terms(logits, teacher_logits, batch.labels)
-        total = self.loss.total(terms)
+            logits = self.model(batch.images)
+            terms = self._terms(logits, self._taught(batch.images, batch.indices), batch.labels)
+        strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
+        total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
         self.optimizer.zero_grad()
         torch.autograd.backward(total)
         self.optimizer.step()
         return total, terms
+
+    def _terms(self, logits: Tensor, taught: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        if taught is None:
+            assert isinstance(self.loss, CELoss)
+            return self.loss.terms(logits, None, labels)
+        return self.loss.terms(logits, taught, labels)
+
+    def _taught(self, images: Tensor, indices: Tensor) -> Tensor | None:
+        """The teacher's logits of a batch, if there is a teacher."""
+        if self.teacher is None:
+            return None
+        if self.teacher_logits is not None:
+            return self.teacher_logits[indices]
+        with torch.no_grad():
+            logits: Tensor = self.teacher(images)
+            return logits
+
+    def _all_teacher_logits(self) -> Tensor | None:
+        """Logits `(N, C)` of all training images where every epoch shows the same ones, else None."""
+        config = self.config
+        size = len(self.train_split) * self.dataset.num_classes * 4
+        if self.teacher is None or config.data.augment != AugmentConfig() or size > _LOGITS_BYTES:
+            return None
+        key = json.dumps([config.data.model_dump(mode="json"), _teacher_identity(config), str(self.device)])
+        if key not in _known_logits:
+            _known_logits.clear()
+            batches = eval_batches(self.train_split, mean=self.dataset.mean, std=self.dataset.std)
+            with torch.no_grad():
+                _known_logits[key] = torch.cat([self.teacher(batch.images) for batch in batches])
+        return _known_logits[key]
 
     def _load_teacher(self) -> nn.Module:
         config = self.config
@@ -252,17 +307,61 @@ class _Trial:
         return load_teacher(config.teacher, path, num_classes=self.dataset.num_classes).to(self.device)
 
 
+_LOGITS_BYTES = 2**30
+"""The most that the teacher's logits may take on the device."""
+
+
+_known_logits: dict[str, Tensor] = {}
+"""Of one teacher: the trials of a sweep share a process."""
+
+
+def _student(config: StudentConfig, num_classes: int) -> nn.Module:
+    model = build_configured(config, num_classes=num_classes)
+    if config.checkpoint is not None:
+        load_backbone(model, Path(config.checkpoint))
+    if config.linear_probe:
+        model.requires_grad_(False)
+        find_head(model)[1].requires_grad_(True)
+    return model
+
+
+def _mixup(size: int, alpha: float, key: tuple[int, ...]) -> tuple[float, Tensor]:
+    """The share of the first image, and for each image of a batch the one it is mixed with, `(size,)` on the CPU."""
+    drawn = random.Random(repr(key))  # noqa: S311 (no secret)
+    share = drawn.betavariate(alpha, alpha)
+    others = list(range(size))
+    drawn.shuffle(others)
+    return share, torch.tensor(others)
+
+
 def _identity(config: TrialConfig) -> str:
-    """The config as JSON, the teacher by content: its folder may have moved."""
+    """The config as JSON, the files it names by content: their folder may have moved."""
     content = config.model_dump(mode="json")
-    if config.teacher_checkpoint is not None:
-        content["teacher_checkpoint"] = hashlib.sha256(Path(config.teacher_checkpoint).read_bytes()).hexdigest()
+    content["teacher_checkpoint"] = _teacher_identity(config)[1]
+    if config.student.checkpoint is not None:
+        content["student"]["checkpoint"] = _content_hash(config.student.checkpoint)
+    for name in ("root", "download", "workers"):
+        del content["data"][name]
     return json.dumps(content, sort_keys=True)
 
 
-def _optimizer(model: nn.Module, recipe: RecipeConfig) -> SGD:
+def _teacher_identity(config: TrialConfig) -> tuple[Any, str | None]:
+    path = config.teacher_checkpoint
+    return config.teacher and config.teacher.model_dump(mode="json"), path and _content_hash(path)
+
+
+def _content_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _optimizer(model: nn.Module, recipe: RecipeConfig) -> Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if recipe.optimizer == "adamw":
+        # As vision transformers are trained: biases, norms and other vectors do not decay.
+        decaying = {"params": [w for w in weights if w.ndim > 1], "weight_decay": recipe.weight_decay}
+        return AdamW([decaying, {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0}], lr=recipe.lr)
     return SGD(
-        model.parameters(),
+        weights,
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
@@ -270,11 +369,25 @@ def _optimizer(model: nn.Module, recipe: RecipeConfig) -> SGD:
     )
 
 
-def _scheduler(optimizer: SGD, recipe: RecipeConfig) -> LRScheduler:
+def _scheduler(optimizer: Optimizer, recipe: RecipeConfig) -> LRScheduler:
+    if recipe.warmup_epochs:
+        return LambdaLR(optimizer, functools.partial(_lr_factor, recipe=recipe))
     if recipe.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=recipe.epochs)
+        return CosineAnnealingLR(optimizer, T_max=recipe.epochs, eta_min=recipe.min_lr)
     milestones = recipe.milestone_epochs() if recipe.schedule == "step" else []
     return MultiStepLR(optimizer, milestones, recipe.gamma)
+
+
+def _lr_factor(done: int, recipe: RecipeConfig) -> float:
+    """The learning rate after so many epochs, in units of the recipe's: the schedule's times the warm-up's ramp."""
+    factor = 1.0
+    if recipe.schedule == "cosine":
+        floor = recipe.min_lr / recipe.lr
+        factor = floor + (1 - floor) * (1 + math.cos(math.pi * done / recipe.epochs)) / 2
+    elif recipe.schedule == "step":
+        factor = recipe.gamma ** sum(done >= milestone for milestone in recipe.milestone_epochs())
+    ramp = min(done / recipe.warmup_epochs, 1.0)
+    return factor * (recipe.warmup_start * (1 - ramp) + ramp)
 
 
 def _generator_states(device: torch.device) -> dict[str, Tensor]:

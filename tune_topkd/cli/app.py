@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
+from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.config import Problem
@@ -208,10 +209,41 @@ def teacher(
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
-    checked = preflight.load_checked(space, [parse_set(text) for text in set_ or []])
+    config = preflight.load_checked_pair(space, [parse_set(text) for text in set_ or []])
     place = _place(runs_dir, None, None)
     preflight.check_writable(place.runs)
-    typer.echo(str(running.teacher_path(checked.config, place, _stderr())))
+    if config.teacher is None:
+        raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])
+    running.ready_data(config)
+    typer.echo(str(running.teacher_path(config, place, _stderr())))
+
+
+@app.command()
+def train(
+    space: Annotated[str, typer.Argument(metavar="SPACE.yaml")],
+    set_: Sets = None,
+    name: Annotated[str | None, typer.Option(help="[default: the YAML's]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Of the training.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
+    runs_dir: RunsDir = Path("runs"),
+    mlflow_uri: MlflowUri = None,
+) -> None:
+    """Train one config without a sweep: what the YAML and --set say, the method's defaults for the rest."""
+    from tune_topkd.cli.training import train_one
+
+    overrides = [parse_set(text) for text in set_ or []]
+    overrides += [Override("recipe.epochs", epochs, "--epochs")] if epochs is not None else []
+    config = preflight.load_checked_pair(space, overrides)
+    label = name or Path(space).stem
+    if not SWEEP_NAME.fullmatch(label):
+        rule = "must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        raise ConfigError("--name", [Problem(key=label, rule=rule)])
+    place = _place(runs_dir, mlflow_uri, None)
+    preflight.check_writable(place.runs)
+    result = train_one(config, label, seed, place, _stderr())
+    typer.echo(json.dumps(result, indent=2))
+    if result["diverged"]:
+        raise typer.Exit(running.NO_SUCCESS)
 
 
 @app.command()

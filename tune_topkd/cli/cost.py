@@ -18,13 +18,14 @@ def describe(config: SweepConfig) -> Iterator[str]:
     from tune_topkd.models import build_configured
     from tune_topkd.models import count_parameters
 
-    info = dataset_info(config.data.name)
+    info = dataset_info(config.data)
+    networks = [config.teacher.model, config.student] if config.teacher else [config.student]
     sizes = [
-        count_parameters(build_configured(model, num_classes=info.num_classes))
-        for model in (config.teacher.model, config.student)
+        f"{model.name} ({count_parameters(build_configured(model, num_classes=info.num_classes)):,} parameters)"
+        for model in networks
     ]
     yield f"{config.method} on {config.data.name} ({info.num_classes} classes)"
-    yield f"teacher {config.teacher.name} ({sizes[0]:,} parameters) → {config.student.name} ({sizes[1]:,})"
+    yield f"teacher {sizes[0]} → {sizes[1]}" if config.teacher else f"no teacher; {sizes[0]}"
     for axis in Space.of(config).axes():
         given = config.space[axis.name]
         bounds = f"one of {list(axis.choices)}" if axis.choices else f"{_bound(given.low)} … {_bound(given.high)}"
@@ -59,8 +60,8 @@ def _seconds_per_epoch(config: SweepConfig) -> float:
     from tune_topkd.loss import build_loss
     from tune_topkd.models import build_configured
 
-    info, batch = dataset_info(config.data.name), config.recipe.batch_size
-    teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()
+    info, batch = dataset_info(config.data), config.recipe.batch_size
+    teacher = config.teacher and build_configured(config.teacher.model, num_classes=info.num_classes).eval()
     student = build_configured(config.student, num_classes=info.num_classes)
     fixed = {name: value for name, value in config.loss.items() if name not in config.space}
     loss = build_loss(config.method, loss_defaults(config) | fixed)
@@ -71,7 +72,7 @@ def _seconds_per_epoch(config: SweepConfig) -> float:
     for _ in range(_TIMED_STEPS):
         started = time.perf_counter()
         with torch.no_grad():
-            target = teacher(images)
+            target = teacher(images) if teacher else torch.zeros(batch, info.num_classes)
         loss(student(images), target, labels).backward()
         seconds.append(time.perf_counter() - started)
     return min(seconds) * steps  # the least disturbed one

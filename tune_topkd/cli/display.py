@@ -186,7 +186,7 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
         bases = (state.best("ce"), state.best("kd"))
         table.add_row(
             config.data.name,
-            f"{config.teacher.name} → {config.student.name}",
+            f"{config.teacher.name} → {config.student.name}" if config.teacher else config.student.name,
             _joined(params, "k"),
             _joined(params, "scale_top", "scale_last", "scale_gt"),
             _joined(params, "ce_weight", "tdl_weight", "contrastive_weight"),

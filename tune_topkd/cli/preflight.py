@@ -11,16 +11,20 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
+from tune_topkd.config import ModelConfig
 from tune_topkd.config import Override
+from tune_topkd.config import PairConfig
 from tune_topkd.config import ParameterRange
 from tune_topkd.config import Problem
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import load_config
+from tune_topkd.config import load_pair
 from tune_topkd.config import unknown_choice
 from tune_topkd.space import Space
 
@@ -47,11 +51,43 @@ def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
         ConfigError: with every problem found.
     """
     path = _space_path(source)
-    config = load_config(path, overrides)
-    problems = list(_problems(config))
-    if problems:
+    config = _with_absolute_paths(load_config(path, overrides))
+    if problems := list(_problems(config)):
         raise ConfigError(str(path), problems)
     return Checked(config, str(path), tuple(_warnings(config)))
+
+
+def load_checked_pair(source: str, overrides: Sequence[Override] = ()) -> PairConfig:
+    """Read a search space for a single training and check it, as `load_checked` does for a sweep.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    path = _space_path(source)
+    config = _with_absolute_paths(load_pair(path, overrides))
+    if problems := list(_pair_problems(config)):
+        raise ConfigError(str(path), problems)
+    return config
+
+
+_PairT = TypeVar("_PairT", bound=PairConfig)
+
+
+def _with_absolute_paths(config: _PairT) -> _PairT:
+    """The config with its files where they are now: trials run in other folders."""
+    from tune_topkd.data import data_root
+    from tune_topkd.data import needs_files
+
+    changes: dict[str, object] = {}
+    if needs_files(config.data):
+        changes["data"] = config.data.model_copy(update={"root": str(data_root(config.data))})
+    if config.student.checkpoint is not None:
+        path = str(Path(config.student.checkpoint).expanduser().absolute())
+        changes["student"] = config.student.model_copy(update={"checkpoint": path})
+    if config.teacher is not None and config.teacher.checkpoint is not None:
+        path = str(Path(config.teacher.checkpoint).expanduser().absolute())
+        changes["teacher"] = config.teacher.model_copy(update={"checkpoint": path})
+    return config.model_copy(update=changes)
 
 
 def check_machine(config: SweepConfig, source: str) -> None:
@@ -108,7 +144,7 @@ def check_mlflow_uri(uri: str) -> None:
         raise ConfigError("--mlflow-uri", [_problem(shown, rule)])
 
 
-def loss_defaults(config: SweepConfig) -> dict[str, Scalar]:
+def loss_defaults(config: PairConfig) -> dict[str, Scalar]:
     """The defaults of the method's loss."""
     from tune_topkd.loss import loss_parameters
 
@@ -132,51 +168,82 @@ def _problem(key: str, rule: str, *value: object) -> Problem:
 
 
 def _problems(config: SweepConfig) -> Iterator[Problem]:
+    problems = list(_pair_problems(config))
+    yield from problems
+    if problems:
+        return
+    num_classes = _num_classes(config)
+    names = list(_space_name_problems(config))
+    yield from names or _range_problems(config, num_classes)
+
+
+def _pair_problems(config: PairConfig) -> Iterator[Problem]:
     yield from _missing_packages(config)
-    from tune_topkd.data import dataset_info
     from tune_topkd.data import dataset_names
 
     if config.data.name not in dataset_names():
         yield _problem("data.name", unknown_choice(config.data.name, dataset_names()), config.data.name)
         return
-    num_classes = dataset_info(config.data.name).num_classes
+    try:
+        num_classes = _num_classes(config)
+    except ValueError as error:
+        yield _problem("data", str(error))
+        return
     yield from _model_problems(config, num_classes)
-    yield from _teacher_problems(config)
-    names = list(_name_problems(config))
-    yield from names or _range_problems(config, num_classes)
+    yield from _checkpoint_problems(config)
+    yield from _loss_problems(config)
 
 
-def _missing_packages(config: SweepConfig) -> Iterator[Problem]:
+def _num_classes(config: PairConfig) -> int:
+    from tune_topkd.data import dataset_info
+
+    return dataset_info(config.data).num_classes
+
+
+def _missing_packages(config: PairConfig) -> Iterator[Problem]:
     if config.data.name == "digits" and importlib.util.find_spec("sklearn") is None:
         yield _problem("data.name", "needs scikit-learn: pip install 'tune_topkd[sweep]'", config.data.name)
 
 
-def _model_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
-    from tune_topkd.models import build_configured
-    from tune_topkd.models import model_names
+def _model_problems(config: PairConfig, num_classes: int) -> Iterator[Problem]:
+    from tune_topkd.models import ModelNameError
+    from tune_topkd.models import check_model
 
-    for key, model in (("teacher", config.teacher.model), ("student", config.student)):
-        if model.name not in model_names():
-            yield _problem(f"{key}.name", unknown_choice(model.name, model_names()), model.name)
-            continue
+    models: dict[str, ModelConfig] = {"student": config.student}
+    if config.teacher is not None:
+        models = {"teacher": config.teacher.model} | models
+    for key, model in models.items():
         try:
-            build_configured(model, num_classes=num_classes)
+            check_model(model, num_classes=num_classes)
+        except ModelNameError as error:
+            yield _problem(f"{key}.name", str(error))
         except ValueError as error:
             yield _problem(f"{key}.kwargs", str(error), model.kwargs)
 
 
-def _teacher_problems(config: SweepConfig) -> Iterator[Problem]:
-    checkpoint = config.teacher.checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        yield _problem("teacher.checkpoint", "must be an existing file", checkpoint)
+def _checkpoint_problems(config: PairConfig) -> Iterator[Problem]:
+    given = {"teacher": config.teacher.checkpoint if config.teacher else None, "student": config.student.checkpoint}
+    for key, checkpoint in given.items():
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            yield _problem(f"{key}.checkpoint", "must be an existing file", checkpoint)
 
 
-def _name_problems(config: SweepConfig) -> Iterator[Problem]:
+def _loss_problems(config: PairConfig) -> Iterator[Problem]:
+    try:
+        defaults = loss_defaults(config)
+    except ValueError as error:  # a callable of the user's that cannot be had
+        yield _problem("method", str(error))
+        return
+    unknown = [name for name in config.loss if name not in defaults]
+    for name in unknown:
+        rule = f"is no parameter of method {config.method}; {unknown_choice(name, defaults)}"
+        yield _problem(f"loss.{name}", rule)
+    if type(config) is PairConfig and not unknown and (rule := _refusal(config, {}, _num_classes(config))):
+        yield _problem("loss", rule)
+
+
+def _space_name_problems(config: SweepConfig) -> Iterator[Problem]:
     defaults = loss_defaults(config)
-    for name in config.loss:
-        if name not in defaults:
-            rule = f"is no parameter of method {config.method}; {unknown_choice(name, defaults)}"
-            yield _problem(f"loss.{name}", rule)
     for name in config.space:
         if name not in defaults and name not in RECIPE_PARAMETERS:
             known = [*defaults, *RECIPE_PARAMETERS]
@@ -210,7 +277,7 @@ def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
         yield _problem(key, rule)
 
 
-def _refusal(config: SweepConfig, params: Mapping[str, Scalar], num_classes: int) -> str:
+def _refusal(config: PairConfig, params: Mapping[str, Scalar], num_classes: int) -> str:
     from tune_topkd.loss import build_loss
 
     values = config.loss | {n: v for n, v in params.items() if n not in RECIPE_PARAMETERS}
@@ -244,10 +311,18 @@ def _is_whole(name: str, parameter: ParameterRange) -> bool:
 
 def _warnings(config: SweepConfig) -> Iterator[str]:
     from tune_topkd.data import dataset_info
+    from tune_topkd.data import missing_data
 
-    num_classes = dataset_info(config.data.name).num_classes
+    num_classes = dataset_info(config.data).num_classes
     k = config.space.get("k")
     fixed = config.loss.get("k", loss_defaults(config).get("k"))
     highest = k.high if k is not None and isinstance(k.high, float | int) else fixed
     if isinstance(highest, float | int) and not isinstance(highest, bool) and 2 * highest >= num_classes:
         yield f"k up to {highest:g} of {num_classes} classes can leave no class outside the Top-K groups"
+    if missing := missing_data(config.data):
+        yield f"the data is not there yet: {missing}"
+    if "batch_size" in config.space and config.method == "topkd" and not config.loss.get("contrastive_batch"):
+        yield (
+            "the contrastive loss means another thing at each batch size, which is searched; "
+            "loss.contrastive_batch fixes the number of samples it contrasts"
+        )

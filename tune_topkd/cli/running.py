@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ from tune_topkd.cli import display
 from tune_topkd.cli import preflight
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
+from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import config_from
@@ -40,6 +42,9 @@ from tune_topkd.trials import SweepState
 from tune_topkd.trials import driver_identity
 from tune_topkd.trials import is_driven
 from tune_topkd.trials import read_state
+
+if TYPE_CHECKING:
+    from tune_topkd.teacher import Teacher
 
 CONFIG_FILE = "sweep.yaml"
 LOG_FILE = "sweep.log"
@@ -124,8 +129,8 @@ def check_name(name: str, place: Place) -> None:
     Raises:
         ConfigError: it is no name for a folder, or taken.
     """
-    if not SWEEP_NAME.fullmatch(name) or name in ("teachers", "mlartifacts"):
-        rule = "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and not be 'teachers'"
+    if not SWEEP_NAME.fullmatch(name) or name in ("teachers", "trained", "mlartifacts"):
+        rule = "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and be no other folder's there"
         raise ConfigError("--name", [Problem(key=name, rule=rule)])
     if place.has_begun(name):
         state = read_state(place.folder(name) / LEDGER_FILE)
@@ -146,6 +151,7 @@ def start(
     config, folder = checked.config, place.folder(name)
     for warning in checked.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
+    ready_data(config)
     teacher = ready_teacher(config, place, console)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, dump_config(config))
@@ -158,8 +164,8 @@ def start(
         "epochs": config.recipe.epochs,
         "metric": "val_top1",
         "dataset": config.data.name,
-        "num_classes": dataset_info(config.data.name).num_classes,
-        "teacher": config.teacher.name,
+        "num_classes": dataset_info(config.data).num_classes,
+        "teacher": config.teacher.name if config.teacher else None,
         "student": config.student.name,
         "method": config.method,
         "digest": digest(config.model_dump(mode="json", exclude={"description"})),
@@ -197,32 +203,49 @@ def go_on(name: str, place: Place, console: Console, trials: int | None, time_bu
         return _drive(config, ledger, place, console)
 
 
-def ready_teacher(config: SweepConfig, place: Place, console: Console) -> dict[str, Any]:
-    """Train or find the teacher, saying so; its key and accuracy.
+def ready_data(config: PairConfig) -> None:
+    """Read the data once: what is missing or wrong with it is found before anything is spent on it.
+
+    Raises:
+        ConfigError: it cannot be had as the config says.
+    """
+    from tune_topkd.data import load_dataset
+
+    try:
+        load_dataset(config.data)
+    except ValueError as error:
+        raise ConfigError("data", [Problem(key="", rule=str(error))]) from error
+
+
+def ready_teacher(config: PairConfig, place: Place, console: Console) -> dict[str, Any]:
+    """Train or find the teacher, saying so; its key and accuracy, or nothing where there is none.
 
     Raises:
         ConfigError: it cannot be had.
     """
     teacher = _teacher(config, place, console)
-    return {"key": teacher.key, "val_top1": teacher.val_top1}
+    return {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {}
 
 
-def teacher_path(config: SweepConfig, place: Place, console: Console) -> Path:
-    """Absolute path of the teacher's weights, trained first if need be."""
-    path: Path = _teacher(config, place, console).path
-    return path
+def teacher_path(config: PairConfig, place: Place, console: Console) -> Path | None:
+    """Absolute path of the teacher's weights, trained first if need be; None where there is no teacher."""
+    teacher = _teacher(config, place, console)
+    return teacher.path if teacher else None
 
 
-def _teacher(config: SweepConfig, place: Place, console: Console) -> Any:
+def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | None":
+    if config.teacher is None:
+        return None
+    name, recipe = config.teacher.name, config.teacher.recipe
     from tune_topkd.teacher import ensure_teacher
     from tune_topkd.train import train
 
-    status = console.status(f"teacher {config.teacher.name}") if console.is_terminal else None
+    status = console.status(f"teacher {name}") if console.is_terminal else None
 
     def progress(epoch: int, metrics: Any) -> None:
-        if status is not None and config.teacher.recipe is not None:
-            left = f"epoch {epoch}/{config.teacher.recipe.epochs}, val_top1 {metrics['val_top1']:.2f} %"
-            status.update(f"training the teacher {config.teacher.name}: {left}")
+        if status is not None and recipe is not None:
+            left = f"epoch {epoch}/{recipe.epochs}, val_top1 {metrics['val_top1']:.2f} %"
+            status.update(f"training the teacher {name}: {left}")
 
     with status or contextlib.nullcontext():
         try:
@@ -230,7 +253,7 @@ def _teacher(config: SweepConfig, place: Place, console: Console) -> Any:
         except ValueError as error:
             raise ConfigError("teacher", [Problem(key="", rule=str(error))]) from error
     how = "found" if teacher.was_cached else "trained"
-    console.print(f"teacher {config.teacher.name}: {how}, validation top-1 {teacher.val_top1:.2f} %", highlight=False)
+    console.print(f"teacher {name}: {how}, validation top-1 {teacher.val_top1:.2f} %", highlight=False)
     return teacher
 
 
@@ -238,7 +261,8 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
     """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
     folder = ledger.path.parent
     ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
-    checkpoint = str(teacher_path(config, place, Console(quiet=True)))
+    path = teacher_path(config, place, Console(quiet=True))
+    checkpoint = str(path) if path else None
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
@@ -254,7 +278,7 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
     return Outcome(config, ledger.state, reason, code)
 
 
-def _search(config: SweepConfig, ledger: Ledger, place: Place, checkpoint: str, trackers: Sequence[Any]) -> str:
+def _search(config: SweepConfig, ledger: Ledger, place: Place, checkpoint: str | None, trackers: Sequence[Any]) -> str:
     from tune_topkd.sweep import Cluster
     from tune_topkd.sweep import Search
     from tune_topkd.sweep import run_sweep

@@ -170,9 +170,9 @@ class Search:
         return TrialConfig(
             data=config.data,
             student=config.student,
-            teacher=config.teacher.model,
+            teacher=config.teacher.model if config.teacher else None,
             teacher_checkpoint=teacher_checkpoint,
-            method=config.method if arm == SEARCH else arm,  # type: ignore[arg-type]  # an arm is a method's name
+            method=config.method if arm == SEARCH else arm,  # an arm is a method's name
             loss=config.loss | searched if arm == SEARCH else {},
             recipe=RecipeConfig.model_validate(recipe),
             seed=config.sweep.seed,
