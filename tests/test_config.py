@@ -663,3 +663,18 @@ def test_options_win_over_parents(tmp_path):
     path = family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": PARENT})
     recipe = load_config(path, [parse_set("recipe.epochs=3")]).recipe
     assert (recipe.epochs, recipe.lr) == (3, 0.5)
+
+
+def test_an_alias_is_a_copy_and_an_override_changes_one_place(tmp_path):
+    text = yaml.safe_dump(MINIMAL | {"teacher": {"name": "cnn"}}).replace("  name: cnn", "  name: cnn\n  recipe: *r")
+    text = "recipe: &r {epochs: 8}\n" + text.replace("recipe:\n  epochs: 8\n", "")
+    config = load_config(written(tmp_path, text), [parse_set("recipe.epochs=5")])
+    assert (config.recipe.epochs, config.teacher.recipe.epochs) == (5, 8)
+
+
+def test_an_override_of_a_whole_section_is_not_blamed_on_the_parent(tmp_path):
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump({"recipe": {"epochs": 40, "lr": 0.1}}))
+    child = written(tmp_path, {"extends": "parent.yaml"} | {k: v for k, v in MINIMAL.items() if k != "recipe"})
+    assert load_config(child).recipe.epochs == 40
+    text = refusal(child, [parse_set("recipe={epochs: 0}")])
+    assert text.startswith("recipe.epochs (from --set recipe={epochs: 0}) = 0: "), text

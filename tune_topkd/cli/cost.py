@@ -1,20 +1,27 @@
 """What a sweep would run and roughly what it would cost, without starting it."""
 
+import math
 import time
 from collections.abc import Iterator
 
 from tune_topkd.cli.display import baseline_total
 from tune_topkd.cli.display import duration
 from tune_topkd.cli.preflight import loss_defaults
+from tune_topkd.config import AugmentConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
 
 _TIMED_STEPS = 10
+_TIMED_SECONDS = 5.0
+_TIMED_VALUES = 2**19
+"""Values of the images in a timed step: of a large batch a part is timed."""
 
 
 def describe(config: SweepConfig) -> Iterator[str]:
     """Lines that say what would run: the pair, the space, the trials, the epochs, the time of an epoch here."""
     from tune_topkd.data import dataset_info
+    from tune_topkd.data import load_dataset
+    from tune_topkd.data import missing_data
     from tune_topkd.models import build_configured
     from tune_topkd.models import count_parameters
 
@@ -36,7 +43,11 @@ def describe(config: SweepConfig) -> Iterator[str]:
     asha = config.sweep.asha
     likely = most if asha is None else round(trials * _expected_epochs(config)) + baselines * epochs
     yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
-    seconds = _seconds_per_epoch(config)
+    step = _seconds_per_step(config)
+    if missing_data(config.data):
+        yield f"about {step:.2g} s per step of {config.recipe.batch_size} images on this machine"
+        return
+    seconds = step * max(len(load_dataset(config.data).train) // config.recipe.batch_size, 1)
     yield f"about {seconds:.2g} s per epoch on this machine, so about {duration(likely * seconds)} one at a time"
 
 
@@ -51,31 +62,38 @@ def _expected_epochs(config: SweepConfig) -> float:
     return expected + share * (config.recipe.epochs - before)
 
 
-def _seconds_per_epoch(config: SweepConfig) -> float:
-    """Time a few steps on noise of the dataset's shape, and scale them up to an epoch."""
+def _seconds_per_step(config: SweepConfig) -> float:
+    """Time a few steps on noise of the dataset's shape: networks and loss, not the making of views."""
     import torch
 
     from tune_topkd.data import dataset_info
-    from tune_topkd.data import load_dataset
     from tune_topkd.loss import build_loss
     from tune_topkd.models import build_configured
+    from tune_topkd.models import find_head
 
-    info, batch = dataset_info(config.data), config.recipe.batch_size
-    teacher = config.teacher and build_configured(config.teacher.model, num_classes=info.num_classes).eval()
+    info = dataset_info(config.data)
+    batch = max(min(config.recipe.batch_size, _TIMED_VALUES // math.prod(info.image_shape)), 2)
     student = build_configured(config.student, num_classes=info.num_classes)
+    if config.student.linear_probe:
+        student.requires_grad_(False)
+        find_head(student)[1].requires_grad_(True)
+    # A teacher that is shown the same images in every epoch is asked once in a trial.
+    asks_teacher = config.teacher is not None and config.data.augment != AugmentConfig()
+    teacher = None
+    if asks_teacher and config.teacher is not None:
+        teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()
     fixed = {name: value for name, value in config.loss.items() if name not in config.space}
     loss = build_loss(config.method, loss_defaults(config) | fixed)
     images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch) % info.num_classes
-    steps = max(len(load_dataset(config.data).train) // batch, 1)
     torch.set_num_threads(max(int(config.sweep.cpus_per_trial), 1))
-    seconds = []
-    for _ in range(_TIMED_STEPS):
+    seconds: list[float] = []
+    while len(seconds) < _TIMED_STEPS and sum(seconds) < _TIMED_SECONDS:
         started = time.perf_counter()
         with torch.no_grad():
-            target = teacher(images) if teacher else torch.zeros(batch, info.num_classes)
+            target = teacher(images) if teacher else torch.randn(batch, info.num_classes)
         loss(student(images), target, labels).backward()
         seconds.append(time.perf_counter() - started)
-    return min(seconds) * steps  # the least disturbed one
+    return min(seconds) * config.recipe.batch_size / batch  # the least disturbed one
 
 
 def _bound(bound: float | str | None) -> str:

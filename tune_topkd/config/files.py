@@ -68,7 +68,11 @@ def _overridden(path: Path | str, overrides: Sequence[Override]) -> tuple[dict[s
     raw, inherited = _extended(Path(path), ())
     for override in overrides:
         _apply(raw, override, str(path))
-    origins = [Override(key, None, file) for key, file in inherited.items() if file != str(path)]
+    origins = [
+        Override(key, None, file)
+        for key, file in inherited.items()
+        if file != str(path) and not any(f"{key}.".startswith(f"{override.key}.") for override in overrides)
+    ]
     return raw, [*origins, *overrides]
 
 
@@ -101,7 +105,15 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(str(path), [Problem(key="", rule=f"is no valid YAML: {_one_line(error)}")]) from error
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise ConfigError(str(path), [Problem(key="", rule="must be a mapping of keys to values")])
-    return raw
+    content: dict[str, Any] = _unshared(raw)
+    return content
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places are one object, as a YAML's anchors and aliases make them."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 class _Loader(yaml.SafeLoader):
