@@ -2,21 +2,37 @@
 
 import json
 import os
+import pickle
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer.main
 import yaml
+from mlflow import MlflowClient
+from PIL import Image
 
 from tune_topkd.cli import app
 from tune_topkd.cli import main
+from tune_topkd.config import TrialConfig
+from tune_topkd.config import read_yaml
+from tune_topkd.config import validated
+from tune_topkd.data import count_hits
+from tune_topkd.data import load_dataset
 from tune_topkd.export import load_tuned_config
+from tune_topkd.models import build_configured
+from tune_topkd.models import build_model
+from tune_topkd.models import load_weights
+from tune_topkd.models import save_weights
+from tune_topkd.train import train
 from tune_topkd.trials import read_events
 from tune_topkd.trials import read_state
 
@@ -320,6 +336,200 @@ def test_all_problems_of_all_files_come_at_once(space, tmp_path, inside):
         assert words in done.stderr
 
 
+# --- one training -------------------------------------------------------------------------------------------------
+
+
+def test_train_trains_one_config_prints_and_logs_it(space, runs, inside):
+    done = inside("train", space, "--runs-dir", runs, "--seed", 5, "--set", "loss.k=2", "--set", "recipe.lr=0.2")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["name"], said["seed"], said["epochs"]) == ("small-seed5", 5, 4)
+    assert "validation split" in said["selected_by"]
+    assert len(re.findall(r"^epoch \d/4: .*val_top1", done.stderr, re.M)) == 4
+    folder = runs / "trained" / "small-seed5"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1] == {"epoch": 4} | said["metrics"]
+    trial = validated(TrialConfig, read_yaml(folder / "config.yaml"), "it")
+    assert (trial.loss, trial.recipe.lr, trial.seed, trial.method) == ({"k": 2}, 0.2, 5, "topkd")
+    assert train(trial).metrics["val_top1"] == said["metrics"]["val_top1"]
+
+    model = build_configured(trial.student, num_classes=10)
+    load_weights(model, folder / "student.pt")
+    dataset = load_dataset(trial.data)
+    hits = count_hits(model, dataset.val, mean=dataset.mean, std=dataset.std)
+    assert 100 * int(hits[0]) / len(dataset.val) == said["metrics"]["val_top1"]
+
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (run,) = client.search_runs(experiments, "tags.training = 'small-seed5'")
+    assert (run.info.status, run.data.params["loss.k"], run.data.params["recipe.lr"]) == ("FINISHED", "2", "0.2")
+    assert run.data.metrics["val_top1"] == said["metrics"]["val_top1"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "val_top1")] == [1, 2, 3, 4]
+
+
+def test_a_second_training_of_a_name_does_not_touch_the_first_and_a_dead_mlflow_stops_neither(space, runs, inside):
+    arguments = ("train", space, "--runs-dir", runs, "--name", "twice", "--epochs", 1, "--mlflow-uri", DEAD)
+    first, second = inside(*arguments), inside(*arguments)
+    assert [json.loads(done.stdout)["name"] for done in (first, second)] == ["twice-seed0", "twice-seed0-2"]
+    assert "MLflow has not got this training" in first.stderr
+    assert "secret" not in first.stderr
+
+
+DEAD = "http://user:secret@127.0.0.1:9"
+
+
+def test_the_best_test_epoch_is_for_a_single_training_and_marks_it(space, runs, inside, tmp_path):
+    on_test = ("--set", "data.selection=best_test_epoch", "--mlflow-uri", DEAD)
+    done = inside("train", space, "--runs-dir", runs, "--name", "on-test", "--epochs", 3, *on_test)
+    said = json.loads(done.stdout)
+    assert "TEST set" in said["selected_by"]
+    assert said["metrics"]["best_epoch_test_top1"] >= said["metrics"]["test_top1"]
+    assert "val_top1" not in said["metrics"]
+    refused = inside("run", space, "--runs-dir", tmp_path / "runs", *on_test[:2])
+    assert (refused.returncode, (tmp_path / "runs").exists()) == (2, False)
+    assert "data.selection (from --set data.selection=best_test_epoch) = 'best_test_epoch'" in refused.stderr
+    assert "never selects on the test set" in refused.stderr
+
+
+def test_a_space_without_a_teacher_trains_and_sweeps(space, runs, inside, tmp_path):
+    alone = tmp_path / "alone.yaml"
+    content = yaml.safe_load(SPACE)
+    del content["teacher"], content["relative"]
+    content |= {"method": "ce", "space": {"lr": {"low": 0.05, "high": 0.2}}, "baselines": None}
+    content["sweep"] = {"trials": 2, "asha": None}
+    alone.write_text(yaml.safe_dump(content))
+    done = launch("run", alone, "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
+    tuned = load_tuned_config(runs / "alone" / "tuned.yaml")
+    assert (tuned.teacher, tuned.method, tuned.evidence.teacher) == (None, "ce", {})
+    assert "Traceback" not in done.stderr
+    assert inside("check", alone).returncode == 0
+    refused = inside("teacher", alone, "--runs-dir", runs)
+    assert (refused.returncode, "there is none" in refused.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("loss.kk=2", "loss.kk: is no parameter of method topkd; did you mean 'k'"),
+        ("loss.k=11", "k must be at most 10, the number of classes, but got 11"),
+        ("space.k.high=3", "--set space.k.high=3: a single training searches nothing; loss.NAME and recipe.NAME"),
+        ("method=no_such_module:loss", "method: method 'no_such_module:loss' cannot be imported"),
+        ("data.augment.mixup=0.2", "no rule is defined for both"),
+        ("student.checkpoint=gone.pt", "student.checkpoint = "),
+    ],
+)
+def test_what_a_single_training_cannot_do_is_told(space, tmp_path, inside, setting, told):
+    done = inside("train", space, "--runs-dir", tmp_path / "runs", "--set", setting)
+    assert (done.returncode, done.stdout, (tmp_path / "runs").exists()) == (2, "", False)
+    assert told in done.stderr
+
+
+# --- data and teachers that are not as they must be ---------------------------------------------------------------
+
+
+def of_other_classes(folder):
+    save_weights(build_model("digits_cnn", num_classes=7), folder / "t.pt")
+    return {"teacher": {"name": "digits_cnn", "checkpoint": str(folder / "t.pt")}}, "a head for 7 classes"
+
+
+def cut_off(folder):
+    save_weights(build_model("digits_cnn", num_classes=10), folder / "t.pt")
+    (folder / "t.pt").write_bytes((folder / "t.pt").read_bytes()[:-900])
+    return {"teacher": {"name": "digits_cnn", "checkpoint": str(folder / "t.pt")}}, "t.pt: is damaged"
+
+
+class Harm:
+    def __reduce__(self):
+        return (os.mkdir, (str(Path(tempfile.gettempdir()) / "harm_was_done"),))
+
+
+def malicious(folder):
+    torch.save({"model": Harm()}, folder / "t.pt")
+    return {
+        "teacher": {"name": "digits_cnn", "checkpoint": str(folder / "t.pt")}
+    }, "is refused: it asks for posix.mkdir"
+
+
+def no_better_than_chance(folder):
+    model = build_model("digits_cnn", num_classes=10)
+    torch.nn.init.zeros_(model.classifier.weight)
+    save_weights(model, folder / "t.pt")
+    return {"teacher": {"name": "digits_cnn", "checkpoint": str(folder / "t.pt")}}, "hardly better than chance"
+
+
+def data_is_missing(folder):
+    data = {"name": "cifar100", "root": str(folder)}
+    return {"data": data, "teacher": RESNET, "student": "resnet8"}, "cifar-100-python"
+
+
+def one_class_of_validation(folder):
+    for label in ("a", "b"):
+        for number in range(4):
+            write(folder / "train" / label / f"{number}.png")
+            write(folder / "val" / "images" / f"val_{label}{number}.png")
+    data = {"name": "image_folder", "root": str(folder), "val_fraction": 0.5}
+    return {"data": data, "teacher": RESNET, "student": "resnet8"}, "val"
+
+
+def tiny_of_one_class(folder):
+    for label in ("n01", "n02"):
+        for number in range(4):
+            write(folder / "tiny-imagenet-200" / "train" / label / "images" / f"{number}.JPEG")
+            write(folder / "tiny-imagenet-200" / "val" / "images" / f"val_{label}{number}.JPEG")
+    data = {"name": "tiny_imagenet", "root": str(folder), "kwargs": {"num_classes": 2}, "val_fraction": 0.5}
+    return {"data": data, "teacher": RESNET, "student": "resnet8"}, "val_annotations.txt"
+
+
+def labels_out_of_range(folder):
+    place = folder / "cifar-100-python"
+    place.mkdir()
+    for part in ("train", "test"):
+        content = {b"data": np.zeros((200, 3072), np.uint8), b"fine_labels": [n % 101 for n in range(200)]}
+        (place / part).write_bytes(pickle.dumps(content, protocol=2))
+    (place / "meta").write_bytes(pickle.dumps({b"fine_label_names": [b"x"] * 100}, protocol=2))
+    return {"data": {"name": "cifar100", "root": str(folder)}, "teacher": RESNET, "student": "resnet8"}, "label"
+
+
+RESNET = {"name": "resnet14", "recipe": {"epochs": 1, "milestones": []}}
+
+
+def write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (90, 20, 30)).save(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        of_other_classes,
+        cut_off,
+        malicious,
+        no_better_than_chance,
+        data_is_missing,
+        one_class_of_validation,
+        tiny_of_one_class,
+        labels_out_of_range,
+    ],
+)
+def test_wrong_data_and_teachers_are_one_message_before_ray_starts(tmp_path, wrong, inside, monkeypatch):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    changes, told = wrong(folder)
+    content = yaml.safe_load(SPACE) | changes
+    content["space"]["k"] = {"low": 1, "high": 2}
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+    done = inside("run", tmp_path / "wrong.yaml", "--runs-dir", tmp_path / "runs")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") or "\nerror: " in done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "wrong").exists()
+    assert not (Path(tempfile.gettempdir()) / "harm_was_done").exists()
+
+
 def test_check_says_what_would_run_and_starts_nothing(space, tmp_path, inside, monkeypatch):
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path / "runs"))
     done = inside("check", space, "--show")
@@ -356,6 +566,7 @@ COMMANDS = {
     "status": "--json --runs-dir",
     "export": "--format --output -o --runs-dir",
     "teacher": "--set --runs-dir",
+    "train": "--set --name --epochs --seed --runs-dir --mlflow-uri",
     "doctor": "--runs-dir --mlflow-uri --address",
 }
 
