@@ -331,3 +331,13 @@ def test_a_loaded_teacher_is_in_eval_mode_and_asks_for_no_gradient(tmp_path: Pat
     teacher = load_teacher(ModelConfig(name="digits_cnn_tiny"), tmp_path / "w.pt", num_classes=10)
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_teacher_may_be_trained_on_other_views_than_the_students(tmp_path):
+    usual, own = sweep(), sweep(teacher={"augment": {"pad": 1, "flip": True}})
+    assert own.data.augment == usual.data.augment != own.teacher.augment
+    trains = CountingTrain()
+    keys = {ensure_teacher(config, tmp_path, trains).key for config in (usual, own)}
+    assert len(keys) == 2
+    assert [trial.data.augment for trial in trains.calls] == [usual.data.augment, own.teacher.augment]
+    assert trains.calls[1].data.model_copy(update={"augment": usual.data.augment}) == usual.data

@@ -147,10 +147,16 @@ def _given(config: PairConfig) -> TeacherConfig:
     return config.teacher
 
 
+def _data(config: PairConfig) -> DataConfig:
+    """The data as the teacher is trained on it."""
+    augment = _given(config).augment
+    return config.data if augment is None else config.data.model_copy(update={"augment": augment})
+
+
 def _inputs(config: PairConfig) -> dict[str, Any]:
     """All that a trained teacher depends on."""
     teacher = _given(config).model_dump(mode="json", include={"name", "kwargs", "image_size", "recipe", "seed"})
-    data = config.data.model_dump(mode="json", exclude={"root", "download", "workers"})  # these change no pixel
+    data = _data(config).model_dump(mode="json", exclude={"root", "download", "workers"})  # these change no pixel
     return {"format": _FORMAT, "data": data, "files": fingerprint(config.data), "teacher": teacher}
 
 
@@ -158,7 +164,7 @@ def _trained(config: PairConfig, folder: Path, key: str, train: TrainFunction, p
     given = _given(config)
     assert given.recipe is not None, "a teacher without a checkpoint has a recipe"
     trial = TrialConfig(
-        data=config.data,
+        data=_data(config),
         student=StudentConfig.model_validate(given.model),
         method="ce",
         recipe=given.recipe,

@@ -215,6 +215,8 @@ class TeacherConfig(_Section):
     checkpoint: str | None = None
     """Path of a checkpoint to load; relative paths are relative to the working directory."""
     recipe: RecipeConfig | None = None
+    augment: AugmentConfig | None = None
+    """The views that `recipe` trains it on; by default those of the data."""
     seed: int = Field(0, ge=0)
     image_size: int | None = Field(None, ge=1)
     """Side that the student's images are resized to before the teacher sees them."""
