@@ -409,6 +409,29 @@ def test_a_space_without_a_teacher_trains_and_sweeps(space, runs, inside, tmp_pa
     assert (refused.returncode, "there is none" in refused.stderr) == (2, True)
 
 
+def test_a_loss_and_a_network_of_the_users_are_found_in_the_working_directory_and_in_the_workers(tmp_path):
+    (tmp_path / "my_project.py").write_text(
+        "import torch\n\n"
+        "def pull(student, teacher, labels, strength=1.0):\n"
+        "    fit = torch.nn.functional.cross_entropy(student, labels)\n"
+        "    return fit + strength * (student - teacher).square().mean()\n\n"
+        "def network(*, num_classes, width=8):\n"
+        "    flat = torch.nn.Flatten()\n"
+        "    return torch.nn.Sequential(flat, torch.nn.Linear(64, width), torch.nn.Linear(width, num_classes))\n"
+    )
+    content = yaml.safe_load(SPACE)
+    del content["relative"]
+    content |= {"method": "my_project:pull", "student": {"name": "my_project:network", "kwargs": {"width": 12}}}
+    content |= {"space": {"strength": {"low": 0.01, "high": 1.0, "log": True}}, "baselines": None}
+    content["sweep"] = {"trials": 2, "asha": None, "max_concurrent": 1}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, str(ROOT / "launch.py"), "run", "mine.yaml", "--runs-dir", "runs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    tuned = load_tuned_config(tmp_path / "runs" / "mine" / "tuned.yaml")
+    assert (tuned.method, set(tuned.loss), tuned.evidence.val_top1 > 50) == ("my_project:pull", {"strength"}, True)
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [

@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 3 the swee
 
 import dataclasses
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -65,6 +66,8 @@ TimeBudget = Annotated[float | None, typer.Option(help="Seconds after which no t
 
 def main() -> None:
     """Run the command line and exit with its code; a user's mistake is one message on stderr."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where package.module:loss of a user's project is found
     try:
         app(standalone_mode=True)
     except KeyboardInterrupt:
