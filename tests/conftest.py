@@ -1,6 +1,11 @@
 """What several test modules need."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers share two cores
 
 
 def pytest_runtest_setup(item):
