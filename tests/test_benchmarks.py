@@ -61,3 +61,24 @@ def test_an_unknown_benchmark_is_refused():
     done = benchmarks("loss_costs")
     assert done.returncode == 2
     assert "unknown benchmark loss_costs; known are loss_cost, sweep_overhead" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_parts_of_topkd_on_glyphs():
+    before = set(RESULTS.glob("*"))
+    command = [sys.executable, "-m", "benchmarks.glyphs", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert set(RESULTS.glob("*")) == before
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    table = {cells[0]: cells[1:] for cells in lines}
+    for row in ("cross-entropy", "KD, T = 4", "TopKD, defaults", "TopKD, tuned"):
+        lr, val, test, over_kd, seeds, others = table[row]
+        assert {lr, others.partition(":")[0]} == {"0.1", "0.4"}, row
+        assert 0 <= float(val) <= 100
+        assert float(test) - float(table["KD, T = 4"][2]) == pytest.approx(float(over_kd), abs=0.11)
+        assert seeds == "1"
+    assert sum(name.startswith("– ") for name in table) == 4
+    assert {"1", "20"} <= table.keys(), "the table of K"
+    assert re.search(r"^- 20 trainings of 2 epochs, \d+ at once: ", done.stdout, re.MULTILINE)
