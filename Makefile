@@ -13,7 +13,7 @@ sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
 	  else $(BIN)/python launch.py run --runs-dir $(RUNS); fi
 
 test: $(STAMP)  ## the tests, those marked slow left out
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
