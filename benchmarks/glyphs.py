@@ -184,9 +184,9 @@ def _quick(pair: PairConfig) -> PairConfig:
     """The same on few images for two epochs; the teacher's batches are small, so that it learns something at all."""
     assert pair.teacher is not None, "the glyphs space has a teacher"
     assert pair.teacher.recipe is not None, "which is trained"
-    recipe = pair.teacher.recipe.model_copy(update={"epochs": 15, "batch_size": 16})
+    recipe = pair.teacher.recipe.model_copy(update={"epochs": 10, "batch_size": 32})
     changes = {
-        "data": pair.data.model_copy(update={"kwargs": {"train_images": 1000, "test_images": 200}}),
+        "data": pair.data.model_copy(update={"kwargs": {"train_images": 3000, "test_images": 200}}),
         "recipe": pair.recipe.model_copy(update={"epochs": 2}),
         "teacher": pair.teacher.model_copy(update={"recipe": recipe}),
     }
