@@ -96,7 +96,7 @@ def teacher_key(config: PairConfig) -> str:
     """
     given = _given(config)
     if given.checkpoint is not None:
-        return _file_hash(Path(given.checkpoint))[:16]
+        return file_hash(Path(given.checkpoint))[:16]
     text = json.dumps(_inputs(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -183,7 +183,7 @@ def _trained(config: PairConfig, folder: Path, key: str, train: TrainFunction, p
         "val_top1": val_top1,
         "epochs": result.epoch,
         "seconds": round(time.perf_counter() - started, 3),
-        "sha256": _file_hash(path),
+        "sha256": file_hash(path),
         "versions": {"tune_topkd": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     text = json.dumps(record, indent=2) + "\n"
@@ -197,7 +197,7 @@ def _recorded(folder: Path, key: str) -> float | None:
         return None
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-        if record["key"] == key and record["sha256"] == _file_hash(folder / WEIGHTS_NAME):
+        if record["key"] == key and record["sha256"] == file_hash(folder / WEIGHTS_NAME):
             return float(record["val_top1"])
         reason = f"{WEIGHTS_NAME} is not what {RECORD_NAME} says"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -221,7 +221,12 @@ def _checked_accuracy(model: nn.Module, data: DataConfig, name: str) -> float:
     return top1
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

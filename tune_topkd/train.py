@@ -7,7 +7,6 @@ bit.
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import random
@@ -45,10 +44,11 @@ from tune_topkd.loss import CELoss
 from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
 from tune_topkd.models import build_configured
-from tune_topkd.models import find_head
+from tune_topkd.models import freeze_backbone
 from tune_topkd.models import load_backbone
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import write_atomically
+from tune_topkd.teacher import file_hash
 from tune_topkd.teacher import load_teacher
 
 TRAIN_PREFIX = "train_"
@@ -320,8 +320,7 @@ def _student(config: StudentConfig, num_classes: int) -> nn.Module:
     if config.checkpoint is not None:
         load_backbone(model, Path(config.checkpoint))
     if config.linear_probe:
-        model.requires_grad_(False)
-        find_head(model)[1].requires_grad_(True)
+        freeze_backbone(model)
     return model
 
 
@@ -339,7 +338,7 @@ def _identity(config: TrialConfig) -> str:
     content = config.model_dump(mode="json")
     content["teacher_checkpoint"] = _teacher_identity(config)[1]
     if config.student.checkpoint is not None:
-        content["student"]["checkpoint"] = _content_hash(config.student.checkpoint)
+        content["student"]["checkpoint"] = file_hash(Path(config.student.checkpoint))
     for name in ("root", "download", "workers"):
         del content["data"][name]
     return json.dumps(content, sort_keys=True)
@@ -347,11 +346,7 @@ def _identity(config: TrialConfig) -> str:
 
 def _teacher_identity(config: TrialConfig) -> tuple[Any, str | None]:
     path = config.teacher_checkpoint
-    return config.teacher and config.teacher.model_dump(mode="json"), path and _content_hash(path)
-
-
-def _content_hash(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return config.teacher and config.teacher.model_dump(mode="json"), path and file_hash(Path(path))
 
 
 def _optimizer(model: nn.Module, recipe: RecipeConfig) -> Optimizer:

@@ -69,14 +69,13 @@ def _seconds_per_step(config: SweepConfig) -> float:
     from tune_topkd.data import dataset_info
     from tune_topkd.loss import build_loss
     from tune_topkd.models import build_configured
-    from tune_topkd.models import find_head
+    from tune_topkd.models import freeze_backbone
 
     info = dataset_info(config.data)
     batch = max(min(config.recipe.batch_size, _TIMED_VALUES // math.prod(info.image_shape)), 2)
     student = build_configured(config.student, num_classes=info.num_classes)
     if config.student.linear_probe:
-        student.requires_grad_(False)
-        find_head(student)[1].requires_grad_(True)
+        freeze_backbone(student)
     # A teacher that is shown the same images in every epoch is asked once in a trial.
     asks_teacher = config.teacher is not None and config.data.augment != AugmentConfig()
     teacher = None

@@ -26,6 +26,12 @@ _PROBED = 200
 """Images whose size is looked at before anything is loaded; of those that are loaded, all are."""
 
 
+def _missing_parts(config: DataConfig, folder: Path, remedy: str) -> str | None:
+    """What to do about a folder without train or val; None if it has both."""
+    absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
+    return put_there(config, f"{folder} has no {' and no '.join(absent)}", remedy) if absent else None
+
+
 class Images:
     """Paths of image files and the numbers of their classes, in step."""
 
@@ -64,11 +70,8 @@ class TinyImageNet(Source):
     def missing(self, config: DataConfig) -> str | None:
         """Looks for train and val."""
         folder = self.folder(config)
-        absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
-        if not absent:
-            return None
         remedy = f"unpack tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip) into {folder.parent}"
-        return put_there(config, f"{folder} has no {' and no '.join(absent)}", remedy)
+        return _missing_parts(config, folder, remedy)
 
     def files(self, config: DataConfig) -> Iterable[Path]:
         """The images and, where they are read, the lists."""
@@ -160,13 +163,10 @@ class ImageNet(Source):
     def missing(self, config: DataConfig) -> str | None:
         """Looks for train and val."""
         folder = self.folder(config)
-        absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
-        if not absent:
-            return None
         remedy = (
             f"put the images of ILSVRC2012 (https://image-net.org) into {folder}/train/<wnid> and {folder}/val/<wnid>"
         )
-        return put_there(config, f"{folder} has no {' and no '.join(absent)}", remedy)
+        return _missing_parts(config, folder, remedy)
 
     def files(self, config: DataConfig) -> Iterable[Path]:
         """The images."""

@@ -101,6 +101,17 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     return linear[-1]
 
 
+def freeze_backbone(model: nn.Module) -> None:
+    """Let the head alone, `find_head(model)`, be trained: no other weight asks for a gradient.
+
+    Raises:
+        ValueError: the network has no head.
+    """
+    head = find_head(model)[1]
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+
+
 # --- building -------------------------------------------------------------------------------------------------------
 
 
