@@ -13,6 +13,7 @@ from tune_topkd.sweep import ResourceError
 from tune_topkd.sweep import Search
 from tune_topkd.sweep import run_sweep
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import Share
 from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_events
 
@@ -189,7 +190,7 @@ def test_what_the_workers_cannot_import_is_said_before_any_trial(sweep, tmp_path
 
 
 def test_room_counts_whole_trials_on_each_node():
-    cluster = Cluster(nodes=((3.0, 0.0), (8.0, 2.0)))
+    cluster = Cluster(nodes=(Share(3.0, 0.0), Share(8.0, 2.0)))
 
     def room(**settings):
         return cluster.room(formulas.sweep_config(sweep={"max_concurrent": None} | settings))
@@ -218,7 +219,7 @@ def test_an_address_attaches_to_a_running_cluster_and_nothing_else_does(tmp_path
         address = next(line.split()[1] for line in head.stdout if line.startswith("ADDRESS"))
         for _ in range(2):
             found = subprocess.run([sys.executable, "-c", ATTACH, address], capture_output=True, text=True, timeout=90)
-            assert "((3.0, 0.0),)" in found.stdout, found.stderr
+            assert "(Share(cpus=3.0, gpus=0.0),)" in found.stdout, found.stderr
         nothing = subprocess.run([sys.executable, "-c", ATTACH, "127.0.0.1:1"], capture_output=True, text=True)
         assert "no Ray cluster answers there" in nothing.stderr
     finally:

@@ -266,10 +266,10 @@ def test_lines_that_do_not_follow_are_an_error_with_the_line(path, story, change
 
 
 def test_a_ledger_of_another_version_is_named_and_left_alone(path):
-    content = line(0, "sweep", version=2, trials=3) + b'{"torn'
+    content = line(0, "sweep", version=3, trials=3) + b'{"torn'
     path.write_bytes(content)
     for opened in (Ledger.open, read_state):
-        with pytest.raises(LedgerError, match="line 1: this is ledger version 2; this program reads version 1"):
+        with pytest.raises(LedgerError, match="line 1: this is ledger version 3; this program reads versions 1 and 2"):
             opened(path)
     assert path.read_bytes() == content
 

@@ -14,8 +14,12 @@ that is not as it was written is a `LedgerError` with the line number. The event
 | `suggest` | `arm`, `number`, `proposal`, `params` | a trial was made: what the sampler chose, what the trial is given |
 | `start` | `arm`, `number`, `attempt` | a worker began it, or went on from its checkpoint |
 | `report` | `arm`, `number`, `epoch`, `metrics`, `decision` | one epoch's metrics and what was decided on them |
+| `retry` | `arm`, `number`, `reason`, `error`, `share` | its worker was lost; it is to go on from its checkpoint |
 | `end` | `arm`, `number`, `status`, `reason`, `epoch`, `value` | the trial is over |
-| `stop` | `reason` | the driver let go: `finished`, `interrupted`, `time_budget` or `failed` |
+| `stop` | `reason`, `error` | the driver let go: `finished`, `interrupted`, `time_budget`, `failed` or `trouble` |
+
+A `retry` has the reason `crash`, `oom` or `node`; its `share` is the [CPUs, GPUs] of the next attempt where they are
+other than the sweep's.
 
 An `arm` is what a trial belongs to: `search`, or the method of a baseline (`ce`, `kd`). Trials are numbered from 0 in
 each arm; the search's are the sweep's trials.
@@ -44,7 +48,8 @@ from typing import Self
 
 from tune_topkd.config import Scalar
 
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
+_READABLE_VERSIONS = (1, 2)  # 1 has no `retry`
 LEDGER_FILE = "ledger.jsonl"
 SEARCH = "search"
 _LOCK_TRIES = 5
@@ -81,6 +86,13 @@ class Decision(enum.StrEnum):
     PRUNE = "prune"
     DIVERGED = "diverged"
     """A metric is NaN or infinite."""
+
+
+class Share(NamedTuple):
+    """What a trial gets of a node."""
+
+    cpus: float
+    gpus: float
 
 
 class TrialKey(NamedTuple):
@@ -125,6 +137,10 @@ class TrialRecord:
     decision: Decision | None = None
     """The last report's."""
     attempts: int = 0
+    retries: list[str] = field(default_factory=list)
+    """The reason of each `retry`."""
+    share: Share | None = None
+    """What it is to get of a node, where that is other than the sweep's."""
     suggested_at: float = 0.0
     ended_at: float | None = None
 
@@ -182,7 +198,7 @@ class SweepState:
                 self.stop_reason = event.data["reason"]
             case "suggest":
                 self._apply_suggest(event)
-            case "start" | "report" | "end":
+            case "start" | "report" | "retry" | "end":
                 self._apply_to_trial(event)
             case _:
                 raise LedgerError(f"line {event.seq + 1}: unknown event {event.name!r}")
@@ -215,8 +231,9 @@ class SweepState:
     def _apply_header(self, event: Event) -> None:
         if event.seq != 0:
             raise LedgerError(f"line {event.seq + 1}: a second `sweep` event")
-        if event.data["version"] != LEDGER_VERSION:
-            rule = f"this is ledger version {event.data['version']!r}; this program reads version {LEDGER_VERSION}"
+        if event.data["version"] not in _READABLE_VERSIONS:
+            known = " and ".join(map(str, _READABLE_VERSIONS))
+            rule = f"this is ledger version {event.data['version']!r}; this program reads versions {known}"
             raise LedgerError(f"line 1: {rule}")
         self.header, self.started_at, self.target = event.data, event.time, event.data["trials"]
 
@@ -240,6 +257,9 @@ class SweepState:
                 raise LedgerError(f"line {event.seq + 1}: trial {event.key} reports epoch {data['epoch']} again")
             metrics, decision = _decoded(data["metrics"]), Decision(data["decision"])
             record.reports[data["epoch"]], record.decision = metrics, decision
+        elif event.name == "retry":
+            share = None if data["share"] is None else Share(*data["share"])
+            record.retries, record.share = [*record.retries, data["reason"]], share
         else:
             value = None if data["value"] is None else float(data["value"])
             record.status, record.reason, record.value = TrialStatus(data["status"]), data["reason"], value
@@ -276,7 +296,7 @@ class Ledger:
             _lock(stream, path)
             ledger = cls(path, SweepState(), stream)
             ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
-            _sync_folder(path.parent)
+            sync(path.parent)
         except BaseException:
             path.unlink(missing_ok=True)
             stream.close()
@@ -394,6 +414,15 @@ def driver_identity() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _lock(stream: Any, path: Path) -> None:
     for _ in range(_LOCK_TRIES):
         with contextlib.suppress(BlockingIOError):
@@ -472,14 +501,6 @@ def _write_all(stream: Any, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[stream.write(view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def tell_all(trackers: Iterable[Tracker], event: Event) -> list[tuple[Tracker, Exception]]:

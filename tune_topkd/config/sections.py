@@ -328,7 +328,9 @@ class SweepSettings(_Section):
     gpus_per_trial: float = Field(0.0, ge=0)
     """May be a fraction: 0.25 lets four trials share a GPU."""
     max_failures: int = Field(3, ge=0)
-    """Times that a trial whose worker died is started again from its last checkpoint."""
+    """Times that a trial whose worker died is started again from its last checkpoint; a lost node does not count."""
+    trial_timeout: float = Field(3600.0, gt=0)
+    """Seconds without a report after which a trial counts as hung and is ended; more than the longest epoch."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds after which no trial goes on; the sweep can be resumed."""
 

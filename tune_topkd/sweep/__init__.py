@@ -8,8 +8,18 @@ from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
 from tune_topkd.sweep.tuning import Cluster
 from tune_topkd.sweep.tuning import ResourceError
+from tune_topkd.sweep.tuning import SweepTroubleError
 from tune_topkd.sweep.tuning import check_address
 from tune_topkd.sweep.tuning import run_sweep
 from tune_topkd.sweep.worker import TrainFunction
 
-__all__ = ["OBJECTIVE", "Cluster", "ResourceError", "Search", "TrainFunction", "check_address", "run_sweep"]
+__all__ = [
+    "OBJECTIVE",
+    "Cluster",
+    "ResourceError",
+    "Search",
+    "SweepTroubleError",
+    "TrainFunction",
+    "check_address",
+    "run_sweep",
+]

@@ -36,6 +36,7 @@ from tune_topkd.space import lattice
 from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Decision
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import Share
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import Tracker
 from tune_topkd.trials import TrialKey
@@ -141,6 +142,37 @@ class Search:
             self._tell(record)
         return decision
 
+    def lost(self, key: TrialKey, reason: str, error: str, larger: Share | None = None) -> bool:
+        """A trial's worker is gone; the trial goes on from its checkpoint, or has failed.
+
+        Args:
+            key: the trial.
+            reason: `crash`, retried `max_failures` times; `oom`, retried once, with a larger share if there is one;
+                `node`, the machine's loss and not the trial's, retried always.
+            error: in one line.
+            larger: the next larger share of a node, if there is one.
+
+        Returns:
+            Whether the trial is to be started again: `next_trial` gives it out.
+        """
+        record = self.state.trials[key]
+        if record.status.is_end:
+            return False
+        before = record.retries.count(reason)
+        again = {
+            "crash": before < self.config.sweep.max_failures,
+            "oom": before == 0 and larger is not None,
+            "node": True,
+        }[reason]
+        if not again:
+            self.failed(key, reason, error)
+            return False
+        share = larger if reason == "oom" else record.share
+        retry = {"reason": reason, "error": error, "share": None if share is None else list(share)}
+        self._write(("retry", {"arm": key.arm, "number": key.number, **retry}))
+        self._to_reissue.append(record)
+        return True
+
     def failed(self, key: TrialKey, reason: str, error: str) -> None:
         """A trial has ended without an answer, for a `reason` in one word and an `error` in one line."""
         record = self.state.trials[key]
@@ -151,15 +183,21 @@ class Search:
         self._tell(record)
         self.fatal = self.fatal or self._common_error()
 
-    def stopped(self) -> str:
-        """Write that the driver lets go, and return why: the `stop` event's reason."""
+    def stopped(self, trouble: str = "") -> str:
+        """Write that the driver lets go, and return why: the `stop` event's reason.
+
+        Args:
+            trouble: what keeps the sweep from going on, if that is why.
+        """
         if self.is_finished:
             reason = "finished"
+        elif trouble:
+            reason = "trouble"
         elif self.fatal:
             reason = "failed"
         else:
             reason = "time_budget" if self.out_of_time else "interrupted"
-        self._write(("stop", {"reason": reason}))
+        self._write(("stop", {"reason": reason, "error": trouble if reason == "trouble" else self.fatal}))
         return reason
 
     def trial_config(self, record: TrialRecord, teacher_checkpoint: str | None) -> TrialConfig:
@@ -246,11 +284,13 @@ class _Proposer:
         self._startup_trials = startup_trials
         self._distributions = {axis.name: _distribution(axis) for axis in axes}
         self.study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
+        self._asked: dict[int, optuna.Trial] = {}
 
     def ask(self, number: int) -> dict[str, Scalar]:
         self.study.sampler = self._sampler(number)
         trial = self.study.ask(self._distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
+        self._asked[number] = trial
         return dict(trial.params)
 
     def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -259,6 +299,7 @@ class _Proposer:
         self.study.sampler = optuna.samplers.RandomSampler(seed=0)  # every value is given: nothing is sampled
         trial = self.study.ask(self._distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
+        self._asked[number] = trial
         return dict(trial.params)
 
     def tell(self, record: TrialRecord) -> None:
@@ -267,17 +308,16 @@ class _Proposer:
         A failure told as FAIL would leave its region looking unexplored, and TPE would propose it for ever; as PRUNED
         without a value it counts as the worst there is.
         """
-        number = record.key.number
+        trial = self._asked.pop(record.key.number)
         if record.status is TrialStatus.FAILED:
-            self.study.tell(number, state=TrialState.PRUNED)
+            self.study.tell(trial, state=TrialState.PRUNED)
             return
-        trial = optuna.trial.Trial(self.study, self.study.trials[number]._trial_id)
         for epoch, metrics in record.reports.items():
             trial.report(metrics[OBJECTIVE], epoch)
         if record.status is TrialStatus.COMPLETED:
-            self.study.tell(number, record.value)
+            self.study.tell(trial, record.value)
         else:
-            self.study.tell(number, state=TrialState.PRUNED)
+            self.study.tell(trial, state=TrialState.PRUNED)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{number}".encode()).digest()[:4])

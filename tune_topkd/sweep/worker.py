@@ -1,16 +1,25 @@
 """One trial, where Ray put it: calls the train function, hands its reports to the driver, keeps its checkpoints.
 
 Checkpoints are a trial's own folder: `epoch-0003/` with what `save` wrote and `report.json` (that epoch's metrics and the
-files' SHA-256). A folder appears under its name only when it is whole; the two newest are kept; one that is not as it was
-written is passed over for the other.
+files' SHA-256). A folder appears under its name only when it is whole and on the disk; the two newest are kept; one that
+is not as it was written is passed over for the other.
+
+A trial's folder has one worker at a time: the next waits until the one before is dead, which a killed driver or a lost
+node can leave at work for some seconds.
 """
 
+import contextlib
+import errno
+import faulthandler
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 import traceback
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +27,20 @@ from typing import Any
 from typing import Protocol
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.trials import sync
 
 MESSAGE = "message"
 """The one key of what a worker reports to Ray: our message as JSON."""
 
 GENERATIONS = 2
+HANG_FILE = "hang.txt"
+"""Where the stacks of a trial that hangs are written, by itself, as it ends."""
+LONGEST_WAIT_FOR_ANOTHER_WORKER = 90.0  # Ray ends a worker whose node was cut off after about a minute
+
 _REPORT_FILE = "report.json"
+_LOCK_FILE = ".worker"
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
+_ROOM_FOR_ANYTHING = 2**16
 
 
 class Reporter(Protocol):
@@ -40,6 +57,14 @@ class TrainFunction(Protocol):
         """Train to the last epoch of the recipe."""
 
 
+class StorageError(OSError):
+    """The trial's folder cannot be written: the disk's trouble, not the trial's."""
+
+
+class FolderBusyError(RuntimeError):
+    """Another worker is still at work in the trial's folder."""
+
+
 @dataclass(frozen=True)
 class Worker:
     """What runs in a Ray worker for one trial; picklable if `train` is."""
@@ -52,67 +77,177 @@ class Worker:
         An exception of the train function is reported as the trial's failure: it would come again, so it is no crash to
         be retried. A worker that dies is Ray's to see.
         """
+        import ray
         from ray import tune  # only a worker needs it
 
-        def send(message: Mapping[str, Any]) -> None:
-            tune.report({MESSAGE: json.dumps(message)})
+        place = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
+        def send(message: Mapping[str, Any]) -> None:
+            tune.report({MESSAGE: json.dumps({**message, **place})})
+
+        folder = Path(trial["folder"])
         try:
-            run_trial(self.train, TrialConfig.model_validate(trial["config"]), Path(trial["folder"]), send)
+            config = TrialConfig.model_validate(trial["config"])
+            run_trial(self.train, config, folder, send, trial["timeout"])
         except Exception as error:  # noqa: BLE001 (whatever the train function raises is the trial's end)
-            send(_failure(error))
+            send(_failure(error, folder))
 
 
 def run_trial(
-    train: TrainFunction, config: TrialConfig, folder: Path, send: Callable[[Mapping[str, Any]], None]
+    train: TrainFunction,
+    config: TrialConfig,
+    folder: Path,
+    send: Callable[[Mapping[str, Any]], None],
+    timeout: float | None = None,
 ) -> None:
-    """Train, from the newest whole checkpoint in `folder` if there is one; `send` blocks until the driver decided."""
-    newest = newest_checkpoint(folder)
-    if newest is not None:
-        epoch, metrics = _read_report(newest)
-        send({"kind": "report", "epoch": epoch, "metrics": metrics})  # a kill may have come before the driver had it
+    """Train, from the newest whole checkpoint in `folder` if there is one; `send` blocks until the driver decided.
 
-    def report(epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
-        write_checkpoint(folder, epoch, metrics, save)
-        send({"kind": "report", "epoch": epoch, "metrics": _jsonable(metrics)})
+    Args:
+        train: the train function.
+        config: the trial's.
+        folder: the trial's; made if need be.
+        send: takes a message to the driver.
+        timeout: seconds without a report after which this process writes all its stacks to `HANG_FILE` and ends.
 
-    train(config, report, newest)
+    Raises:
+        StorageError: a checkpoint cannot be written because of the disk.
+        FolderBusyError: another worker holds the folder for too long.
+    """
+    with _only_worker(folder), _ends_when_hung(folder, timeout) as awaited:
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            epoch, metrics = _read_report(newest)
+            with awaited():  # a kill may have come before the driver had it
+                send({"kind": "report", "epoch": epoch, "metrics": metrics})
+
+        def report(epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
+            with awaited():
+                write_checkpoint(folder, epoch, metrics, save)
+                send({"kind": "report", "epoch": epoch, "metrics": _jsonable(metrics)})
+
+        train(config, report, newest)
 
 
 def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
-    """Write the checkpoint of one epoch, whole or not at all, and drop the ones before the last two."""
+    """Write the checkpoint of one epoch, whole or not at all, and drop the ones before the last two.
+
+    Raises:
+        StorageError: the disk is full, read-only or gone.
+        Exception: what `save` raises by itself.
+    """
     partial = folder / f".epoch-{epoch:04d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save(partial)
-    files = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
-    report = {"epoch": epoch, "metrics": _jsonable(metrics), "files": files}
-    with open(partial / _REPORT_FILE, "w") as stream:
-        json.dump(report, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
     final = folder / f"epoch-{epoch:04d}"
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    for old in _checkpoints(folder)[GENERATIONS:]:
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save(partial)
+        files = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
+        report = {"epoch": epoch, "metrics": _jsonable(metrics), "files": files}
+        (partial / _REPORT_FILE).write_text(json.dumps(report))
+        for path in [*partial.iterdir(), partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        sync(folder)
+    except Exception as error:
+        trouble = _storage_trouble(error, folder)  # before room is made again
+        shutil.rmtree(partial, ignore_errors=True)
+        if trouble:
+            raise StorageError(trouble) from error
+        raise
+    for old in checkpoints(folder)[GENERATIONS:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is as it was written, if any."""
-    return next((path for path in _checkpoints(folder) if _is_whole(path)), None)
+    return next((path for path in checkpoints(folder) if is_whole(path)), None)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """A trial's checkpoints, the newest first, whole or not."""
     return sorted(folder.glob("epoch-[0-9]*"), key=lambda p: int(p.name.partition("-")[2]), reverse=True)
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is as it was written."""
     try:
         report = json.loads((path / _REPORT_FILE).read_bytes())
         return all(_sha256(path / name) == digest for name, digest in report["files"].items())
     except (OSError, ValueError, KeyError):
         return False
+
+
+@contextlib.contextmanager
+def _only_worker(folder: Path) -> Iterator[None]:
+    """Hold the trial's folder; the kernel lets go of it when this process dies, however it does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK_FILE, "wb") as stream:
+        give_up = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER_WORKER
+        while not _locked(stream):
+            if time.monotonic() > give_up:
+                raise FolderBusyError(f"{folder}: another worker is still at work there")
+            time.sleep(0.05)
+        yield
+
+
+def _locked(stream: Any) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _ends_when_hung(
+    folder: Path, timeout: float | None
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """End this process when the training says nothing for `timeout` seconds, even if it holds the interpreter's lock.
+
+    Yields:
+        A context for the times that the training is not to blame for.
+    """
+    path = folder / HANG_FILE
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(open(path, "w")) if timeout is not None else None
+
+        def begin() -> None:
+            if stream is not None and timeout is not None:
+                faulthandler.dump_traceback_later(timeout, exit=True, file=stream)
+
+        @contextlib.contextmanager
+        def awaited() -> Iterator[None]:
+            faulthandler.cancel_dump_traceback_later()
+            yield
+            begin()
+
+        begin()
+        try:
+            yield awaited
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            path.unlink(missing_ok=True)
+
+
+def _storage_trouble(error: BaseException, folder: Path) -> str:
+    """What is wrong with the disk under `folder`, if that is why `error` came; torch hides it in errors of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRORS:
+            return f"{cause.filename or folder}: {cause.strerror}"
+        cause = cause.__cause__ or cause.__context__
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with open(probe, "wb") as stream:
+            stream.write(bytes(_ROOM_FOR_ANYTHING))
+            os.fsync(stream.fileno())
+    except OSError as refused:
+        return f"{folder}: {refused.strerror}"
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return ""
 
 
 def _read_report(path: Path) -> tuple[int, dict[str, Any]]:
@@ -129,12 +264,20 @@ def _jsonable(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _failure(error: Exception) -> dict[str, Any]:
+def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     text = " ".join(str(error).split())
+    if trouble := str(error) if isinstance(error, StorageError) else _storage_trouble(error, folder):
+        kind, reason, text = "storage", "", trouble
+    elif isinstance(error, FolderBusyError):
+        kind, reason = "lost", "node"
+    elif out_of_memory:
+        kind, reason = "lost", "oom"
+    else:
+        kind, reason = "failed", "error"
     return {
-        "kind": "failed",
-        "reason": "oom" if out_of_memory else "error",
-        "error": f"{type(error).__name__}: {text}"[:500],
+        "kind": kind,
+        "reason": reason,
+        "error": text if kind == "storage" else f"{type(error).__name__}: {text}"[:500],
         "traceback": "".join(traceback.format_exception(error)),
     }
