@@ -348,7 +348,9 @@ class Ledger:
                 self.state.apply(event)
             _write_all(self._stream, content)
             os.fsync(self._stream.fileno())
-        except BaseException:  # an interruption as well: the state may be ahead of the disk
+        except BaseException as error:  # an interruption as well: the state may be ahead of the disk
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(self.path)
             self._broken = self.state.last_seq != before
             if self._broken:
                 with contextlib.suppress(OSError):  # the torn line, if it stays, is dropped at the next opening

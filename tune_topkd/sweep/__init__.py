@@ -1,9 +1,10 @@
 """All of Ray and Optuna: proposing, scheduling, stopping and resuming the trials of a sweep.
 
 `run_sweep` is the whole of it for a caller. Inside: `search` decides (Optuna's TPE, ASHA, the ledger; no Ray), `worker`
-runs one trial where Ray put it, `tuning` joins the two through Ray Tune.
+runs one trial where Ray put it, `tuning` joins the two through Ray Tune, `audit` takes every decision again.
 """
 
+from tune_topkd.sweep.audit import audit_sweep
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
 from tune_topkd.sweep.tuning import Cluster
@@ -20,6 +21,7 @@ __all__ = [
     "Search",
     "SweepTroubleError",
     "TrainFunction",
+    "audit_sweep",
     "check_address",
     "run_sweep",
 ]

@@ -70,8 +70,8 @@ class Search:
         self.ledger = ledger
         self._trackers = list(trackers)
         self._space = Space.of(config)
-        self._proposer = _Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
-        self._asha = _Asha(config)
+        self._proposer = Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._asha = Asha(config)
         self._clock = clock
         budget = config.sweep.time_budget
         self._deadline = None if budget is None else clock() + budget
@@ -276,7 +276,7 @@ class Search:
         self._asha.replay(self.state)
 
 
-class _Proposer:
+class Proposer:
     """Optuna's TPE by ask and tell, its random numbers a function of (seed, trial number)."""
 
     def __init__(self, axes: Sequence[Axis], seed: int, startup_trials: int) -> None:
@@ -287,11 +287,19 @@ class _Proposer:
         self._asked: dict[int, optuna.Trial] = {}
 
     def ask(self, number: int) -> dict[str, Scalar]:
+        """The sampler's proposal `number`, entered."""
         self.study.sampler = self._sampler(number)
         trial = self.study.ask(self._distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
         self._asked[number] = trial
         return dict(trial.params)
+
+    def would_ask(self, number: int) -> dict[str, Scalar]:
+        """What `ask` would give, without entering it."""
+        beside = Proposer([], self._seed, self._startup_trials)
+        beside._distributions = self._distributions
+        beside.study.add_trials(self.study.get_trials(deepcopy=False))
+        return beside.ask(number)
 
     def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Enter a proposal that is not the sampler's, or that it made in an earlier run."""
@@ -309,15 +317,11 @@ class _Proposer:
         without a value it counts as the worst there is.
         """
         trial = self._asked.pop(record.key.number)
-        if record.status is TrialStatus.FAILED:
-            self.study.tell(trial, state=TrialState.PRUNED)
-            return
-        for epoch, metrics in record.reports.items():
-            trial.report(metrics[OBJECTIVE], epoch)
-        if record.status is TrialStatus.COMPLETED:
-            self.study.tell(trial, record.value)
-        else:
-            self.study.tell(trial, state=TrialState.PRUNED)
+        if record.status is not TrialStatus.FAILED:
+            for epoch, metrics in record.reports.items():
+                trial.report(metrics[OBJECTIVE], epoch)
+        state = optuna_state(record.status)
+        self.study.tell(trial, record.value if state is TrialState.COMPLETE else None, state=state)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{number}".encode()).digest()[:4])
@@ -328,7 +332,7 @@ class _Proposer:
             )
 
 
-class _Asha:
+class Asha:
     """Ray's asynchronous successive halving, fed by the ledger: only the search's trials, each epoch once."""
 
     def __init__(self, config: SweepConfig) -> None:
@@ -346,6 +350,7 @@ class _Asha:
         self._known: set[TrialKey] = set()
 
     def decide(self, key: TrialKey, epoch: int, value: float) -> Decision:
+        """Enter a trial's value at an epoch and say whether it goes on: continue or prune."""
         if self._scheduler is None:
             return Decision.CONTINUE
         trial: Any = SimpleNamespace(trial_id=str(key))  # all that the scheduler looks at
@@ -361,6 +366,13 @@ class _Asha:
             for epoch, metrics in record.reports.items():
                 if all(map(math.isfinite, metrics.values())):
                     self.decide(record.key, epoch, metrics[OBJECTIVE])
+
+
+def optuna_state(status: TrialStatus) -> TrialState:
+    """What Optuna is told of a trial."""
+    if status is TrialStatus.RUNNING:
+        return TrialState.RUNNING
+    return TrialState.COMPLETE if status is TrialStatus.COMPLETED else TrialState.PRUNED
 
 
 def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> dict[str, Any]:

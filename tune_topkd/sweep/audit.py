@@ -1,0 +1,222 @@
+"""Does a sweep's ledger hold together? Every decision in it is taken again from what lay before it.
+
+What is checked is what a user trusts: no trial lost, doubled or run again, no stop that ASHA would not take, no proposal
+that the sampler would not make, Optuna told what happened, and checkpoints that can be gone on from.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+from tune_topkd.space import Space
+from tune_topkd.sweep.search import OBJECTIVE
+from tune_topkd.sweep.search import Asha
+from tune_topkd.sweep.search import Proposer
+from tune_topkd.sweep.search import optuna_state
+from tune_topkd.sweep.worker import checkpoints
+from tune_topkd.sweep.worker import is_whole
+from tune_topkd.trials import LEDGER_FILE
+from tune_topkd.trials import SEARCH
+from tune_topkd.trials import Decision
+from tune_topkd.trials import Event
+from tune_topkd.trials import LedgerError
+from tune_topkd.trials import SweepState
+from tune_topkd.trials import TrialKey
+from tune_topkd.trials import TrialRecord
+from tune_topkd.trials import TrialStatus
+from tune_topkd.trials import read_events
+
+PROPOSALS_DRAWN_AGAIN = 500
+"""Of a longer sweep so many proposals, evenly spread, are drawn again: each costs more the more there were before it."""
+
+_OUTCOME = {
+    Decision.COMPLETE: (TrialStatus.COMPLETED,),
+    Decision.PRUNE: (TrialStatus.PRUNED,),
+    Decision.DIVERGED: (TrialStatus.FAILED,),
+    Decision.CONTINUE: (TrialStatus.FAILED,),
+    None: (TrialStatus.FAILED,),
+}
+
+
+def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
+    """Check a sweep that no process drives at the moment.
+
+    Args:
+        config: the sweep's frozen config.
+        folder: the sweep's.
+
+    Returns:
+        What is wrong, a line each; empty if nothing is.
+    """
+    try:
+        events = read_events(folder / LEDGER_FILE)[0]
+        audit = _Audit(config, events)
+        findings = list(audit.findings())
+    except LedgerError as error:
+        return [str(error)]
+    return findings + list(_checkpoint_findings(audit.state, folder))
+
+
+class _Audit:
+    """A sweep told again, event by event, beside what should have been decided."""
+
+    def __init__(self, config: SweepConfig, events: list[Event]) -> None:
+        self.state = SweepState()
+        self._config = config
+        self._events = events
+        self._space = Space.of(config)
+        self._recipe_space = Space.of_recipe(config)
+        self._asha = Asha(config)
+        self._proposer = Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._may_start: dict[TrialKey, bool] = {}
+        self._is_driven = False
+        suggested = sum(event.name == "suggest" and event.key.arm == SEARCH for event in events)
+        self._stride = max(1, math.ceil(suggested / PROPOSALS_DRAWN_AGAIN))
+
+    def findings(self) -> Iterator[str]:
+        for event in self._events:
+            if event.name == "suggest" and event.key.number != (expected := len(self.state.arm(event.key.arm))):
+                yield f"line {event.seq + 1}: trial {event.key} is suggested where {expected} comes next; no more is checked"
+                return
+            yield from (f"line {event.seq + 1}: {what}" for what in self._before(event))
+            self.state.apply(event)
+            yield from (f"line {event.seq + 1}: {what}" for what in self._after(event))
+        yield from self._whole_findings()
+
+    def _before(self, event: Event) -> Iterator[str]:
+        """What is wrong with an event, seen from the state that it came into."""
+        match event.name:
+            case "suggest":
+                yield from self._proposal_findings(event)
+                self._may_start[event.key] = True
+            case "start":
+                if not self._may_start.get(event.key) and self.state.header["version"] > 1:  # 1 had no `retry`
+                    yield f"trial {event.key} is started again without a retry or a new driver"
+                self._may_start[event.key] = False
+            case "retry":
+                self._may_start[event.key] = True
+                yield from self._retry_findings(event)
+            case "report":
+                yield from self._decision_findings(event)
+            case "end":
+                yield from self._end_findings(event)
+            case "driver":
+                self._may_start = dict.fromkeys(self._may_start, True)
+                self._is_driven = True
+            case "stop":
+                self._is_driven = False
+        if event.name not in ("sweep", "stop") and not self._is_driven:
+            yield f"`{event.name}` while no process drives the sweep"
+
+    def _after(self, event: Event) -> Iterator[str]:
+        if event.name == "end" and event.key.arm == SEARCH:
+            self._proposer.tell(self.state.trials[event.key])
+        if event.name == "stop" and event.data["reason"] == "finished":
+            if left := self.state.running():
+                yield f"the sweep is finished, but {_named(left)} not"
+            if len(self.state.arm(SEARCH)) != self.state.target:
+                yield f"the sweep is finished with {len(self.state.arm(SEARCH))} trials, not {self.state.target}"
+
+    def _proposal_findings(self, event: Event) -> Iterator[str]:
+        key, proposal, params = event.key, event.data["proposal"], event.data["params"]
+        space = self._space if key.arm == SEARCH else self._recipe_space
+        if not _alike(space.params(proposal), params):
+            yield f"the parameters of trial {key} are not what its proposal gives"
+        if key.arm != SEARCH:
+            return
+        first = self.state.header.get("first", [])
+        if key.number < len(first):
+            expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
+        elif key.number % self._stride == 0 and self._has_the_same_optuna():
+            expected = self._proposer.would_ask(key.number)
+        else:
+            expected = None
+        if expected is not None and not _alike(expected, proposal):
+            yield f"the proposal of trial {key} is not what the sampler proposes"
+        self._proposer.take(key.number, proposal)
+
+    def _has_the_same_optuna(self) -> bool:
+        return self.state.header.get("versions", {}).get("optuna") in (None, metadata.version("optuna"))
+
+    def _decision_findings(self, event: Event) -> Iterator[str]:
+        key, epoch, decision = event.key, event.data["epoch"], Decision(event.data["decision"])
+        record = self.state.trials.get(key)
+        if record is None:
+            return
+        if epoch <= record.epoch:
+            yield f"trial {key} reports epoch {epoch} after epoch {record.epoch}"
+        if record.decision not in (None, Decision.CONTINUE):
+            yield f"trial {key} reports although it was to end ({record.decision})"
+        metrics = {name: float(value) for name, value in event.data["metrics"].items()}
+        if not all(map(math.isfinite, metrics.values())):
+            expected = Decision.DIVERGED
+        elif epoch >= self._config.recipe.epochs:
+            expected = Decision.COMPLETE
+        else:
+            expected = self._asha.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
+        if decision is not expected:
+            yield f"trial {key} was decided {decision} at epoch {epoch}, where {expected} is right"
+
+    def _retry_findings(self, event: Event) -> Iterator[str]:
+        record = self.state.trials.get(event.key)
+        limits = {"crash": self._config.sweep.max_failures, "oom": 1}
+        reason = event.data["reason"]
+        if record is not None and record.retries.count(reason) >= limits.get(reason, math.inf):
+            yield f"trial {event.key} is retried for {reason} more often than {limits[reason]} times"
+
+    def _end_findings(self, event: Event) -> Iterator[str]:
+        record = self.state.trials.get(event.key)
+        if record is None:
+            return
+        status, value = TrialStatus(event.data["status"]), event.data["value"]
+        if status not in _OUTCOME[record.decision]:
+            yield f"trial {event.key} ends {status} after the decision {record.decision or 'none'}"
+        if event.data["epoch"] != record.epoch:
+            yield f"trial {event.key} ends at epoch {event.data['epoch']}, but its last report is of {record.epoch}"
+        last = record.reports.get(record.epoch, {}).get(OBJECTIVE)
+        expected = None if status is TrialStatus.FAILED else last
+        if value != expected:
+            yield f"trial {event.key} ends with {value}, but its last {OBJECTIVE} is {expected}"
+
+    def _whole_findings(self) -> Iterator[str]:
+        for record in self.state.arm(SEARCH):
+            trial = self._proposer.study.trials[record.key.number]
+            if trial.state is not optuna_state(record.status):
+                yield f"trial {record.key} is {record.status}, but {trial.state.name} in Optuna"
+            if record.status is TrialStatus.COMPLETED and trial.value != record.value:
+                yield f"trial {record.key} has {record.value}, but {trial.value} in Optuna"
+        for arm, number in Counter(key.arm for key in self.state.trials).items():
+            if arm == SEARCH and number > self.state.target:
+                yield f"there are {number} trials, more than the {self.state.target} asked for"
+
+
+def _checkpoint_findings(state: SweepState, folder: Path) -> Iterator[str]:
+    for record in state.trials.values():
+        if record.status in (TrialStatus.PRUNED, TrialStatus.FAILED):
+            continue
+        found = checkpoints(folder / "trials" / str(record.key))
+        damaged = [path for path in found if not is_whole(path)]
+        for path in damaged:
+            yield f"{path}: is not as it was written"
+        if record.epoch and len(damaged) == len(found):
+            what = "its weights are lost" if record.status.is_end else "it would begin again"
+            yield f"trial {record.key} has no checkpoint that can be read after epoch {record.epoch}: {what}"
+
+
+def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
+    """Whether two sets of values are the same, up to what another CPU may round otherwise."""
+
+    def is_alike(a: Scalar, b: Scalar) -> bool:
+        return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float | int) else a == b
+
+    return one.keys() == other.keys() and all(is_alike(value, other[name]) for name, value in one.items())
+
+
+def _named(records: list[TrialRecord]) -> str:
+    names = ", ".join(str(record.key) for record in records)
+    return f"trial {names} is" if len(records) == 1 else f"trials {names} are"
