@@ -1,4 +1,4 @@
-"""Ray: the cluster, and Ray Tune scheduling the trials that `search` proposes.
+"""Ray Tune scheduling the trials that `search` proposes, on a `cluster`.
 
 Ray Tune starts, packs and stops trials; what to start, what to start again and what to stop comes from `Search`, through a
 searcher and a scheduler that only translate. Ray's own experiment folder is scratch, in the system's temporary folder:
@@ -6,16 +6,10 @@ nothing is ever read back from it.
 """
 
 import contextlib
-import gc
 import json
 import logging
-import math
-import os
 import re
 import shutil
-import signal
-import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,23 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Ray reads these at import or start; what the user has set wins.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # no CSV, JSON and TensorBoard copies of the ledger
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its snapshots are of no use to us
-os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")  # a proposal is made when there is room for it, not before
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a trial without a GPU leaves CUDA_VISIBLE_DEVICES
-
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_topkd.config import SweepConfig
+from tune_topkd.sweep.cluster import Cluster
+from tune_topkd.sweep.cluster import ResourceError
+from tune_topkd.sweep.cluster import check_nodes
+from tune_topkd.sweep.cluster import is_node_loss
+from tune_topkd.sweep.cluster import kill_worker
+from tune_topkd.sweep.cluster import scratch_folder
+from tune_topkd.sweep.cluster import share_of
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
 from tune_topkd.sweep.worker import HANG_FILE
@@ -48,10 +39,8 @@ from tune_topkd.sweep.worker import MESSAGE
 from tune_topkd.sweep.worker import TrainFunction
 from tune_topkd.sweep.worker import Worker
 from tune_topkd.sweep.worker import checkpoints
-from tune_topkd.trials import LEDGER_FILE
 from tune_topkd.trials import Decision
 from tune_topkd.trials import LedgerError
-from tune_topkd.trials import Share
 from tune_topkd.trials import TrialKey
 from tune_topkd.trials import TrialRecord
 from tune_topkd.trials import TrialStatus
@@ -61,85 +50,12 @@ LONGEST_WAIT_FOR_ROOM = 30.0
 
 _GRACE_AFTER_TIMEOUT = 30.0  # for a worker that can still end itself, and so tell where it hung
 _SECONDS_BETWEEN_CHECKS = 2.0
-_LONGEST_START_OF_A_WORKER = 120.0
 
 _log = logging.getLogger(__name__)
 
 
-class ResourceError(ValueError):
-    """The cluster can never give a trial what it asks for, or cannot be reached."""
-
-
 class SweepTroubleError(ValueError):
     """Something outside the sweep keeps it from going on; what it has is safe, and it can be resumed."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A running Ray that this process is attached to, as what its nodes have."""
-
-    nodes: tuple[Share, ...]
-
-    @classmethod
-    @contextmanager
-    def attached(cls, address: str | None = None) -> Iterator["Cluster"]:
-        """Start a private Ray on this machine, or attach to the one at `address`; let go of it at the end.
-
-        Raises:
-            ResourceError: nothing answers at `address`.
-        """
-        if address:
-            check_address(address)
-        scratch = None if address or os.environ.get("RAY_TMPDIR") else _scratch_folder()
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address:
-            options |= {"address": address}
-        else:
-            options |= {"address": "local", "include_dashboard": False, "_temp_dir": scratch}
-        try:
-            ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ResourceError(f"--address {address}: no Ray cluster answers there: {error}") from error
-        try:
-            yield cls.now()
-        finally:
-            _shutdown()
-            if scratch:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-    @classmethod
-    def now(cls) -> "Cluster":
-        """The nodes there are at this moment."""
-        return cls(tuple(_resources(node) for node in ray.nodes() if node["Alive"]))
-
-    def room(self, config: SweepConfig) -> int:
-        """How many trials fit at once.
-
-        Raises:
-            ResourceError: not even one does.
-        """
-        share = _share(config)
-        room = self.room_for(share)
-        if room == 0:
-            columns = zip(*self.nodes, strict=True) if self.nodes else ((0.0,), (0.0,))
-            most = Share(*map(max, columns))
-            key = "gpus_per_trial" if share.gpus > most.gpus else "cpus_per_trial"
-            rule = f"no node has room for a trial: the largest has {most.cpus:g} CPUs and {most.gpus:g} GPUs"
-            raise ResourceError(f"sweep.{key} = {getattr(config.sweep, key):g}: {rule}")
-        return min(room, config.sweep.max_concurrent or room)
-
-    def room_for(self, share: Share) -> int:
-        """How many trials of this share fit at once."""
-        return sum(_fitting(node, share) for node in self.nodes)
-
-    def larger(self, share: Share) -> Share | None:
-        """The next larger share of a node: twice as much of what a trial shares with others; none if it has all.
-
-        Trials on a node share its memory, or a GPU's, in proportion to what they were given.
-        """
-        cpus, gpus = 2 * share.cpus, min(2 * share.gpus, 1.0) if share.gpus < 1 else share.gpus
-        candidates = [Share(cpus, gpus), Share(share.cpus, gpus), *(Share(n.cpus, gpus) for n in self.nodes)]
-        return next((c for c in candidates if c > share and self.room_for(c)), None)
 
 
 def run_sweep(
@@ -163,7 +79,7 @@ def run_sweep(
     """
     cluster.room(search.config)
     worker = Worker(train)
-    _check_nodes(worker, folder, _share(search.config))
+    check_nodes(worker, folder, share_of(search.config))
 
     def trial(config: dict[str, Any]) -> None:
         worker(config)
@@ -172,7 +88,7 @@ def run_sweep(
         return tune.PlacementGroupFactory([{"CPU": config["share"][0], "GPU": config["share"][1]}])
 
     bridge = _Bridge(search, folder, teacher_checkpoint)
-    with tempfile.TemporaryDirectory(prefix="ttk-tune-", ignore_cleanup_errors=True) as scratch:
+    with scratch_folder() as scratch:
         _tuner(trial, resources, bridge, scratch).fit()
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
@@ -202,72 +118,6 @@ def _tuner(trial: Any, resources: Any, bridge: "_Bridge", scratch: str) -> tune.
             callbacks=[_Lives(bridge)],
         ),
     )
-
-
-def _shutdown() -> None:
-    """Let go of Ray with no garbage left that holds references into it.
-
-    A reference that another thread's garbage collection drops while Ray shuts down ends the whole process from C++.
-    """
-    gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        ray.shutdown()
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def check_address(address: str) -> None:
-    """Knock at the door: Ray itself waits more than a minute for a cluster that is not there.
-
-    Raises:
-        ResourceError: no address, or nothing answers there.
-    """
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdecimal():
-        if address != "auto":
-            raise ResourceError(f"--address {address}: must be HOST:PORT of a Ray head, or auto")
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=3).close()
-    except (OSError, OverflowError) as error:
-        raise ResourceError(f"--address {address}: no Ray cluster answers there: {error}") from error
-
-
-def _check_nodes(worker: Worker, folder: Path, share: Share) -> None:
-    """On each node that trials can come to: load the train function, and look for the sweep's folder.
-
-    Raises:
-        ResourceError: one cannot, or does not answer.
-    """
-
-    def look(pickled: bytes, folder: str, ledger: str) -> str:
-        try:
-            ray.cloudpickle.loads(pickled)
-        except Exception as error:  # noqa: BLE001 (whatever importing raises is the answer)
-            return f"the train function cannot be imported on the cluster's workers: {type(error).__name__}: {error}"
-        if not os.path.exists(os.path.join(folder, ledger)):
-            return f"{folder} is not there: --runs-dir must be on storage that all nodes share"
-        if not os.access(folder, os.W_OK):
-            return f"{folder} cannot be written to"
-        return ""
-
-    nodes = [node for node in ray.nodes() if node["Alive"] and _fitting(_resources(node), share)]
-    arguments = ray.cloudpickle.dumps(worker), str(folder), LEDGER_FILE
-    answers = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answers[ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(*arguments)] = node["NodeName"]
-    try:
-        for answer, node in zip(
-            ray.get(list(answers), timeout=_LONGEST_START_OF_A_WORKER), answers.values(), strict=True
-        ):
-            if answer:
-                raise ResourceError(f"node {node}: {answer}")
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        raise ResourceError(f"a node cannot start a worker: {' '.join(str(error).split())[:300]}") from error
 
 
 class _Bridge:
@@ -310,7 +160,7 @@ class _Bridge:
         config = self.search.trial_config(record, self._teacher_checkpoint)
         share = record.share
         if share is None or not Cluster.now().room_for(share):  # the node that had room for the larger one is gone
-            share = _share(self.search.config)
+            share = share_of(self.search.config)
         return {
             "label": f"{record.key}-{len(record.retries)}" if record.retries else str(record.key),
             "key": list(record.key),
@@ -374,7 +224,7 @@ class _Bridge:
                 self._failed(key, "timeout", what, stacks)
             elif "OutOfMemoryError" in told or "running low on memory" in told:
                 self._lost(key, "oom", last[:300], told)
-            elif _is_node_loss(told, place.node):
+            elif is_node_loss(told, place.node):
                 self._lost(key, "node", last[:300], told)
             else:
                 self._lost(key, "crash", _without_ids(last)[:300], told)
@@ -387,7 +237,7 @@ class _Bridge:
             return
         self._checked = now
         cluster = Cluster.now()
-        fitting = cluster.room_for(_share(self.search.config))
+        fitting = cluster.room_for(share_of(self.search.config))
         self._room = min(fitting, self.search.config.sweep.max_concurrent or fitting)
         if fitting or self._at_work:
             self._last_room = now
@@ -401,8 +251,7 @@ class _Bridge:
             if now - place.heard_at > limit and not place.is_hung and place.node:
                 _log.error("trial %s says nothing and did not end itself: its worker %d is killed", key, place.pid)
                 self._at_work[key] = place.hung()
-                there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-                ray.remote(num_cpus=0, scheduling_strategy=there)(_kill_worker).remote(place.pid)
+                kill_worker(place.node, place.pid)
 
     @contextmanager
     def _ends_the_sweep(self) -> Iterator[None]:
@@ -416,7 +265,7 @@ class _Bridge:
 
     def _lost(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
         record = self.search.state.trials[key]
-        larger = Cluster.now().larger(record.share or _share(self.search.config)) if reason == "oom" else None
+        larger = Cluster.now().larger(record.share or share_of(self.search.config)) if reason == "oom" else None
         self._keep(key, traceback or error)
         if self.search.lost(key, reason, error, larger):
             more = f" with {larger.cpus:g} CPUs and {larger.gpus:g} GPUs" if larger else ""
@@ -551,48 +400,6 @@ def _key(trial: Trial) -> TrialKey:
     return TrialKey(arm, number)
 
 
-def _share(config: SweepConfig) -> Share:
-    return Share(config.sweep.cpus_per_trial, config.sweep.gpus_per_trial)
-
-
-def _resources(node: dict[str, Any]) -> Share:
-    return Share(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-
-
-def _fitting(node: Share, share: Share) -> int:
-    by_cpu = math.floor(node.cpus / share.cpus + 1e-9)
-    if share.gpus == 0:
-        return by_cpu
-    by_gpu = node.gpus * math.floor(1 / share.gpus + 1e-9) if share.gpus <= 1 else node.gpus // share.gpus
-    return min(by_cpu, int(by_gpu))
-
-
-def _is_node_loss(told: str, node: str) -> bool:
-    """Whether a worker is gone because its node is: Ray says so, or the node's raylet does not answer any more."""
-    if "node has died" in told or "node was terminated" in told or "preempt" in told:
-        return True
-    entry = next((n for n in ray.nodes() if n["NodeID"] == node), None)
-    if entry is None:
-        return "is unavailable" in told  # it had not yet reported from where
-    try:
-        socket.create_connection((entry["NodeManagerAddress"], entry["NodeManagerPort"]), timeout=3).close()
-    except OSError:
-        return True
-    return not entry["Alive"]
-
-
 def _without_ids(text: str) -> str:
     """What Ray says of a dead worker, the same for every worker that died of the same."""
     return re.sub(r"\b(pid|actor_id|ip|namespace|name): \S+ ?|\b[0-9a-f]{16,}\b", "", text)
-
-
-def _kill_worker(pid: int) -> None:
-    """Kill a worker of this node that does not end itself."""
-    with contextlib.suppress(OSError):
-        if b"ray" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
-
-
-def _scratch_folder() -> str:
-    base = tempfile.gettempdir()  # Ray's sockets lie below it, and their paths have at most 107 bytes
-    return tempfile.mkdtemp(prefix="ttk-", dir=base if len(base) <= 30 else "/tmp")  # noqa: S108
