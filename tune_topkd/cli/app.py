@@ -1,7 +1,7 @@
 """The commands. Output for people goes to stderr, results for programs to stdout.
 
-Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 3 the sweep ended without one successful trial;
-130 interrupted, and `resume` goes on.
+Exit codes: 0 done; 1 an audit found something; 2 the input is wrong or the machine in the way (one message, no traceback);
+3 the sweep ended without one successful trial; 130 interrupted, and `resume` goes on.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_state
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
-USER_ERROR = 2
+FINDINGS = 1
 
 Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
 YAML = Format("yaml")
@@ -187,6 +187,39 @@ def status(
 
 
 @app.command()
+def track(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    runs_dir: RunsDir = Path("runs"),
+    mlflow_uri: MlflowUri = None,
+) -> None:
+    """Write into MLflow what it lacks of a sweep; any number of times gives the same."""
+    from tune_topkd.cli.upkeep import track as write
+
+    place = _place(runs_dir, mlflow_uri, None)
+    write(sweep, place)
+    _stderr().print(f"MLflow has all of {sweep}", highlight=False)
+
+
+@app.command()
+def audit(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    mlflow: Annotated[bool, typer.Option(help="Compare MLflow with the ledger too.")] = True,
+    runs_dir: RunsDir = Path("runs"),
+    mlflow_uri: MlflowUri = None,
+) -> None:
+    """Check every decision of a sweep and all that is told of it against its ledger; exit 1 with a list of what is wrong."""
+    from tune_topkd.cli.upkeep import audit as findings_of
+
+    findings = findings_of(sweep, _place(runs_dir, mlflow_uri, None), mlflow)
+    for finding in findings:
+        typer.echo(finding)
+    if findings:
+        _stderr().print(f"{sweep}: {len(findings)} findings", style="bold red", highlight=False)
+        raise typer.Exit(FINDINGS)
+    _stderr().print(f"{sweep}: nothing is wrong", style="bold green", highlight=False)
+
+
+@app.command()
 def export(
     sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
     format_: Annotated[Format, typer.Option("--format")] = YAML,
@@ -260,7 +293,7 @@ def doctor(runs_dir: RunsDir = Path("runs"), mlflow_uri: MlflowUri = None, addre
         mark = "ok " if finding.is_well else "BAD"
         typer.echo(f"{mark} {finding.what}: {finding.text}")
     if not all(finding.is_well for finding in findings):
-        raise typer.Exit(USER_ERROR)
+        raise typer.Exit(running.USER_ERROR)
 
 
 def _status(name: str, place: running.Place) -> dict[str, Any]:
@@ -342,4 +375,4 @@ def _stderr() -> Console:
 
 def _fail(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
-    sys.exit(USER_ERROR)
+    sys.exit(running.USER_ERROR)

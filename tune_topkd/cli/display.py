@@ -82,6 +82,11 @@ class ProgressDisplay:
         """Show an event; called on the sweep's thread, so it only draws what has changed."""
         if event.name == "end" and self._live is None:
             self._console.print(self._line(self._state.trials[event.key]), soft_wrap=True, highlight=False)
+        if event.name == "retry":
+            reason = {"crash": "its worker died", "oom": "out of memory", "node": "its node was lost"}[
+                event.data["reason"]
+            ]
+            self._console.print(f"trial {event.key}: {reason}; it goes on from its checkpoint", highlight=False)
         if self._live is not None and event.name in ("suggest", "start", "report", "end"):
             ended = sum(r.status.is_end for r in self._state.trials.values())
             self._bar.update(self._task, completed=ended, total=self._total(), left=self._time_left(ended))

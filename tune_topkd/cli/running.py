@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import TextIO
 
 from rich.console import Console
 
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "sweep.yaml"
 LOG_FILE = "sweep.log"
-DONE, NO_SUCCESS, INTERRUPTED = 0, 3, 130
+DONE, USER_ERROR, NO_SUCCESS, INTERRUPTED = 0, 2, 3, 130
 WARM_STARTS = 3
 """How many of another sweep's best trials `--warm-start` tries first."""
 
@@ -114,6 +115,19 @@ def saved_config(folder: Path) -> SweepConfig:
     """
     path = folder / CONFIG_FILE
     return config_from(read_yaml(path), str(path))
+
+
+def begun_config(folder: Path, state: SweepState) -> SweepConfig:
+    """The frozen config, which must still be the one that the sweep was begun with.
+
+    Raises:
+        ConfigError: it has been changed by hand, or is gone.
+    """
+    config = saved_config(folder)
+    if digest(config.model_dump(mode="json", exclude={"description"})) != state.header["digest"]:
+        rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
+        raise ConfigError(str(folder / CONFIG_FILE), [Problem(key="", rule=rule)])
+    return config
 
 
 def sweep_state_name(folder: Path, state: SweepState) -> str:
@@ -190,16 +204,14 @@ def go_on(name: str, place: Place, console: Console, trials: int | None, time_bu
     """
     folder = place.existing(name)
     with Ledger.open(folder / LEDGER_FILE) as ledger:
-        config, state = saved_config(folder), ledger.state
-        begun = digest(config.model_dump(mode="json", exclude={"description"}))
-        if begun != state.header["digest"]:
-            rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
-            raise ConfigError(str(folder / CONFIG_FILE), [Problem(key="", rule=rule)])
+        state = ledger.state
+        config = begun_config(folder, state)
         if trials is not None and trials < len(state.arm("search")):
             rule = f"must be at least {len(state.arm('search'))}, the trials there are"
             raise ConfigError("--trials", [Problem(key=name, rule=rule, value=trials, has_value=True)])
         settings = {"trials": trials or state.target, "time_budget": time_budget}
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update=settings)})
+        ready_data(config)
         return _drive(config, ledger, place, console)
 
 
@@ -269,7 +281,7 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
         _sigterm_as_sigint(),
         _trackers(config, ledger, place, console, terminal) as trackers,
     ):
-        reason = _search(config, ledger, place, checkpoint, trackers)
+        reason = _search(config, ledger, place, checkpoint, trackers, terminal)
     _finish(config, ledger.state, place, console)
     trouble = trackers[0].trouble
     if trouble:
@@ -278,17 +290,31 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
     return Outcome(config, ledger.state, reason, code)
 
 
-def _search(config: SweepConfig, ledger: Ledger, place: Place, checkpoint: str | None, trackers: Sequence[Any]) -> str:
+def _search(
+    config: SweepConfig,
+    ledger: Ledger,
+    place: Place,
+    checkpoint: str | None,
+    trackers: Sequence[Any],
+    terminal: TextIO,
+) -> str:
     from tune_topkd.sweep import Cluster
     from tune_topkd.sweep import Search
     from tune_topkd.sweep import run_sweep
     from tune_topkd.train import train
 
+    def give_up(message: str) -> None:
+        """End the process where it hangs: what is in the ledger is on the disk."""
+        resume = f"`python launch.py resume {ledger.state.header['sweep']}` goes on"
+        terminal.write(f"\nerror: {message}; nothing is lost: {resume}\n")
+        terminal.flush()
+        os._exit(USER_ERROR)
+
     search = Search(config, ledger, trackers)
     if search.is_finished:
         return search.stopped()
     try:
-        with Cluster.attached(place.address) as cluster:
+        with Cluster.attached(place.address, give_up) as cluster:
             return run_sweep(
                 search, cluster=cluster, folder=ledger.path.parent, train=train, teacher_checkpoint=checkpoint
             )

@@ -9,7 +9,11 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +37,10 @@ from tune_topkd.trials import Share
 
 LONGEST_START_OF_A_WORKER = 120.0
 """Seconds that a node has for its first worker."""
+LONGEST_SILENCE_OF_THE_HEAD = 25.0
+"""Seconds without an answer after which Ray's head counts as lost."""
 
+_SECONDS_BETWEEN_KNOCKS = 2.0
 _SCRATCH_PREFIX = "ttk-"
 _OWNER_FILE = "owner"
 
@@ -50,8 +57,14 @@ class Cluster:
 
     @classmethod
     @contextmanager
-    def attached(cls, address: str | None = None) -> Iterator["Cluster"]:
+    def attached(cls, address: str | None = None, on_loss: Callable[[str], None] | None = None) -> Iterator["Cluster"]:
         """Start a private Ray on this machine, or attach to the one at `address`; let go of it at the end.
+
+        Args:
+            address: HOST:PORT of a Ray head.
+            on_loss: called on a thread, with what happened, when Ray's head is gone: every call of Ray then blocks, and
+                after a minute it ends this process without a word, so this has to end it. By default the message goes
+                to stderr, and the exit code is 2.
 
         Raises:
             ResourceError: nothing answers at `address`.
@@ -70,9 +83,11 @@ class Cluster:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 what = f"--address {address}: no Ray cluster answers there" if address else "Ray cannot be started"
                 raise ResourceError(f"{what}: {error}") from error
+            watch = _HeadWatch(on_loss or _die)
             try:
                 yield cls.now()
             finally:
+                watch.stop()
                 _shutdown()
 
     @classmethod
@@ -190,6 +205,38 @@ def kill_worker(node: str, pid: int) -> None:
 
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     ray.remote(num_cpus=0, scheduling_strategy=there)(kill).remote()
+
+
+class _HeadWatch:
+    """A thread that knocks at Ray's head now and then."""
+
+    def __init__(self, on_loss: Callable[[str], None]) -> None:
+        self._head = ray.get_runtime_context().gcs_address
+        self._on_loss = on_loss
+        self._stopping = threading.Event()
+        threading.Thread(target=self._watch, name="ray-head-watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopping.set()
+
+    def _watch(self) -> None:
+        host, _, port = self._head.rpartition(":")
+        answered = time.monotonic()
+        while not self._stopping.wait(_SECONDS_BETWEEN_KNOCKS):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+                answered = time.monotonic()
+            except OSError as error:
+                if time.monotonic() - answered > LONGEST_SILENCE_OF_THE_HEAD and not self._stopping.is_set():
+                    self._on_loss(f"Ray's head at {self._head} is gone: {error.strerror or error}")
+                    return
+
+
+def _die(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    os._exit(2)
 
 
 @contextmanager
