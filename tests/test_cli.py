@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from tune_topkd.models import build_model
 from tune_topkd.models import load_weights
 from tune_topkd.models import save_weights
 from tune_topkd.train import train
+from tune_topkd.trials import Ledger
 from tune_topkd.trials import read_events
 from tune_topkd.trials import read_state
 
@@ -173,6 +175,65 @@ def test_resume_of_a_finished_sweep_runs_nothing_and_fewer_trials_are_refused(fi
     fewer = inside("resume", "small", "--trials", 3, "--runs-dir", runs)
     assert fewer.returncode == 2
     assert "must be at least 6" in fewer.stderr
+
+
+# --- all that is told of a sweep agrees -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(finished, runs, tmp_path):
+    """The finished sweep in a runs folder of its own, which MLflow does not know yet."""
+    shutil.copytree(runs / "small", tmp_path / "small")
+    return tmp_path
+
+
+def test_an_audit_finds_nothing_wrong_with_a_sweep(finished, runs, inside):
+    done = inside("audit", "small", "--runs-dir", runs)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "nothing is wrong" in done.stderr
+
+
+def test_what_mlflow_lacks_is_found_and_written_any_number_of_times(copied, inside):
+    done = inside("audit", "small", "--runs-dir", copied)
+    assert done.returncode == 1
+    assert "`track small` writes what MLflow lacks" in done.stdout
+    assert inside("audit", "small", "--no-mlflow", "--runs-dir", copied).returncode == 0
+    for _ in range(2):
+        assert inside("track", "small", "--runs-dir", copied).returncode == 0
+        assert inside("audit", "small", "--runs-dir", copied).returncode == 0
+
+
+def test_what_was_changed_after_a_sweep_is_found(copied, inside):
+    tuned = copied / "small" / "tuned.yaml"
+    written = tuned.read_text()
+    tuned.write_text(written.replace("epochs: 4", "epochs: 5"))
+    done = inside("audit", "small", "--no-mlflow", "--runs-dir", copied)
+    assert done.returncode == 1
+    assert f"{tuned}: is not the answer that the ledger gives" in done.stdout
+    tuned.write_text(written)
+    config = copied / "small" / "sweep.yaml"
+    config.write_text(config.read_text().replace("epochs: 4", "epochs: 5"))
+    done = inside("audit", "small", "--no-mlflow", "--runs-dir", copied)
+    assert done.returncode == 1
+    assert "has been changed since the sweep began" in done.stdout
+
+
+def test_a_sweep_that_is_driven_is_neither_audited_nor_tracked(copied, inside):
+    with Ledger.open(copied / "small" / "ledger.jsonl"):
+        for command in ("audit", "track"):
+            done = inside(command, "small", "--runs-dir", copied)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert "a process drives it at the moment" in done.stderr
+
+
+def test_an_mlflow_that_cannot_be_reached_is_told_without_its_password(copied, inside):
+    uri = "http://me:secret-word@127.0.0.1:9"
+    found = inside("audit", "small", "--runs-dir", copied, "--mlflow-uri", uri)
+    refused = inside("track", "small", "--runs-dir", copied, "--mlflow-uri", uri)
+    assert (found.returncode, refused.returncode) == (1, 2)
+    assert "cannot be asked" in found.stdout
+    assert "cannot be written" in refused.stderr
+    assert "secret-word" not in found.stdout + found.stderr + refused.stdout + refused.stderr
 
 
 @pytest.mark.parametrize("format_", ["yaml", "json", "python"])
@@ -588,6 +649,8 @@ COMMANDS = {
     "check": "--set --show",
     "resume": "--trials --time-budget --runs-dir --mlflow-uri --address",
     "status": "--json --runs-dir",
+    "track": "--runs-dir --mlflow-uri",
+    "audit": "--mlflow --runs-dir --mlflow-uri",
     "export": "--format --output -o --runs-dir",
     "teacher": "--set --runs-dir",
     "train": "--set --name --epochs --seed --runs-dir --mlflow-uri",

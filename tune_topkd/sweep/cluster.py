@@ -195,6 +195,12 @@ def is_node_loss(told: str, node: str) -> bool:
     return not entry["Alive"]
 
 
+def whereabouts(actor: Any) -> tuple[str, int]:
+    """The node and process of an actor that has not told them itself."""
+    known = ray._private.state.actors(actor._actor_id.hex())  # has no public name without the dashboard
+    return known["Address"]["NodeID"], known["Pid"]
+
+
 def kill_worker(node: str, pid: int) -> None:
     """Kill a worker that does not end itself, on whichever node it is."""
 

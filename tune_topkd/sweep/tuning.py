@@ -25,6 +25,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from tune_topkd.sweep.cluster import LONGEST_START_OF_A_WORKER
 from tune_topkd.sweep.cluster import Cluster
 from tune_topkd.sweep.cluster import ResourceError
 from tune_topkd.sweep.cluster import check_nodes
@@ -32,6 +33,7 @@ from tune_topkd.sweep.cluster import is_node_loss
 from tune_topkd.sweep.cluster import kill_worker
 from tune_topkd.sweep.cluster import scratch_folder
 from tune_topkd.sweep.cluster import share_of
+from tune_topkd.sweep.cluster import whereabouts
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
 from tune_topkd.sweep.worker import HANG_FILE
@@ -171,13 +173,13 @@ class _Bridge:
         }
 
     def on_start(self, trial: Trial) -> None:
-        self._at_work[_key(trial)] = _Place(time.monotonic())
+        self._at_work[_key(trial)] = _Place(time.monotonic(), trial.temporary_state.ray_actor)
         with self._ends_the_sweep():
             self.search.started(_key(trial))
 
     def on_message(self, trial: Trial, message: dict[str, Any]) -> str:
         key = _key(trial)
-        self._at_work[key] = _Place(time.monotonic(), message["node"], message["pid"])
+        self._at_work[key] = _Place(time.monotonic(), node=message["node"], pid=message["pid"])
         with self._ends_the_sweep():
             match message["kind"]:
                 case "storage":
@@ -246,12 +248,14 @@ class _Bridge:
                 cluster.room(self.search.config)
             except ResourceError as error:
                 self.trouble = str(error)
-        for key, place in self._at_work.items():
+        for key, place in list(self._at_work.items()):
             limit = self.search.config.sweep.trial_timeout + _GRACE_AFTER_TIMEOUT
-            if now - place.heard_at > limit and not place.is_hung and place.node:
-                _log.error("trial %s says nothing and did not end itself: its worker %d is killed", key, place.pid)
-                self._at_work[key] = place.hung()
-                kill_worker(place.node, place.pid)
+            limit += 0 if place.pid else LONGEST_START_OF_A_WORKER
+            if now - place.heard_at > limit and not place.is_hung:
+                _log.error("trial %s says nothing and did not end itself: its worker is killed", key)
+                self._at_work[key] = replace(place, is_hung=True)
+                node, pid = (place.node, place.pid) if place.pid else whereabouts(place.actor)
+                kill_worker(node, pid)
 
     @contextmanager
     def _ends_the_sweep(self) -> Iterator[None]:
@@ -297,7 +301,8 @@ class _Bridge:
         if key in self._live:
             self._live.discard(key)
             self._at_work.pop(key, None)
-            if self.search.state.trials[key].status in (TrialStatus.PRUNED, TrialStatus.FAILED):
+            is_lost = self.search.state.trials[key].status in (TrialStatus.PRUNED, TrialStatus.FAILED)
+            if is_lost and not self.trouble:  # in trouble, the end may not have reached the disk
                 for checkpoint in [*checkpoints(self._trial_folder(key)), *self._trial_folder(key).glob(".epoch-*")]:
                     shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -310,12 +315,11 @@ class _Place:
     """Where a trial is at work, as far as it has said, and when it was last heard of."""
 
     heard_at: float
+    actor: Any = None
     node: str = ""
     pid: int = 0
+    """0 before the first message."""
     is_hung: bool = False
-
-    def hung(self) -> "_Place":
-        return replace(self, is_hung=True)
 
 
 class _AskSearch(Searcher):  # type: ignore[misc]  # ray is untyped
