@@ -1,11 +1,15 @@
 """The audit: silent on what a sweep wrote, and loud on anything else."""
 
 import json
+import math
 import shutil
 import zlib
 
 import formulas
 import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from tune_topkd.sweep import Search
 from tune_topkd.sweep import audit
@@ -14,6 +18,7 @@ from tune_topkd.sweep.worker import write_checkpoint
 from tune_topkd.trials import Decision
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
+from tune_topkd.trials import SweepState
 from tune_topkd.trials import driver_identity
 from tune_topkd.trials import read_events
 
@@ -272,3 +277,69 @@ def test_the_weights_of_a_completed_trial_are_looked_for(tmp_path):
     shutil.rmtree(tmp_path / "trials" / str(best.key))
     (finding,) = audit_sweep(config(), tmp_path)
     assert f"trial {best.key} has no checkpoint that can be read after epoch 9: its weights are lost" in finding
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_history_cut_at_any_byte_goes_on_from_a_prefix_of_the_truth_to_a_sweep_with_nothing_wrong(
+    data, tmp_path_factory
+):
+    folder = tmp_path_factory.mktemp("history")
+    path = folder / "ledger.jsonl"
+    settings = {"trials": 4, "startup_trials": 50, "max_failures": 1}
+    small = formulas.sweep_config(sweep=settings, baselines={"trials": 1}, recipe={"epochs": 4})
+    Ledger.create(path, sweep="t", id="i", seed=0, trials=4, first=[FIRST]).close()
+    lives = data.draw(st.integers(1, 3))
+    for _ in range(lives):
+        live(path, small, lambda choices: data.draw(st.sampled_from(choices)), steps=data.draw(st.integers(0, 25)))
+    content = path.read_bytes()
+    first_line = content.index(b"\n") + 1
+    cut = content[: first_line + round(data.draw(st.floats(0, 1)) * (len(content) - first_line))]
+    path.write_bytes(cut)
+    with Ledger.open(path) as ledger:
+        truth = SweepState()
+        for event in read_events(path)[0]:
+            truth.apply(event)
+        assert content.startswith(path.read_bytes())
+        assert len(path.read_bytes()) == cut.rindex(b"\n") + 1
+        assert repr(vars(ledger.state)) == repr(vars(truth))
+        ended = {record.key: repr(record) for record in truth.trials.values() if record.status.is_end}
+    live(path, small, lambda choices: choices[0], steps=10_000)
+    with Ledger.open(path) as ledger:
+        state = ledger.state
+        assert state.stop_reason in ("finished", "failed")
+        if state.stop_reason == "finished":
+            assert [len(state.arm(arm)) for arm in ("search", "ce", "kd")] == [4, 1, 1]
+            assert state.running() == []
+        assert ended.items() <= {record.key: repr(record) for record in state.trials.values()}.items()
+    assert [finding for finding in audit_sweep(small, folder) if "checkpoint" not in finding] == []
+
+
+def live(path, config, choose, steps):
+    """One driver's life: up to so many things happen to up to three trials at once; `choose` says which."""
+    with Ledger.open(path) as ledger:
+        ledger.append(("driver", {**driver_identity(), "trials": 4}))
+        search = Search(config, ledger)
+        at_work = []
+        for _ in range(steps):
+            if len(at_work) < 3 and (record := search.next_trial()) is not None:
+                search.started(record.key)
+                at_work.append(record)
+            if not at_work:
+                search.stopped()
+                return
+            record = choose(at_work)
+            what = choose(["report", "report", "report", "nan", "crash", "node", "oom", "error", "go"])
+            if what in ("crash", "node", "oom"):
+                search.lost(record.key, what, f"{what}!", choose([Share(2.0, 0.0), None]))
+                at_work.remove(record)
+                continue
+            if what == "error":
+                search.failed(record.key, "error", f"ValueError: {record.key}")
+            else:
+                value = {"nan": math.nan}.get(what, 50.0 + record.key.number)
+                search.reported(record.key, record.epoch + 1, {"val_top1": value})
+            if record.status.is_end:
+                at_work.remove(record)
+        if choose([True, False]):  # else it is killed
+            search.stopped()

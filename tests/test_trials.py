@@ -22,6 +22,7 @@ from tune_topkd.trials import Decision
 from tune_topkd.trials import Event
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import LedgerError
+from tune_topkd.trials import Share
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import TrialKey
 from tune_topkd.trials import TrialStatus
@@ -54,6 +55,10 @@ def end(number, value=50.0, status=TrialStatus.COMPLETED, arm="search", **more):
     return ("end", {"arm": arm, "number": number, **outcome, **more})
 
 
+def retry(number, reason="crash", share=None):
+    return ("retry", {"arm": "search", "number": number, "reason": reason, "error": "it died", "share": share})
+
+
 STORY = [
     ("driver", {"host": "here", "pid": 1, "trials": 3}),
     suggest(0),
@@ -63,6 +68,10 @@ STORY = [
     start(1),
     report(1, 1, math.nan, Decision.DIVERGED),
     end(1, None, TrialStatus.FAILED, reason="diverged", error="é → \r\n\u2028 NaN"),
+    retry(0),
+    start(0, 2),
+    retry(0, "oom", [2.0, 0.5]),
+    start(0, 3),
     report(0, 2, 60.0, Decision.COMPLETE),
     end(0, 60.0),
     suggest(2),
@@ -122,7 +131,7 @@ def test_a_state_tells_what_happened(ledger):
     state = ledger.state
     done, failed = state.trials[FIRST], state.trials[TrialKey("search", 1)]
     assert (state.header["sweep"], state.target, state.stop_reason) == ("digits", 3, "interrupted")
-    assert (done.status, done.value, done.epoch, done.attempts) == (TrialStatus.COMPLETED, 60.0, 2, 1)
+    assert (done.status, done.value, done.epoch, done.attempts) == (TrialStatus.COMPLETED, 60.0, 2, 3)
     assert (done.params, done.proposal, done.decision) == ({"k": 5}, {"k": 0.5}, Decision.COMPLETE)
     assert done.reports == {1: {"val_top1": 50.0, "train_loss": 0.25}, 2: {"val_top1": 60.0, "train_loss": 0.25}}
     assert (failed.reason, failed.value, failed.error) == ("diverged", None, "é → \r\n\u2028 NaN")
@@ -161,6 +170,22 @@ def test_append_returns_the_events_as_readers_see_them(ledger, path):
 def test_a_text_that_is_no_unicode_does_not_stop_the_sweep(ledger, path):
     ledger.append(suggest(0), end(0, None, TrialStatus.FAILED, error="no file \udce9.pt"))
     assert read_state(path).trials[FIRST].error == "no file \udce9.pt"
+
+
+def test_a_retry_says_why_and_with_which_share(path, ledger):
+    ledger.append(suggest(0), start(0), retry(0))
+    assert (ledger.state.trials[FIRST].retries, ledger.state.trials[FIRST].share) == (["crash"], None)
+    ledger.append(start(0, 2), retry(0, "oom", [2.0, 0.5]))
+    record = read_state(path).trials[FIRST]
+    assert (record.retries, record.share) == (["crash", "oom"], Share(2.0, 0.5))
+    assert record.status is TrialStatus.RUNNING
+
+
+def test_a_ledger_of_the_version_before_is_read(path):
+    path.write_bytes(line(0, "sweep", version=1, trials=3))
+    with Ledger.open(path) as ledger:
+        ledger.append(suggest(0))
+    assert read_state(path).header["version"] == 1
 
 
 def test_a_new_driver_clears_the_stop_and_moves_the_target(path, ledger):
