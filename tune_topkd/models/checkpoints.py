@@ -84,7 +84,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at `path` by what `write` writes: in one step, and only once it is on the disk."""
+    """Replace the file at `path` by what `write` writes: in one step, and only once it is on the disk.
+
+    Raises:
+        OSError: the disk refused; it names `path`, and what was there still is. torch hides it in an error of its own.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -92,6 +96,13 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
