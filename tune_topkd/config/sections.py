@@ -373,6 +373,8 @@ class TrialConfig(_Section):
     teacher: ModelConfig | None = None
     teacher_checkpoint: str | None = None
     """Absolute path of the teacher's weights; needed by every method but `ce`."""
+    teacher_bank: str | None = None
+    """Absolute path of the folder that the bank of the teacher's logits lies in; None asks the teacher for every batch."""
     method: Method = "topkd"
     loss: dict[str, Scalar] = Field(default_factory=dict)
     recipe: RecipeConfig

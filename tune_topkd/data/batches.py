@@ -63,8 +63,7 @@ def train_batches(
     Raises:
         ValueError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
     """
-    order = random_order(len(split), seed, epoch, ORDER, split.device)
-    order = order[: len(split) - len(split) % batch_size or len(split)]
+    order = epoch_order(split, batch_size=batch_size, seed=seed, epoch=epoch)
     normalise = _normaliser(mean, std, split.device)
     if isinstance(split, FileSplit) or not goes_by_batch(augment):
         batches = torch.split(order, batch_size)
@@ -81,6 +80,12 @@ def train_batches(
         views = view(split.images, indices, augment=augment, seed=seed, epoch=epoch, image_size=split.image_size)
         parts = (normalise(views), split.labels[indices], indices)
         yield from map(Batch, *(torch.split(part, batch_size) for part in parts))
+
+
+def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """The images of an epoch's batches in their order, `(n,)` int64 on the device of `split`."""
+    order = random_order(len(split), seed, epoch, ORDER, split.device)
+    return order[: len(split) - len(split) % batch_size or len(split)]
 
 
 def eval_batches(
