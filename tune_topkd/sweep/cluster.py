@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # no CSV, JSON and TensorBoard copies of the ledger
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")  # its snapshots are of no use to us
-os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1")  # a proposal is made when there is room for it, not before
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")  # how many are out is ours to say; with fewer, workers idle
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a trial without a GPU leaves CUDA_VISIBLE_DEVICES
 
 import ray

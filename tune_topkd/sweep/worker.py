@@ -4,8 +4,8 @@ Checkpoints are a trial's own folder: `epoch-0003/` with what `save` wrote and `
 files' SHA-256). A folder appears under its name only when it is whole and on the disk; the two newest are kept; one that
 is not as it was written is passed over for the other.
 
-A trial's folder has one worker at a time: the next waits until the one before is dead, which a killed driver or a lost
-node can leave at work for some seconds.
+A trial's folder has one worker at a time. A killed driver or a lost node can leave one at work; the next waits for its end,
+and ends it if it can.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -35,7 +37,10 @@ MESSAGE = "message"
 GENERATIONS = 2
 HANG_FILE = "hang.txt"
 """Where the stacks of a trial that hangs are written, by itself, as it ends."""
-LONGEST_WAIT_FOR_ANOTHER_WORKER = 90.0  # Ray ends a worker whose node was cut off after about a minute
+LONGEST_WAIT_FOR_ANOTHER_WORKER = 90.0
+"""Seconds: Ray ends a worker whose node was cut off after about a minute."""
+PATIENCE_WITH_ANOTHER_WORKER = 15.0
+"""Seconds after which a worker on the same machine that holds the folder is killed: Ray may have forgotten it."""
 
 _REPORT_FILE = "report.json"
 _LOCK_FILE = ".worker"
@@ -182,13 +187,38 @@ def is_whole(path: Path) -> bool:
 def _only_worker(folder: Path) -> Iterator[None]:
     """Hold the trial's folder; the kernel lets go of it when this process dies, however it does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK_FILE, "wb") as stream:
-        give_up = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER_WORKER
+    with open(folder / _LOCK_FILE, "a+b") as stream:
+        began = time.monotonic()
         while not _locked(stream):
-            if time.monotonic() > give_up:
+            waited = time.monotonic() - began
+            if waited > LONGEST_WAIT_FOR_ANOTHER_WORKER:
                 raise FolderBusyError(f"{folder}: another worker is still at work there")
+            if waited > PATIENCE_WITH_ANOTHER_WORKER:
+                _kill_holder(stream)
             time.sleep(0.05)
+        stream.truncate(0)
+        stream.write(json.dumps(_identity(os.getpid())).encode())
+        stream.flush()
         yield
+
+
+def _identity(pid: int) -> list[Any]:
+    """Names a process for those who see the same processes: nothing else has this identity, now or later.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return [socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino, pid, int(fields[19])]  # when it was started
+
+
+def _kill_holder(stream: Any) -> None:
+    """Kill the worker that holds the lock, if it is on this machine; it is no longer the trial's."""
+    stream.seek(0)
+    with contextlib.suppress(OSError, ValueError, IndexError):  # it is just gone, or has not yet said who it is
+        holder = json.loads(stream.read())
+        if holder == _identity(holder[2]):
+            os.kill(holder[2], signal.SIGKILL)
 
 
 def _locked(stream: Any) -> bool:
@@ -270,7 +300,7 @@ def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     if trouble := str(error) if isinstance(error, StorageError) else _storage_trouble(error, folder):
         kind, reason, text = "storage", "", trouble
     elif isinstance(error, FolderBusyError):
-        kind, reason = "lost", "node"
+        kind, reason = "lost", "crash"
     elif out_of_memory:
         kind, reason = "lost", "oom"
     else:
