@@ -29,6 +29,7 @@ from tune_topkd.teacher import TeacherLogits
 from tune_topkd.teacher import bank
 from tune_topkd.teacher import bank_file
 from tune_topkd.teacher import bank_size
+from tune_topkd.teacher import fill_bank
 from tune_topkd.teacher import has_room
 from tune_topkd.teacher import logits as logits_module
 from tune_topkd.teacher.bank import FILL_BATCH
@@ -236,7 +237,7 @@ def test_a_trial_asks_the_teacher_of_each_view_once_and_the_next_trials_not_at_a
         )
     }
     (file,) = tmp_path.glob("bank-*.f16")
-    assert LogitBank(file, bank_size(config, load_dataset(DIGITS))).filled() == len(numbers)
+    assert LogitBank(file, bank_size(DIGITS, config.recipe, load_dataset(DIGITS))).filled() == len(numbers)
     asked.clear()
     again = train(config)
     other = train(trial(teacher, tmp_path, recipe={"lr": 0.02}, method="topkd"))
@@ -340,6 +341,32 @@ def test_without_room_the_teacher_is_asked_for_every_batch(teacher, tmp_path, as
 
 def test_mixed_images_have_no_bank(teacher, tmp_path):
     config = trial(teacher, tmp_path, data=DIGITS.model_copy(update={"augment": AugmentConfig(mixup=0.2)}))
-    assert bank_size(config, load_dataset(config.data)) is None
+    assert bank_size(config.data, config.recipe, load_dataset(config.data)) is None
     train(config)
     assert not list(Path(tmp_path).glob("bank-*"))
+
+
+@pytest.mark.parametrize("augment", [{"pad": 1, "flip": True}, {"rotate": 10.0}])
+def test_a_bank_that_was_filled_ahead_is_the_one_that_trials_use(teacher, tmp_path, asked, augment):
+    config = trial(teacher, tmp_path, data=DIGITS.model_copy(update={"augment": AugmentConfig(**augment)}))
+    shares = []
+    bank = fill_bank(config, torch.device("cpu"), shares.append)
+    dataset = load_dataset(config.data)
+    assert shares[-1] == 1.0
+    if "rotate" in augment:  # what an epoch leaves out is not asked for
+        assert bank.filled() == 3 * (len(dataset.train) // 64 * 64)
+    else:
+        assert bank.filled() == len(dataset.train) * 18
+    asked.clear()
+    filled = train(config)
+    assert asked == []
+    fill_bank(config, torch.device("cpu"), shares.append)
+    assert asked == []
+    (tmp_path / "live").mkdir()
+    lazily = train(config.model_copy(update={"teacher_bank": str(tmp_path / "live")}))
+    assert torch.equal(weights(filled), weights(lazily))
+
+
+def test_what_has_no_bank_cannot_be_filled(teacher):
+    with pytest.raises(ValueError, match="there is no bank for this space"):
+        fill_bank(trial(teacher), torch.device("cpu"), lambda share: None)

@@ -11,6 +11,7 @@ from tune_topkd.data.batches import Batch
 from tune_topkd.data.batches import count_hits
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
+from tune_topkd.data.batches import shown
 from tune_topkd.data.batches import train_batches
 from tune_topkd.data.datasets import dataset_info
 from tune_topkd.data.datasets import dataset_names
@@ -47,6 +48,7 @@ __all__ = [
     "missing_data",
     "needs_files",
     "numbered_views",
+    "shown",
     "train_batches",
     "view",
     "view_count",

@@ -16,6 +16,7 @@ from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import FileSplit
 from tune_topkd.data.splits import Split
 from tune_topkd.data.views import goes_by_batch
+from tune_topkd.data.views import numbered_views
 from tune_topkd.data.views import resized
 from tune_topkd.data.views import view
 from tune_topkd.data.views import views_of
@@ -86,6 +87,20 @@ def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> T
     """The images of an epoch's batches in their order, `(n,)` int64 on the device of `split`."""
     order = random_order(len(split), seed, epoch, ORDER, split.device)
     return order[: len(split) - len(split) % batch_size or len(split)]
+
+
+def shown(
+    split: Split,
+    indices: Tensor,
+    numbers: Tensor,
+    *,
+    augment: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Numbered views of some images as `train_batches` shows them: `(B, C, H, W)` float32, normalised."""
+    views = resized(numbered_views(split.images[indices], numbers, augment), split.image_size)
+    return _normaliser(mean, std, split.device)(views)
 
 
 def eval_batches(

@@ -200,7 +200,9 @@ class Search:
         self._write(("stop", {"reason": reason, "error": trouble if reason == "trouble" else self.fatal}))
         return reason
 
-    def trial_config(self, record: TrialRecord, teacher_checkpoint: str | None) -> TrialConfig:
+    def trial_config(
+        self, record: TrialRecord, teacher_checkpoint: str | None, teacher_bank: str | None = None
+    ) -> TrialConfig:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
         arm, config = record.key.arm, self.config
         recipe = config.recipe.model_dump() | {n: v for n, v in record.params.items() if n in RECIPE_PARAMETERS}
@@ -210,6 +212,7 @@ class Search:
             student=config.student,
             teacher=config.teacher.model if config.teacher else None,
             teacher_checkpoint=teacher_checkpoint,
+            teacher_bank=teacher_bank,
             method=config.method if arm == SEARCH else arm,  # an arm is a method's name
             loss=config.loss | searched if arm == SEARCH else {},
             recipe=RecipeConfig.model_validate(recipe),

@@ -7,6 +7,7 @@ from tune_topkd.teacher.bank import has_room
 from tune_topkd.teacher.logits import TeacherLogits
 from tune_topkd.teacher.logits import bank_file
 from tune_topkd.teacher.logits import bank_size
+from tune_topkd.teacher.logits import fill_bank
 from tune_topkd.teacher.logits import teacher_identity
 from tune_topkd.teacher.training import Teacher
 from tune_topkd.teacher.training import ensure_teacher
@@ -24,6 +25,7 @@ __all__ = [
     "bank_size",
     "ensure_teacher",
     "file_hash",
+    "fill_bank",
     "has_room",
     "load_teacher",
     "teacher_identity",

@@ -1,6 +1,7 @@
 """What a student is taught: the teacher's logits, batch by batch, out of the bank as far as it has them."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,17 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from tune_topkd.config import DataConfig
+from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import AnySplit
 from tune_topkd.data import Dataset
+from tune_topkd.data import Split
 from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
+from tune_topkd.data import load_dataset
+from tune_topkd.data import shown
+from tune_topkd.data import train_batches
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.teacher.bank import BankSize
@@ -20,6 +27,8 @@ from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
 from tune_topkd.teacher.training import file_hash
 from tune_topkd.teacher.training import load_teacher
+
+_IMAGES_AT_ONCE = 512
 
 _log = logging.getLogger(__name__)
 
@@ -94,12 +103,12 @@ class TeacherLogits:
         return self._model
 
 
-def bank_size(config: TrialConfig, dataset: Dataset) -> BankSize | None:
+def bank_size(data: DataConfig, recipe: RecipeConfig, dataset: Dataset) -> BankSize | None:
     """The bank that the views of a training make; None where each is seen once, as with mixup."""
-    if config.data.augment.mixup:
+    if data.augment.mixup:
         return None
-    views = view_count(config.data.augment)
-    return BankSize(len(dataset.train), config.recipe.epochs if views is None else views, dataset.num_classes)
+    views = view_count(data.augment)
+    return BankSize(len(dataset.train), recipe.epochs if views is None else views, dataset.num_classes)
 
 
 def bank_views(config: TrialConfig, indices: Tensor, epoch: int) -> Tensor:
@@ -130,7 +139,7 @@ def bank_file(config: TrialConfig, dataset: Dataset) -> Path:
 
 def open_bank(config: TrialConfig, dataset: Dataset) -> LogitBank | None:
     """The bank of a training's teacher; None where there is to be none, or the disk has no room for it."""
-    size = bank_size(config, dataset)
+    size = bank_size(config.data, config.recipe, dataset)
     if config.teacher_bank is None or size is None:
         return None
     try:
@@ -138,6 +147,77 @@ def open_bank(config: TrialConfig, dataset: Dataset) -> LogitBank | None:
     except OSError as error:
         _log.warning("no bank of the teacher's logits, it is asked for every batch: %s", error)
         return None
+
+
+def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[float], None]) -> LogitBank:
+    """Show the teacher all that a bank lacks; may be killed and gone on with.
+
+    Args:
+        config: of a training that uses the bank.
+        device: where the teacher works.
+        progress: told the share that is done, now and then.
+
+    Raises:
+        ValueError: there is no such bank, or no room for it.
+    """
+    dataset = load_dataset(config.data)
+    bank = open_bank(config, dataset)
+    if bank is None:
+        raise ValueError(
+            "there is no bank for this space: it is switched off, images are mixed, or the disk has no room"
+        )
+    split = dataset.train.to(device)
+    if view_count(config.data.augment) is None:
+        for epoch in range(1, config.recipe.epochs + 1):
+            taught = TeacherLogits(config, dataset, split)
+            taught.begin(epoch)
+            batches = train_batches(
+                split,
+                batch_size=config.recipe.batch_size,
+                seed=config.seed,
+                epoch=epoch,
+                augment=config.data.augment,
+                mean=dataset.mean,
+                std=dataset.std,
+            )
+            for number, batch in enumerate(batches):
+                taught.logits(batch.images, number)
+            progress(epoch / config.recipe.epochs)
+        return bank
+    assert isinstance(split, Split), "files have endless views"
+    assert config.teacher is not None, "it has a bank"
+    path = Path(config.teacher_checkpoint or "")
+    teacher = load_teacher(config.teacher, path, num_classes=dataset.num_classes).to(device)
+    chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
+    for done, images in enumerate(chunks):
+        for view in range(bank.size.views):
+            views = torch.full_like(images, view)
+            lacking = (~bank.read(images, views)[1]).nonzero()[:, 0]
+            if len(lacking):
+                _fill(bank, split, images[lacking], views[lacking], teacher, config, dataset)
+        progress((done + 1) / len(chunks))
+    return bank
+
+
+def _fill(
+    bank: LogitBank,
+    split: Split,
+    images: Tensor,
+    views: Tensor,
+    teacher: nn.Module,
+    config: TrialConfig,
+    dataset: Dataset,
+) -> None:
+    augment, mean, std = config.data.augment, dataset.mean, dataset.std
+    device = split.device
+
+    def ask(some: Tensor) -> Tensor:
+        pixels = shown(split, images[some].to(device), views[some].to(device), augment=augment, mean=mean, std=std)
+        with torch.no_grad():
+            logits: Tensor = teacher(pixels)
+            return logits
+
+    bank.fill(images, views, ask)
 
 
 def teacher_identity(config: TrialConfig) -> tuple[Any, str | None]:
