@@ -1,5 +1,6 @@
 """Trials that are formulas: a sweep of them is exact, fast and known in advance. Importable by Ray's workers."""
 
+import ctypes
 import math
 import os
 import signal
@@ -115,3 +116,96 @@ def dying_always(config, report, resume_from=None):
 def threads_and_host(config, report, resume_from=None):
     """Reports how many threads it was given."""
     epochs(config, report, resume_from, lambda config, epoch: float(os.environ["OMP_NUM_THREADS"]))
+
+
+def at_third_epoch(happening):
+    """A metric at whose third epoch something happens first."""
+
+    def metric(config, epoch):
+        if epoch == 3:
+            happening(config)
+        return value(config, epoch)
+
+    return metric
+
+
+def sleep_for_ever():
+    while True:
+        time.sleep(60)
+
+
+def hanging(config, report, resume_from=None):
+    """Says nothing any more after the second epoch."""
+    epochs(config, report, resume_from, at_third_epoch(lambda config: sleep_for_ever()))
+
+
+def hanging_in_c(config, report, resume_from=None):
+    """The same, and no other thread of the process can run: the call holds the interpreter's lock."""
+    epochs(config, report, resume_from, at_third_epoch(lambda config: ctypes.PyDLL(None).sleep(3600)))
+
+
+def hanging_for_large_k(config, report, resume_from=None):
+    """Hangs after the second epoch where k is above 10."""
+    (hanging if config.loss.get("k", 1) > 10 else rising)(config, report, resume_from)
+
+
+def frozen_for_large_k(config, report, resume_from=None):
+    """Its worker is stopped, as by a debugger, after the second epoch where k is above 10."""
+
+    def freeze(config):
+        if config.loss.get("k", 1) > 10:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    epochs(config, report, resume_from, at_third_epoch(freeze))
+
+
+def frozen_at_once_for_large_k(config, report, resume_from=None):
+    """Its worker is stopped before it has said anything where k is above 10."""
+    if config.loss.get("k", 1) > 10:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    rising(config, report, resume_from)
+
+
+def cpus(config, epoch):
+    """How many CPUs the trial was given."""
+    return float(os.environ["OMP_NUM_THREADS"])
+
+
+def needing_two_cpus(config, report, resume_from=None):
+    """Reports its CPUs, and from the third epoch on runs out of memory with fewer than two."""
+
+    def metric(config, epoch):
+        if epoch >= 3 and cpus(config, epoch) < 2:
+            raise MemoryError
+        return cpus(config, epoch)
+
+    epochs(config, report, resume_from, metric)
+
+
+def out_of_memory_for_large_k(config, report, resume_from=None):
+    """Runs out of memory where k is above 10, whatever it is given."""
+    if config.loss.get("k", 1) > 10:
+        raise MemoryError
+    rising(config, report, resume_from)
+
+
+def heavy(config, report, resume_from=None):
+    """Its checkpoints are of the size of a small network."""
+    for epoch in range(first_epoch(resume_from), config.recipe.epochs + 1):
+        time.sleep(0.05)
+
+        def save(folder, epoch=epoch):
+            (folder / STATE).write_text(str(epoch))
+            (folder / "weights").write_bytes(bytes(200_000))
+
+        report(epoch, {"val_top1": value(config, epoch), "train_loss": 1 / epoch}, save)
+
+
+def saving_slowly(config, report, resume_from=None):
+    """One epoch of no time, whose checkpoint takes its time."""
+
+    def save(folder):
+        time.sleep(1.7)
+        (folder / STATE).write_text("1")
+
+    report(1, {"val_top1": 1.0}, save)

@@ -13,6 +13,7 @@ from tune_topkd.config import METHODS
 from tune_topkd.sweep import Search
 from tune_topkd.trials import Decision
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import Share
 from tune_topkd.trials import TrialKey
 from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_events
@@ -154,17 +155,52 @@ def test_a_number_that_is_none_ends_the_trial_at_once(make, bad, name):
     assert search.state.best() is None
 
 
+FAILURES = ("error", "diverged", "oom")
+
+
+def fail(search, record, way):
+    """End a trial without an answer, at its next epoch."""
+    if way == "diverged":
+        search.reported(record.key, record.epoch + 1, {"val_top1": math.nan})
+    elif way == "oom":
+        while search.lost(record.key, "oom", f"MemoryError: k = {record.params['k']}", Share(2.0, 0.0)):
+            assert search.next_trial() is record
+    else:
+        search.failed(record.key, "error", f"ValueError: k = {record.params['k']}")
+
+
+def half_failing(make, seed, trials, way):
+    """A search in whose space half of k fails, `way(record)` saying how, and the rest completes after one epoch."""
+    sections = {"space": {"k": {"low": 1, "high": 20}}, "baselines": None, "recipe": {"epochs": 1}}
+    search = make(sweep_config(sweep={"trials": trials, "seed": seed, "asha": None}, **sections), first=())
+    while (record := search.next_trial()) is not None:
+        if record.params["k"] > 10:
+            fail(search, record, way(record))
+        else:
+            search.reported(record.key, 1, {"val_top1": 50.0 + record.params["scale_top"]})
+    return search
+
+
 def test_a_region_that_always_fails_is_left(make):
     """Told as FAIL, TPE proposes it for ever: about 11 useful trials of 100 instead of about 88."""
-    useful = []
-    for seed in range(4):
-        config = sweep_config(sweep={"trials": 100, "seed": seed, "asha": None}, baselines=None, recipe={"epochs": 1})
-        search = make(config, first=())
-        while (record := search.next_trial()) is not None:
-            failing = record.params["k"] > 10
-            search.reported(record.key, 1, {"val_top1": math.nan if failing else 50.0 + record.params["scale_top"]})
+    useful, seen = [], set()
+    for seed in range(20):
+        search = half_failing(make, seed, 100, lambda record: FAILURES[record.key.number % 3])
+        assert len(search.state.arm("search")) == 100
         useful.append(search.state.counts()["completed"])
+        seen |= {record.reason for record in search.state.arm("search")}
     assert sum(useful) / len(useful) >= 80, useful
+    assert seen == {"full budget", *FAILURES}
+
+
+def test_failures_of_every_kind_weigh_the_same(make):
+    proposals = []
+    for kind in FAILURES:
+        search = half_failing(make, 0, 40, lambda record, kind=kind: kind)
+        assert search.state.counts()["failed"] >= 10
+        assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+        proposals.append([record.proposal for record in search.state.arm("search")])
+    assert proposals[0] == proposals[1] == proposals[2]
 
 
 def test_the_best_is_one_that_reached_the_full_budget(make):
@@ -326,3 +362,220 @@ def test_an_end_that_a_kill_left_out_is_written_at_the_next_start(tmp_path):
         search = Search(config, ledger)
         assert ledger.state.running() == []
         assert search.study.trials[-1].state is TrialState.COMPLETE
+
+
+def test_one_trial_in_ten_that_turns_to_nan_costs_no_epoch_more_and_no_place_in_the_study(make):
+    """The NaN comes at any epoch, also at one where ASHA looks, and is not the best even where all before it was."""
+    chance = random.Random(0)
+    spoiled = {number: chance.randint(1, EPOCHS) for number in chance.sample(range(60), 6)}
+    search = make(sweep_config(sweep={"trials": 60, "asha": {"grace_epochs": 3}}, baselines=None))
+    live = []
+    while True:
+        while len(live) < 3 and (record := search.next_trial()) is not None:
+            live.append(record)
+        if not live:
+            break
+        for record in list(live):
+            epoch = record.epoch + 1
+            is_bad = epoch == spoiled.get(record.key.number)
+            reported = 10 * value(search.trial_config(record, None), epoch) if record.key.number in spoiled else 1.0
+            search.reported(record.key, epoch, {"val_top1": math.nan if is_bad else reported + record.key.number})
+            if record.status.is_end:
+                live.remove(record)
+    records = search.state.arm("search")
+    diverged = {r.key.number: r.epoch for r in records if r.reason == "diverged"}
+    assert diverged
+    assert diverged == {number: epoch for number, epoch in spoiled.items() if records[number].epoch >= epoch}
+    finite = [r for r in records if r.status is TrialStatus.COMPLETED]
+    assert all(map(math.isfinite, (r.value for r in finite)))
+    assert search.state.best() is max(finite, key=lambda r: r.value)
+    assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
+# --- workers that are lost ----------------------------------------------------------------------------------------
+
+WIDE = Share(2.0, 0.0)
+
+
+def reopened(search):
+    """The search of the next driver, from the ledger that this one leaves."""
+    search.ledger.close()
+    return Search(search.config, Ledger.open(search.ledger.path))
+
+
+def begun(make, epochs=2, **settings):
+    """A search and its first trial, which has reported some epochs."""
+    search = make(sweep_config(sweep={"trials": 4, "asha": None, **settings}, baselines=None))
+    record = search.next_trial()
+    search.started(record.key)
+    for epoch in range(1, epochs + 1):
+        search.reported(record.key, epoch, {"val_top1": 50.0})
+    return search, record
+
+
+def test_a_crash_is_retried_so_often_and_then_is_the_trials_end(make):
+    search, record = begun(make, max_failures=2)
+    for attempt in (2, 3):
+        assert search.lost(record.key, "crash", "the worker died")
+        assert search.next_trial() is record
+        search.started(record.key)
+        assert record.attempts == attempt
+    assert not search.lost(record.key, "crash", "the worker died")
+    assert (record.status, record.reason, record.error) == (TrialStatus.FAILED, "crash", "the worker died")
+    assert record.retries == ["crash", "crash"]
+    assert search.study.trials[0].state is TrialState.PRUNED
+    assert search.next_trial().key.number == 1
+
+
+def test_crashes_of_earlier_drivers_count(make):
+    search, record = begun(make, max_failures=1)
+    assert search.lost(record.key, "crash", "the worker died")
+    search = reopened(search)
+    assert search.next_trial().key == record.key
+    assert not search.lost(record.key, "crash", "the worker died")
+    assert search.state.trials[record.key].reason == "crash"
+    search.ledger.close()
+
+
+def test_what_had_too_little_memory_gets_a_larger_share_once_and_keeps_it(make):
+    search, record = begun(make)
+    assert record.share is None
+    assert search.lost(record.key, "oom", "MemoryError: ", WIDE)
+    assert read_events(search.ledger.path)[0][-1].data["share"] == [2.0, 0.0]
+    search = reopened(search)
+    again = search.next_trial()
+    assert (again.key, again.share, again.retries, again.epoch) == (record.key, WIDE, ["oom"], 2)
+    assert search.lost(again.key, "crash", "the worker died")
+    assert search.next_trial().share == WIDE
+    assert not search.lost(again.key, "oom", "MemoryError: ", Share(4.0, 0.0))
+    assert (again.status, again.reason, again.error) == (TrialStatus.FAILED, "oom", "MemoryError: ")
+    search.ledger.close()
+
+
+def test_without_a_larger_share_too_little_memory_is_the_end(make):
+    search, record = begun(make)
+    assert not search.lost(record.key, "oom", "MemoryError: ", None)
+    assert (record.status, record.reason, record.retries) == (TrialStatus.FAILED, "oom", [])
+
+
+def test_a_lost_node_is_not_the_trials_fault(make):
+    search, record = begun(make, max_failures=1)
+    for _ in range(20):
+        assert search.lost(record.key, "node", "its node is gone")
+        assert search.next_trial() is record
+    assert search.lost(record.key, "crash", "the worker died")
+    assert search.next_trial() is record
+    assert search.lost(record.key, "oom", "MemoryError: ", WIDE)
+    assert search.next_trial() is record
+    assert search.lost(record.key, "node", "its node is gone")
+    assert record.share == WIDE
+    assert not record.status.is_end
+
+
+@pytest.mark.parametrize("reason", ["crash", "oom", "node"])
+def test_a_worker_lost_after_its_trials_end_changes_nothing(make, reason):
+    search, record = begun(make, epochs=EPOCHS)
+    assert record.status is TrialStatus.COMPLETED
+    before = search.state.last_seq
+    assert not search.lost(record.key, reason, "late", WIDE)
+    search.started(record.key)
+    search.failed(record.key, "error", "later")
+    assert search.state.last_seq == before
+    assert (record.status, record.attempts, record.retries) == (TrialStatus.COMPLETED, 1, [])
+    assert search.next_trial().key.number == 1
+
+
+def test_the_lost_trial_comes_before_new_ones_with_the_same_parameters(make):
+    search, first = begun(make)
+    second = search.next_trial()
+    params = dict(first.params), dict(second.params)
+    search.lost(second.key, "crash", "the worker died")
+    search.lost(first.key, "node", "its node is gone")
+    assert [search.next_trial() for _ in range(2)] == [second, first]
+    assert (first.params, second.params) == params
+    assert search.next_trial().key.number == 2
+
+
+def test_a_trial_lost_after_the_time_budget_is_left_to_the_next_driver(make):
+    now = [0.0]
+    search = make(sweep_config(sweep={"time_budget": 10.0}), clock=lambda: now[0])
+    record = search.next_trial()
+    now[0] = 10.0
+    assert search.lost(record.key, "crash", "the worker died")
+    assert search.next_trial() is None
+    assert search.stopped() == "time_budget"
+    search = reopened(search)
+    assert search.next_trial().key == record.key
+    search.ledger.close()
+
+
+def faulty(search, at_once):
+    """Drive a search whose workers are lost in every way, as a function of the ledger alone."""
+    live, given = [], []
+    while True:
+        while len(live) < at_once and (record := search.next_trial()) is not None:
+            live.append(record)
+            given.append((record.key, len(record.retries), record.epoch))
+            search.started(record.key)
+        if not live:
+            search.stopped()
+            return given
+        for record in list(live):
+            loss = LOSSES.get((record.key, len(record.retries)))
+            if loss is not None and record.epoch == loss[0]:
+                search.lost(record.key, loss[1], f"{loss[1]} of {record.key}", WIDE)
+                live.remove(record)
+                continue
+            config = search.trial_config(record, None)
+            search.reported(record.key, record.epoch + 1, {"val_top1": value(config, record.epoch + 1)})
+            if record.status.is_end:
+                live.remove(record)
+
+
+LOSSES = {
+    (TrialKey("search", 0), 0): (2, "crash"),
+    (TrialKey("search", 0), 1): (2, "crash"),
+    (TrialKey("search", 1), 0): (0, "node"),
+    (TrialKey("search", 1), 1): (0, "oom"),
+    (TrialKey("search", 2), 0): (0, "oom"),
+    (TrialKey("search", 2), 1): (0, "oom"),
+    (TrialKey("search", 3), 0): (0, "crash"),
+    (TrialKey("search", 3), 1): (0, "crash"),
+    (TrialKey("search", 3), 2): (0, "crash"),
+    (TrialKey("kd", 0), 0): (4, "node"),
+}
+"""By trial and retries so far: the epoch after which its worker is lost, and to what."""
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_sweep_that_lost_workers_and_is_cut_anywhere_ends_with_the_same_trials(tmp_path, at_once):
+    """After each line of it a new driver gives out every trial at work, once, and nothing is retried twice."""
+    config = sweep_config(sweep={"trials": 6, "max_failures": 2})
+    path = tmp_path / "whole.jsonl"
+    with begin(path, config) as ledger:
+        faulty(Search(config, ledger), at_once)
+        whole = ledger.state
+    reasons = {(r.key.number, r.reason) for r in whole.arm("search") if r.status is TrialStatus.FAILED}
+    assert reasons == {(2, "oom"), (3, "crash")}
+    assert [whole.trials[TrialKey("search", n)].retries for n in range(4)] == [
+        ["crash", "crash"],
+        ["node", "oom"],
+        ["oom"],
+        ["crash", "crash"],
+    ]
+    lines = path.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines)):
+        part = tmp_path / "cut.jsonl"
+        part.write_bytes(b"".join(lines[:cut]))
+        with Ledger.open(part) as ledger:
+            search = Search(config, ledger)
+            running = [r.key for r in ledger.state.running()]
+            given = faulty(search, at_once)
+            assert sorted(key for key, *_ in given[: len(running)]) == sorted(running), cut
+            assert len(set(given)) == len(given), cut
+            state = ledger.state
+        assert state.stop_reason == "finished", cut
+        assert {key: r.retries for key, r in state.trials.items()} == {k: r.retries for k, r in whole.trials.items()}
+        assert all(list(r.reports) == list(range(1, r.epoch + 1)) for r in state.trials.values()), cut
+        if at_once == 1:
+            assert told(part) == told(path), cut

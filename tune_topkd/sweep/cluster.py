@@ -195,10 +195,12 @@ def is_node_loss(told: str, node: str) -> bool:
     return not entry["Alive"]
 
 
-def whereabouts(actor: Any) -> tuple[str, int]:
-    """The node and process of an actor that has not told them itself."""
+def whereabouts(actor: Any) -> tuple[str, int] | None:
+    """The node and process of an actor that has not told them itself; None while Ray does not know."""
+    if actor is None:
+        return None
     known = ray._private.state.actors(actor._actor_id.hex())  # has no public name without the dashboard
-    return known["Address"]["NodeID"], known["Pid"]
+    return (known["Address"]["NodeID"], known["Pid"]) if known.get("Pid") else None
 
 
 def kill_worker(node: str, pid: int) -> None:

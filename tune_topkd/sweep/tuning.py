@@ -258,11 +258,13 @@ class _Bridge:
         for key, place in list(self._at_work.items()):
             limit = self.search.config.sweep.trial_timeout + _GRACE_AFTER_TIMEOUT
             limit += 0 if place.pid else LONGEST_START_OF_A_WORKER
-            if now - place.heard_at > limit and not place.is_hung:
+            if now - place.heard_at <= limit or place.is_hung:
+                continue
+            there = (place.node, place.pid) if place.pid else whereabouts(place.actor)
+            if there is not None:
                 _log.error("trial %s says nothing and did not end itself: its worker is killed", key)
                 self._at_work[key] = replace(place, is_hung=True)
-                node, pid = (place.node, place.pid) if place.pid else whereabouts(place.actor)
-                kill_worker(node, pid)
+                kill_worker(*there)
 
     @contextmanager
     def _ends_the_sweep(self) -> Iterator[None]:
