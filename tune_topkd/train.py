@@ -133,7 +133,7 @@ def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Pa
     device = default_device()
     with _own_randomness(device):
         torch.manual_seed(config.seed % 2**64)
-        trial = _Trial(config, device)
+        trial = Training(config, device)
         if resume_from is not None:
             trial.restore(resume_from)
         while trial.epoch < config.recipe.epochs and not trial.diverged:
@@ -154,10 +154,20 @@ def checkpoint_metrics(folder: Path) -> tuple[int, dict[str, float]]:
     return content["epoch"], content["metrics"]
 
 
-class _Trial:
+class Training:
     """The state of one training between epochs: all of it is in a checkpoint, or follows from the config."""
 
-    def __init__(self, config: TrialConfig, device: torch.device) -> None:
+    def __init__(self, config: TrialConfig, device: torch.device | None = None) -> None:
+        """Build all that the config names.
+
+        Args:
+            config: all that the training depends on, but for torch's global generator, which initialises the weights.
+            device: `default_device` if none is given.
+
+        Raises:
+            ValueError: what the config names does not exist or does not fit together.
+        """
+        device = device or default_device()
         self.config = config
         self.device = device
         self.dataset = load_dataset(config.data)
@@ -175,13 +185,14 @@ class _Trial:
 
     @property
     def diverged(self) -> bool:
+        """Whether the loss of the last epoch was not finite."""
         return not math.isfinite(self.metrics.get(TRAIN_LOSS, 0.0))
 
     def run_epoch(self) -> None:
         """Train and validate one epoch; the results wait on the device until its end."""
         started = time.perf_counter()
         rate = self.scheduler.get_last_lr()[0]
-        names, means, images = self._train_epoch()
+        names, means, images = self.train_epoch()
         hits = count_hits(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
         values: list[float] = torch.cat([means, 100 * hits.double() / len(self.val_split)]).tolist()
         self.scheduler.step()
@@ -225,8 +236,11 @@ class _Trial:
         if self.device.type == "cuda" and "cuda" in self.rng:
             torch.cuda.set_rng_state(self.rng["cuda"], self.device)
 
-    def _train_epoch(self) -> tuple[list[str], Tensor, int]:
-        """Names and means over the batches, on the device, of loss and terms; and the number of images."""
+    def train_epoch(self) -> tuple[list[str], Tensor, int]:
+        """Train the epoch after `epoch`: the names and means, over its batches, of loss and terms; how many images.
+
+        The means are on the device.
+        """
         self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
         batches = train_batches(
             self.train_split,
