@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUNS ?= $(or $(TUNE_TOPKD_RUNS_DIR),runs)
 SWEEP ?= digits
 
-.PHONY: sweep test test-slow check format bench analysis clean
+.PHONY: sweep test test-slow torture check format bench analysis clean
 
 sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
 	@if [ -f $(RUNS)/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits --runs-dir $(RUNS); \
@@ -17,6 +17,9 @@ test: $(STAMP)  ## the tests, those marked slow left out
 
 test-slow: $(STAMP)  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+torture: $(STAMP)  ## a hundred kills of whole sweeps, and of workers, nodes and heads (25 minutes); test-slow has a short form
+	TUNE_TOPKD_TORTURE_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_torture.py $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import rules
 	$(BIN)/ruff check .

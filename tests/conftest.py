@@ -1,6 +1,7 @@
 """What several test modules need."""
 
 import os
+import sqlite3
 
 import pytest
 
@@ -43,7 +44,8 @@ def unsynced_sqlite():
     from sqlalchemy.engine import Engine
 
     def unsynced(connection, record):
-        connection.execute("PRAGMA synchronous = OFF")
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
 
     event.listen(Engine, "connect", unsynced)
     yield

@@ -139,9 +139,10 @@ def check_mlflow_uri(uri: str) -> None:
     """
     scheme = re.match(r"(\w+)(\+\w+)?://", uri)
     if scheme is None or scheme[1] not in MLFLOW_SCHEMES:
-        shown = re.sub(r"//[^/@]*@", "//***@", uri)
+        from tune_topkd.tracking import masked
+
         rule = f"must be a tracking URI scheme://…; known: {', '.join(MLFLOW_SCHEMES)}"
-        raise ConfigError("--mlflow-uri", [_problem(shown, rule)])
+        raise ConfigError("--mlflow-uri", [_problem(masked(uri), rule)])
 
 
 def loss_defaults(config: PairConfig) -> dict[str, Scalar]:

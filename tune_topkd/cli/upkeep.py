@@ -21,6 +21,7 @@ def track(sweep: str, place: running.Place) -> None:
         ConfigError: there is no such sweep, a process drives it at the moment, or MLflow cannot be written.
         LedgerError: the ledger is damaged.
     """
+    from tune_topkd.tracking import TrackingError
     from tune_topkd.tracking import catch_up
     from tune_topkd.tracking import masked
 
@@ -29,11 +30,8 @@ def track(sweep: str, place: running.Place) -> None:
     state = read_state(ledger)
     try:
         catch_up(ledger, place.mlflow_uri, abandoned=not state.stop_reason)
-    except LedgerError:
-        raise
-    except Exception as error:  # noqa: BLE001 (whatever MLflow raises is told, without its credentials)
-        rule = masked(f"cannot be written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        raise ConfigError("--mlflow-uri", [Problem(key=masked(place.mlflow_uri), rule=rule)]) from None
+    except TrackingError as error:
+        raise ConfigError("--mlflow-uri", [Problem(key=masked(place.mlflow_uri), rule=str(error))]) from None
 
 
 def audit(sweep: str, place: running.Place, with_mlflow: bool) -> list[str]:
@@ -69,13 +67,13 @@ def _findings(sweep: str, place: running.Place, with_mlflow: bool) -> Iterator[s
 
 
 def _mlflow_findings(sweep: str, place: running.Place) -> Iterator[str]:
+    from tune_topkd.tracking import TrackingError
     from tune_topkd.tracking import disagreements
-    from tune_topkd.tracking import masked
 
     try:
         found = disagreements(place.existing(sweep) / LEDGER_FILE, place.mlflow_uri)
-    except Exception as error:  # noqa: BLE001 (whatever MLflow raises is a finding)
-        yield masked(f"MLflow at {place.mlflow_uri} cannot be asked: {' '.join(str(error).split())[:300]}")
+    except TrackingError as error:
+        yield str(error)
         return
     yield from found
     if found:

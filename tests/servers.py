@@ -1,0 +1,201 @@
+"""Real servers for the tests: `mlflow server` and PostgreSQL, as processes that can be killed, stopped and started again."""
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+PASSWORD = "hunter2-of-the-tracker"
+PATIENCE = 120
+"""Seconds for a server to come up: a guard, far more than it takes."""
+
+
+@contextlib.contextmanager
+def mlflow_server(store):
+    """`mlflow server` over a store, on a loopback port."""
+    server = MlflowServer(store)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+class MlflowServer:
+    """A server in a process group of its own; it keeps its port when it is killed and started again."""
+
+    def __init__(self, store):
+        self._store = store
+        self._port = free_port()
+        self._process = None
+        self.uri = f"http://tracker:{PASSWORD}@127.0.0.1:{self._port}"
+        """With credentials, which it does not ask for: tests look where they turn up."""
+
+    def start(self):
+        """Start it, and wait until it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._store, "--workers", "1"]
+        self._process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(self._port)],
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(self.answers, self._process)
+
+    def answers(self):
+        """Whether it is there."""
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health", timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    def kill(self):
+        """SIGKILL it with its workers; nothing is done if it is dead."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def stop(self):
+        """It hangs: connections are taken, and nothing is answered."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self):
+        """It hangs no more."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+        wait_for(self.answers, self._process)
+
+
+def postgres_binaries():
+    """The folder of PostgreSQL's server, or none."""
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+
+
+@contextlib.contextmanager
+def postgres_server():
+    """PostgreSQL with an empty cluster of its own, which does not wait for the disk."""
+    # Not below pytest's folder, which only its owner may enter: PostgreSQL refuses to be root.
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        server = PostgresServer(Path(folder), postgres_binaries())
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+class PostgresServer:
+    """A PostgreSQL on a loopback port."""
+
+    def __init__(self, folder, binaries):
+        self._data = folder / "data"
+        self._binaries = binaries
+        self._port = free_port()
+        self._process = None
+        self._dsn = {"host": "127.0.0.1", "port": self._port, "user": "tracker", "dbname": "postgres"}
+        self._user = {"user": _other_user(), "group": None, "extra_groups": []} if os.geteuid() == 0 else {}
+        if self._user:
+            entry = pwd.getpwnam(self._user["user"])
+            self._user["group"] = entry.pw_gid
+            os.chown(folder, entry.pw_uid, entry.pw_gid)
+        command = [binaries / "initdb", "--pgdata", self._data, "--username", "tracker", "--auth", "trust", "--no-sync"]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder, timeout=PATIENCE, **self._user)
+
+    def uri(self, database):
+        """The URI of a database; the server takes any password."""
+        return f"postgresql://tracker:{PASSWORD}@127.0.0.1:{self._port}/{database}"
+
+    def start(self):
+        """Start it, and wait until it answers."""
+        options = {"port": self._port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+        settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+        self._process = subprocess.Popen(
+            [self._binaries / "postgres", "-D", self._data, *settings],
+            cwd=self._data,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **self._user,
+        )
+        wait_for(self.answers, self._process)
+
+    def answers(self):
+        """Whether it is there."""
+        import psycopg
+
+        try:
+            psycopg.connect(**self._dsn).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def kill(self):
+        """SIGKILL it with its backends, each of which is a group of its own; nothing is done if it is dead."""
+        if self._process is not None:
+            first = psutil.Process(self._process.pid)
+            family = [first, *first.children(recursive=True)]
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            self._process.wait()
+            self._process = None
+            psutil.wait_procs(family, timeout=PATIENCE)
+
+    def run(self, *statements):
+        """Run statements that are no transaction."""
+        import psycopg
+
+        connection = psycopg.connect(**self._dsn)
+        connection.autocommit = True
+        try:
+            with connection.cursor() as cursor:
+                for statement in statements:
+                    cursor.execute(statement)
+        finally:
+            connection.close()
+
+    def copy(self, template, database):
+        """Make a database as a copy of another one."""
+        self.run(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'",
+            f"CREATE DATABASE {database} TEMPLATE {template}",
+        )
+
+
+def _other_user():
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return next(name for name in ("postgres", "nobody") if name in names)
+
+
+def free_port():
+    """A loopback port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(condition, process=None):
+    """Wait until it holds.
+
+    Raises:
+        AssertionError: it does not, for long, or the process has ended.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert process is None or process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.1)

@@ -1,0 +1,100 @@
+"""What MLflow has of a sweep, compared with what the ledger says it should have."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tune_topkd.tracking.reading import PARENT_TAG
+from tune_topkd.tracking.reading import Batch
+from tune_topkd.tracking.reading import Reading
+from tune_topkd.tracking.reading import milliseconds
+from tune_topkd.tracking.reading import run_name
+from tune_topkd.tracking.store import Client
+from tune_topkd.tracking.store import client_of
+from tune_topkd.tracking.store import experiment_name
+from tune_topkd.tracking.store import masked_errors
+from tune_topkd.tracking.store import runs_by_trial
+from tune_topkd.trials import read_events
+
+FINDINGS_PER_RUN = 5
+
+
+def disagreements(ledger: Path, uri: str) -> list[str]:
+    """Where MLflow differs from what the ledger says it should have; nothing is written.
+
+    Looks at the parent and at one run per trial, each there once: status, times, params and tags as far as they are
+    written here, and exactly the metric rows. A killed driver's running trials may also be shown as interrupted.
+
+    Returns:
+        A line for each finding, which names the trial; at most five a trial, and how many more there are.
+
+    Raises:
+        LedgerError: the ledger is damaged.
+        TrackingError: MLflow fails.
+    """
+    reading, should_be, abandoned = Reading(), Batch(), Batch()
+    for event in read_events(ledger)[0]:
+        reading.take(event, should_be)
+    if not reading.state.header:
+        return []
+    reading.abandon(abandoned)
+    with masked_errors(uri):
+        client = client_of(uri)
+        experiment = client.get_experiment_by_name(experiment_name())
+        sweep_id = reading.state.header["id"]
+        found = runs_by_trial(client, experiment.experiment_id, sweep_id) if experiment else {}
+        parents = {run.info.run_id for run in found.get("", [])}
+        findings = []
+        for run in [*should_be.opened, *sorted(set(found) - set(should_be.opened))]:
+            copies = found.get(run, [])
+            if len(copies) != 1:
+                lines = [f"has {len(copies)} runs in MLflow" if copies else "has no run in MLflow"]
+            elif run not in should_be.opened:
+                lines = ["has a run in MLflow, but is not in the ledger"]
+            else:
+                rows = _rows(client, copies[0], {name for name, *_ in should_be.points[run]})
+                lines = list(_differences(copies[0], run, should_be, abandoned, rows, parents))
+            if len(lines) > FINDINGS_PER_RUN:
+                lines[FINDINGS_PER_RUN:] = [f"and {len(lines) - FINDINGS_PER_RUN} more"]
+            findings += [f"{run_name(run) if run else 'the sweep'}: {line}" for line in lines]
+    return findings
+
+
+def _differences(
+    found: Any, run: str, should_be: Batch, abandoned: Batch, rows: "Counter[_Row]", parents: set[str]
+) -> Iterator[str]:
+    """What is wrong with a run, a line each."""
+    opening, tags = should_be.opened[run], should_be.tags[run]
+    status, ended = should_be.status.get(run, ("RUNNING", None))
+    if run in abandoned.status and found.info.status == abandoned.status[run][0]:
+        (status, ended), tags = abandoned.status[run], tags | abandoned.tags[run]
+    if found.info.status != status:
+        yield f"status is {found.info.status}, should be {status}"
+    elif status != "RUNNING" and ended is not None and found.info.end_time != milliseconds(ended):
+        yield f"end time is {found.info.end_time}, should be {milliseconds(ended)}"
+    if found.info.start_time != milliseconds(opening.time):
+        yield f"start time is {found.info.start_time}, should be {milliseconds(opening.time)}"
+    for what, has, wants in (("param", found.data.params, opening.params), ("tag", found.data.tags, tags)):
+        for name, text in wants.items():
+            if name not in has:
+                yield f"{what} {name} is missing"
+            elif has[name] != text:
+                yield f"{what} {name} is {has[name][:80]!r}, should be {text[:80]!r}"
+    if run and found.data.tags.get(PARENT_TAG) not in parents:
+        yield "is not under the sweep's run"
+    wanted = Counter(should_be.points[run])
+    for what, lines in (("missing", wanted - rows), ("too many", rows - wanted)):
+        for name in sorted({name for name, *_ in lines}):
+            steps = sorted(step for n, step, *_ in lines.elements() if n == name)
+            yield f"metric {name}: {len(steps)} rows {what}, the first at step {steps[0]}"
+
+
+_Row = tuple[str, int, float, int]
+
+
+def _rows(client: Client, run: Any, names: set[str]) -> "Counter[_Row]":
+    """The metric rows of a run in MLflow, with one request for each name."""
+    names = names | set(run.data.metrics)
+    history = [point for name in sorted(names) for point in client.get_metric_history(run.info.run_id, name)]
+    return Counter((point.key, point.step, point.value, point.timestamp) for point in history)
