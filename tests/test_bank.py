@@ -111,7 +111,7 @@ def fill_for_ever(path):
 
 
 def test_writers_beside_one_another_and_kills_leave_only_what_the_teacher_says(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     bank = LogitBank(tmp_path / "b.f16", SIZE)
     for _ in range(3):
         writers = [context.Process(target=fill_for_ever, args=(tmp_path / "b.f16",)) for _ in range(2)]

@@ -265,11 +265,15 @@ def test_the_bank_is_filled_by_the_trials_and_ahead(finished, space, runs, insid
 
 
 def test_a_space_without_a_bank_says_why(finished, space, runs, inside):
-    for setting, why in (("teacher.bank=false", "teacher.bank is false"), ("data.augment.mixup=0.2", "mixup shows each")):
-        done = inside("teacher", space, "--runs-dir", runs, "--set", setting)
+    for setting, why in (
+        ("teacher.bank=false", "teacher.bank is false"),
+        ("data.augment.mixup=0.2", "mixup shows each"),
+    ):
+        sets = ["--set", setting, "--set", "method=kd"]
+        done = inside("teacher", space, "--runs-dir", runs, *sets)
         assert done.returncode == 0
         assert f"teacher logits: asked for every batch: {why}" in done.stderr
-        refused = inside("teacher", space, "--runs-dir", runs, "--set", setting, "--fill-bank")
+        refused = inside("teacher", space, "--runs-dir", runs, *sets, "--fill-bank")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "has no bank for this space" in refused.stderr
 

@@ -19,10 +19,10 @@ from tune_topkd.data import load_dataset
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
 from tune_topkd.models import write_atomically
-from tune_topkd.teacher.training import _checked_accuracy
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.teacher import load_teacher
 from tune_topkd.teacher import teacher_key
+from tune_topkd.teacher.training import _checked_accuracy
 from tune_topkd.train import train
 
 RAW = {

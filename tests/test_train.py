@@ -8,7 +8,6 @@ from torch.nn import functional
 
 import tune_topkd.data.datasets as datasets
 import tune_topkd.models as models
-import tune_topkd.train as training
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
