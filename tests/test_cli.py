@@ -254,6 +254,30 @@ def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs,
     assert len(list((runs / "teachers").glob("*/teacher.pt"))) == 1
 
 
+def test_the_bank_is_filled_by_the_trials_and_ahead(finished, space, runs, inside):
+    (bank,) = runs.glob("teachers/*/bank-*.f16")
+    before = bank.stat().st_size
+    done = inside("teacher", space, "--runs-dir", runs, "--fill-bank")
+    assert done.returncode == 0
+    assert re.search(r"bank: [\d,]+ views in ", done.stderr)
+    assert list(runs.glob("teachers/*/bank-*.f16")) == [bank]
+    assert bank.stat().st_size == before
+
+
+def test_a_space_without_a_bank_says_why(finished, space, runs, inside):
+    for setting, why in (
+        ("teacher.bank=false", "teacher.bank is false"),
+        ("data.augment.mixup=0.2", "mixup shows each"),
+    ):
+        sets = ["--set", setting, "--set", "method=kd"]
+        done = inside("teacher", space, "--runs-dir", runs, *sets)
+        assert done.returncode == 0
+        assert f"teacher logits: asked for every batch: {why}" in done.stderr
+        refused = inside("teacher", space, "--runs-dir", runs, *sets, "--fill-bank")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "has no bank for this space" in refused.stderr
+
+
 def test_several_spaces_end_in_a_table_of_all_and_begin_with_the_best_of_another_sweep(finished, runs, tmp_path):
     for name, student in (("first", "digits_linear"), ("second", "digits_cnn_tiny")):
         (tmp_path / f"{name}.yaml").write_text(SPACE.replace("digits_cnn_tiny", student))
@@ -652,7 +676,7 @@ COMMANDS = {
     "track": "--runs-dir --mlflow-uri",
     "audit": "--mlflow --runs-dir --mlflow-uri",
     "export": "--format --output -o --runs-dir",
-    "teacher": "--set --runs-dir",
+    "teacher": "--set --fill-bank --seed --runs-dir",
     "train": "--set --name --epochs --seed --runs-dir --mlflow-uri",
     "doctor": "--runs-dir --mlflow-uri --address",
 }

@@ -742,3 +742,18 @@ def test_constants_of_many_image_files_are_those_of_a_sample(tmp_path: Path, mon
     dataset = load_dataset(folder(tmp_path))
     means = [tuple(np.asarray(Image.open(path)).reshape(-1, 3).mean(0) / 255) for path in dataset.train.paths]
     assert any(dataset.mean == pytest.approx(mean) for mean in means)
+
+
+def test_the_constants_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    found = set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            datasets._loaded.cache_clear()
+            dataset = load_dataset(DataConfig(name="digits"))
+            found.add((dataset.mean, dataset.std))
+    finally:
+        torch.set_num_threads(before)
+        datasets._loaded.cache_clear()
+    assert len(found) == 1

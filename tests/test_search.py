@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from tune_topkd.config import METHODS
 from tune_topkd.sweep import Search
+from tune_topkd.sweep import search as search_module
 from tune_topkd.trials import Decision
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
@@ -579,3 +580,29 @@ def test_a_sweep_that_lost_workers_and_is_cut_anywhere_ends_with_the_same_trials
         assert all(list(r.reports) == list(range(1, r.epoch + 1)) for r in state.trials.values()), cut
         if at_once == 1:
             assert told(part) == told(path), cut
+
+
+# --- long sweeps ----------------------------------------------------------------------------------------------------
+
+
+def test_the_sampler_looks_at_the_best_the_newest_and_those_at_work(make, monkeypatch):
+    monkeypatch.setattr(search_module, "LONGEST_HISTORY", 10)
+    search = make(sweep_config(sweep={"trials": 40, "startup_trials": 5, "asha": None}))
+    looked_at = []
+    beside = search_module.Proposer._beside
+
+    def looking(self, trials, number):
+        looked_at.append([trial.number for trial in trials])
+        return beside(self, trials, number)
+
+    monkeypatch.setattr(search_module.Proposer, "_beside", looking)
+    oldest = search.next_trial()  # is never told
+    state = run(search)
+    best = sorted((r for r in state.arm("search")[:39] if r.value is not None), key=lambda r: -r.value)[:2]
+    assert {oldest.key.number, *(r.key.number for r in best), *range(31, 39)} == set(looked_at[-1])
+    assert max(map(len, looked_at)) <= 11
+
+
+def test_a_long_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "LONGEST_HISTORY", 5)
+    test_a_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, 1)

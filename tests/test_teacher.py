@@ -19,10 +19,10 @@ from tune_topkd.data import load_dataset
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
 from tune_topkd.models import write_atomically
-from tune_topkd.teacher import _checked_accuracy
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.teacher import load_teacher
 from tune_topkd.teacher import teacher_key
+from tune_topkd.teacher.training import _checked_accuracy
 from tune_topkd.train import train
 
 RAW = {
@@ -174,7 +174,7 @@ def test_a_training_that_was_killed_leaves_nothing_that_is_taken_for_a_teacher(t
 
         with monkeypatch.context() as patch:
             patch.setattr("tune_topkd.models.checkpoints.write_atomically", write)
-            patch.setattr("tune_topkd.teacher.write_atomically", write)
+            patch.setattr("tune_topkd.teacher.training.write_atomically", write)
             with pytest.raises(KeyboardInterrupt):
                 ensure_teacher(sweep(), tmp_path, train)
         counting = CountingTrain()
@@ -267,8 +267,10 @@ def test_the_teacher_must_be_better_than_twice_chance_or_half_way_to_perfect(mon
     val = Split(torch.zeros(1200, 1, 1, 1, dtype=torch.uint8), torch.zeros(1200, dtype=torch.int64))
     dataset = Dataset(train=val, val=val, test=val, num_classes=classes, mean=(0.0,), std=(1.0,))
     hits = [round(12 * limit), round(12 * limit) + 1]
-    monkeypatch.setattr("tune_topkd.teacher.load_dataset", lambda config: dataset)
-    monkeypatch.setattr("tune_topkd.teacher.count_hits", lambda *args, **kwargs: torch.tensor([hits.pop(0), 1200]))
+    monkeypatch.setattr("tune_topkd.teacher.training.load_dataset", lambda config: dataset)
+    monkeypatch.setattr(
+        "tune_topkd.teacher.training.count_hits", lambda *args, **kwargs: torch.tensor([hits.pop(0), 1200])
+    )
     with pytest.raises(ValueError, match=rf"more than {limit:.1f} % is needed"):
         _checked_accuracy(constant(classes, 0), sweep().data, "x")
     assert _checked_accuracy(constant(classes, 0), sweep().data, "x") > limit

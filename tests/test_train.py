@@ -8,7 +8,6 @@ from torch.nn import functional
 
 import tune_topkd.data.datasets as datasets
 import tune_topkd.models as models
-import tune_topkd.train as training
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
@@ -537,32 +536,8 @@ def test_the_best_test_epoch_is_named_so_and_trains_on_all_training_images(tmp_p
     assert again.metrics[-1]["best_epoch_test_top1"] == max(accuracies)
 
 
-def test_a_teacher_that_sees_the_same_images_in_every_epoch_is_asked_once(teacher, monkeypatch):
-    still = DIGITS.model_copy(update={"augment": AugmentConfig()})
-    asked = []
-
-    def counting(*arguments, **options):
-        model = load_teacher(*arguments, **options)
-        model.register_forward_hook(lambda module, inputs, logits: asked.append(len(logits)))
-        return model
-
-    monkeypatch.setattr(training, "load_teacher", counting)
-    monkeypatch.setattr(training, "_known_logits", {})
-    result = train(trial("kd", **teacher, data=still))
-    assert sum(asked) == len(load_dataset(still).train)
-    asked.clear()
-    again = train(trial("kd", **teacher, data=still))
-    assert asked == []
-    assert same_weights(result.model, again.model)
-    train(trial("kd", **teacher))  # views that differ are shown to it every time
-    assert sum(asked) == 4 * (len(load_dataset(still).train) // 64 * 64)
-    # And what it says is what it would have said of each batch.
-    monkeypatch.setattr(training, "_LOGITS_BYTES", 0)
-    every_time = train(trial("kd", **teacher, data=still))
-    assert every_time.metrics["train_loss"] == pytest.approx(result.metrics["train_loss"], rel=1e-4)
-
-
 def test_another_teacher_or_another_split_is_not_taken_for_the_known_one(teacher, tmp_path):
+    teacher = teacher | {"teacher_bank": str(tmp_path)}
     still = DIGITS.model_copy(update={"augment": AugmentConfig()})
     first = train(trial("kd", **teacher, data=still, recipe={"epochs": 1}))
     other = tmp_path / "other.pt"

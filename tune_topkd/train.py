@@ -31,13 +31,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.lr_scheduler import MultiStepLR
 
-from tune_topkd.config import AugmentConfig
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import Batch
 from tune_topkd.data import count_hits
-from tune_topkd.data import eval_batches
 from tune_topkd.data import load_dataset
 from tune_topkd.data import train_batches
 from tune_topkd.loss import CELoss
@@ -48,8 +46,9 @@ from tune_topkd.models import freeze_backbone
 from tune_topkd.models import load_backbone
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import write_atomically
+from tune_topkd.teacher import TeacherLogits
 from tune_topkd.teacher import file_hash
-from tune_topkd.teacher import load_teacher
+from tune_topkd.teacher import teacher_identity
 
 TRAIN_PREFIX = "train_"
 """Before the name of each unweighted term of the loss: `train_ce`, `train_tdl`, …"""
@@ -134,7 +133,7 @@ def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Pa
     device = default_device()
     with _own_randomness(device):
         torch.manual_seed(config.seed % 2**64)
-        trial = _Trial(config, device)
+        trial = Training(config, device)
         if resume_from is not None:
             trial.restore(resume_from)
         while trial.epoch < config.recipe.epochs and not trial.diverged:
@@ -155,10 +154,20 @@ def checkpoint_metrics(folder: Path) -> tuple[int, dict[str, float]]:
     return content["epoch"], content["metrics"]
 
 
-class _Trial:
+class Training:
     """The state of one training between epochs: all of it is in a checkpoint, or follows from the config."""
 
-    def __init__(self, config: TrialConfig, device: torch.device) -> None:
+    def __init__(self, config: TrialConfig, device: torch.device | None = None) -> None:
+        """Build all that the config names.
+
+        Args:
+            config: all that the training depends on, but for torch's global generator, which initialises the weights.
+            device: `default_device` if none is given.
+
+        Raises:
+            ValueError: what the config names does not exist or does not fit together.
+        """
+        device = device or default_device()
         self.config = config
         self.device = device
         self.dataset = load_dataset(config.data)
@@ -166,8 +175,7 @@ class _Trial:
         self.val_split = self.dataset.val.to(device)
         self.model = _student(config.student, self.dataset.num_classes).to(device)
         self.loss = build_loss(config.method, config.loss)
-        self.teacher = None if isinstance(self.loss, CELoss) else self._load_teacher()
-        self.teacher_logits = self._all_teacher_logits()
+        self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
         self.identity = _identity(config)
         self.optimizer = _optimizer(self.model, config.recipe)
         self.scheduler = _scheduler(self.optimizer, config.recipe)
@@ -177,13 +185,14 @@ class _Trial:
 
     @property
     def diverged(self) -> bool:
+        """Whether the loss of the last epoch was not finite."""
         return not math.isfinite(self.metrics.get(TRAIN_LOSS, 0.0))
 
     def run_epoch(self) -> None:
         """Train and validate one epoch; the results wait on the device until its end."""
         started = time.perf_counter()
         rate = self.scheduler.get_last_lr()[0]
-        names, means, images = self._train_epoch()
+        names, means, images = self.train_epoch()
         hits = count_hits(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
         values: list[float] = torch.cat([means, 100 * hits.double() / len(self.val_split)]).tolist()
         self.scheduler.step()
@@ -227,8 +236,11 @@ class _Trial:
         if self.device.type == "cuda" and "cuda" in self.rng:
             torch.cuda.set_rng_state(self.rng["cuda"], self.device)
 
-    def _train_epoch(self) -> tuple[list[str], Tensor, int]:
-        """Names and means over the batches, on the device, of loss and terms; and the number of images."""
+    def train_epoch(self) -> tuple[list[str], Tensor, int]:
+        """Train the epoch after `epoch`: the names and means, over its batches, of loss and terms; how many images.
+
+        The means are on the device.
+        """
         self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
         batches = train_batches(
             self.train_split,
@@ -239,6 +251,8 @@ class _Trial:
             mean=self.dataset.mean,
             std=self.dataset.std,
         )
+        if self.teacher is not None:
+            self.teacher.begin(self.epoch + 1)
         names: list[str] = []
         values: list[Tensor] = []
         images = 0
@@ -256,12 +270,12 @@ class _Trial:
             share, other = _mixup(len(batch.labels), alpha, (self.config.seed, self.epoch + 1, number))
             other = other.to(self.device)
             images = share * batch.images + (1 - share) * batch.images[other]
-            logits, taught = self.model(images), self._taught(images, batch.indices)
+            logits, taught = self.model(images), self._taught(images, number)
             one, two = (self._terms(logits, taught, labels) for labels in (batch.labels, batch.labels[other]))
             terms = {name: share * one[name] + (1 - share) * two[name] for name in one}
         else:
             logits = self.model(batch.images)
-            terms = self._terms(logits, self._taught(batch.images, batch.indices), batch.labels)
+            terms = self._terms(logits, self._taught(batch.images, number), batch.labels)
         strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
         total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
         self.optimizer.zero_grad()
@@ -275,44 +289,9 @@ class _Trial:
             return self.loss.terms(logits, None, labels)
         return self.loss.terms(logits, taught, labels)
 
-    def _taught(self, images: Tensor, indices: Tensor) -> Tensor | None:
+    def _taught(self, images: Tensor, number: int) -> Tensor | None:
         """The teacher's logits of a batch, if there is a teacher."""
-        if self.teacher is None:
-            return None
-        if self.teacher_logits is not None:
-            return self.teacher_logits[indices]
-        with torch.no_grad():
-            logits: Tensor = self.teacher(images)
-            return logits
-
-    def _all_teacher_logits(self) -> Tensor | None:
-        """Logits `(N, C)` of all training images where every epoch shows the same ones, else None."""
-        config = self.config
-        size = len(self.train_split) * self.dataset.num_classes * 4
-        if self.teacher is None or config.data.augment != AugmentConfig() or size > _LOGITS_BYTES:
-            return None
-        key = json.dumps([config.data.model_dump(mode="json"), _teacher_identity(config), str(self.device)])
-        if key not in _known_logits:
-            _known_logits.clear()
-            batches = eval_batches(self.train_split, mean=self.dataset.mean, std=self.dataset.std)
-            with torch.no_grad():
-                _known_logits[key] = torch.cat([self.teacher(batch.images) for batch in batches])
-        return _known_logits[key]
-
-    def _load_teacher(self) -> nn.Module:
-        config = self.config
-        if config.teacher is None or config.teacher_checkpoint is None:
-            raise ValueError(f"method {config.method!r} needs both teacher and teacher_checkpoint")
-        path = Path(config.teacher_checkpoint)
-        return load_teacher(config.teacher, path, num_classes=self.dataset.num_classes).to(self.device)
-
-
-_LOGITS_BYTES = 2**30
-"""The most that the teacher's logits may take on the device."""
-
-
-_known_logits: dict[str, Tensor] = {}
-"""Of one teacher: the trials of a sweep share a process."""
+        return None if self.teacher is None else self.teacher.logits(images, number)
 
 
 def _student(config: StudentConfig, num_classes: int) -> nn.Module:
@@ -336,17 +315,13 @@ def _mixup(size: int, alpha: float, key: tuple[int, ...]) -> tuple[float, Tensor
 def _identity(config: TrialConfig) -> str:
     """The config as JSON, the files it names by content: their folder may have moved."""
     content = config.model_dump(mode="json")
-    content["teacher_checkpoint"] = _teacher_identity(config)[1]
+    content["teacher_checkpoint"] = teacher_identity(config)[1]
     if config.student.checkpoint is not None:
         content["student"]["checkpoint"] = file_hash(Path(config.student.checkpoint))
     for name in ("root", "download", "workers"):
         del content["data"][name]
+    del content["teacher_bank"]
     return json.dumps(content, sort_keys=True)
-
-
-def _teacher_identity(config: TrialConfig) -> tuple[Any, str | None]:
-    path = config.teacher_checkpoint
-    return config.teacher and config.teacher.model_dump(mode="json"), path and file_hash(Path(path))
 
 
 def _optimizer(model: nn.Module, recipe: RecipeConfig) -> Optimizer:

@@ -242,6 +242,10 @@ def export(
 def teacher(
     space: Annotated[str, typer.Argument(metavar="SPACE.yaml")],
     set_: Sets = None,
+    fill_bank: Annotated[
+        bool, typer.Option("--fill-bank", help="Ask it ahead for all logits that trials need.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the trials, where their views are drawn anew in each epoch.")] = 0,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
@@ -251,7 +255,11 @@ def teacher(
     if config.teacher is None:
         raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])
     running.ready_data(config)
-    typer.echo(str(running.teacher_path(config, place, _stderr())))
+    running.ready_teacher(config, place, _stderr())
+    taught = running.taught_by(config, place, _stderr(), seed)
+    if fill_bank:
+        running.fill_bank(config, taught, seed, _stderr())
+    typer.echo(taught.checkpoint)
 
 
 @app.command()

@@ -26,6 +26,7 @@ from tune_topkd.config import ConfigError
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
+from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
@@ -239,10 +240,89 @@ def ready_teacher(config: PairConfig, place: Place, console: Console) -> dict[st
     return {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {}
 
 
-def teacher_path(config: PairConfig, place: Place, console: Console) -> Path | None:
-    """Absolute path of the teacher's weights, trained first if need be; None where there is no teacher."""
-    teacher = _teacher(config, place, console)
-    return teacher.path if teacher else None
+@dataclass(frozen=True)
+class Taught:
+    """Where trials find their teacher: absolute paths, as a `TrialConfig` has them."""
+
+    checkpoint: str | None = None
+    bank: str | None = None
+
+
+def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0) -> Taught:
+    """The teacher, trained first if need be, and the folder of the bank of its logits, if there is to be one.
+
+    Args:
+        config: whose teacher.
+        place: where teachers are kept.
+        console: is told where the logits come from, in a line.
+        seed: of the trainings; a bank of endless views is for one seed.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    teacher = _teacher(config, place, Console(quiet=True))
+    if teacher is None:
+        return Taught()
+    folder = place.runs / "teachers" / teacher.key
+    trial = trial_with(config, Taught(str(teacher.path), str(folder)), seed)
+    why_not = _no_bank(config, trial)
+    if why_not:
+        console.print(f"teacher logits: asked for every batch: {why_not}", highlight=False, soft_wrap=True)
+    return Taught(str(teacher.path), None if why_not else str(folder))
+
+
+def trial_with(config: PairConfig, taught: Taught, seed: int) -> TrialConfig:
+    """The training that a pair's config describes by itself."""
+    return TrialConfig(
+        data=config.data,
+        student=config.student,
+        teacher=config.teacher.model if config.teacher and taught.checkpoint else None,
+        teacher_checkpoint=taught.checkpoint,
+        teacher_bank=taught.bank,
+        method=config.method,
+        loss=config.loss,
+        recipe=config.recipe,
+        seed=seed,
+    )
+
+
+def fill_bank(config: PairConfig, taught: Taught, seed: int, console: Console) -> None:
+    """Ask the teacher for all that its bank lacks; may be killed and gone on with.
+
+    Raises:
+        ConfigError: there is to be no bank.
+    """
+    from tune_topkd.teacher import fill_bank as fill
+    from tune_topkd.train import default_device
+
+    if taught.bank is None:
+        raise ConfigError("--fill-bank", [Problem(key="teacher", rule="has no bank for this space")])
+    status = console.status("filling the bank") if console.is_terminal else None
+    with status or contextlib.nullcontext():
+        tell = (lambda share: status.update(f"filling the bank: {share:.0%}")) if status else (lambda share: None)
+        bank = fill(trial_with(config, taught, seed), default_device(), tell)
+    console.print(f"bank: {bank.filled():,} views in {bank.path}", highlight=False, soft_wrap=True)
+
+
+def _no_bank(config: PairConfig, trial: TrialConfig) -> str:
+    """Why there is no bank of the teacher's logits; nothing if there is one."""
+    from tune_topkd.data import load_dataset
+    from tune_topkd.teacher import bank_file
+    from tune_topkd.teacher import bank_size
+    from tune_topkd.teacher import has_room
+
+    assert config.teacher is not None, "it has a bank"
+    if not config.teacher.bank:
+        return "teacher.bank is false"
+    dataset = load_dataset(config.data)
+    size = bank_size(config.data, config.recipe, dataset)
+    if size is None:
+        return "mixup shows each image once"
+    if not has_room(bank_file(trial, dataset), size):
+        return (
+            f"a bank of {size.images:,} images × {size.views} views would take {size.bytes / 1e9:,.1f} GB of the disk"
+        )
+    return ""
 
 
 def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | None":
@@ -273,15 +353,14 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
     """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
     folder = ledger.path.parent
     ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
-    path = teacher_path(config, place, Console(quiet=True))
-    checkpoint = str(path) if path else None
+    taught = taught_by(config, place, console, config.sweep.seed)
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
         _sigterm_as_sigint(),
         _trackers(config, ledger, place, console, terminal) as trackers,
     ):
-        reason = _search(config, ledger, place, checkpoint, trackers, terminal)
+        reason = _search(config, ledger, place, taught, trackers, terminal)
     _finish(config, ledger.state, place, console)
     trouble = trackers[0].trouble
     if trouble:
@@ -294,7 +373,7 @@ def _search(
     config: SweepConfig,
     ledger: Ledger,
     place: Place,
-    checkpoint: str | None,
+    taught: Taught,
     trackers: Sequence[Any],
     terminal: TextIO,
 ) -> str:
@@ -316,7 +395,12 @@ def _search(
     try:
         with Cluster.attached(place.address, give_up) as cluster:
             return run_sweep(
-                search, cluster=cluster, folder=ledger.path.parent, train=train, teacher_checkpoint=checkpoint
+                search,
+                cluster=cluster,
+                folder=ledger.path.parent,
+                train=train,
+                teacher_checkpoint=taught.checkpoint,
+                teacher_bank=taught.bank,
             )
     except KeyboardInterrupt:  # before Ray Tune listens, or a second time
         return search.stopped()

@@ -11,8 +11,6 @@ from rich.console import Console
 
 from tune_topkd.cli import running
 from tune_topkd.config import PairConfig
-from tune_topkd.config import StudentConfig
-from tune_topkd.config import TrialConfig
 from tune_topkd.config import dump_config
 
 FOLDER = "trained"
@@ -59,17 +57,8 @@ def train_one(config: PairConfig, name: str, seed: int, place: running.Place, co
     from tune_topkd.train import train
 
     running.ready_data(config)
-    teacher = running.teacher_path(config, place, console) if config.method != "ce" else None
-    trial = TrialConfig(
-        data=config.data,
-        student=StudentConfig.model_validate(config.student),
-        teacher=config.teacher.model if config.teacher and teacher else None,
-        teacher_checkpoint=str(teacher) if teacher else None,
-        method=config.method,
-        loss=config.loss,
-        recipe=config.recipe,
-        seed=seed,
-    )
+    taught = running.taught_by(config, place, console, seed) if config.method != "ce" else running.Taught()
+    trial = running.trial_with(config, taught, seed)
     folder = _fresh(place.runs / FOLDER, f"{name}-seed{seed}")
     (folder / CONFIG_NAME).write_text(dump_config(trial), encoding="utf-8")
     log = _Log(folder / METRICS_NAME, console, config.recipe.epochs)

@@ -220,6 +220,8 @@ class TeacherConfig(_Section):
     seed: int = Field(0, ge=0)
     image_size: int | None = Field(None, ge=1)
     """Side that the student's images are resized to before the teacher sees them."""
+    bank: bool = True
+    """Keep its logits in a file that all trials share, where the disk has room; `false` asks it for every batch."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -373,6 +375,8 @@ class TrialConfig(_Section):
     teacher: ModelConfig | None = None
     teacher_checkpoint: str | None = None
     """Absolute path of the teacher's weights; needed by every method but `ce`."""
+    teacher_bank: str | None = None
+    """Absolute path of the folder that the bank of the teacher's logits lies in; None asks the teacher for every batch."""
     method: Method = "topkd"
     loss: dict[str, Scalar] = Field(default_factory=dict)
     recipe: RecipeConfig

@@ -9,7 +9,9 @@ number of worker processes, and a resumed or repeated epoch is the same epoch.
 
 from tune_topkd.data.batches import Batch
 from tune_topkd.data.batches import count_hits
+from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
+from tune_topkd.data.batches import shown
 from tune_topkd.data.batches import train_batches
 from tune_topkd.data.datasets import dataset_info
 from tune_topkd.data.datasets import dataset_names
@@ -23,7 +25,10 @@ from tune_topkd.data.splits import Dataset
 from tune_topkd.data.splits import DatasetInfo
 from tune_topkd.data.splits import FileSplit
 from tune_topkd.data.splits import Split
+from tune_topkd.data.views import numbered_views
 from tune_topkd.data.views import view
+from tune_topkd.data.views import view_count
+from tune_topkd.data.views import view_numbers
 
 __all__ = [
     "AnySplit",
@@ -36,11 +41,16 @@ __all__ = [
     "data_root",
     "dataset_info",
     "dataset_names",
+    "epoch_order",
     "eval_batches",
     "fingerprint",
     "load_dataset",
     "missing_data",
     "needs_files",
+    "numbered_views",
+    "shown",
     "train_batches",
     "view",
+    "view_count",
+    "view_numbers",
 ]

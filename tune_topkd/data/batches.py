@@ -16,6 +16,7 @@ from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import FileSplit
 from tune_topkd.data.splits import Split
 from tune_topkd.data.views import goes_by_batch
+from tune_topkd.data.views import numbered_views
 from tune_topkd.data.views import resized
 from tune_topkd.data.views import view
 from tune_topkd.data.views import views_of
@@ -63,8 +64,7 @@ def train_batches(
     Raises:
         ValueError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
     """
-    order = random_order(len(split), seed, epoch, ORDER, split.device)
-    order = order[: len(split) - len(split) % batch_size or len(split)]
+    order = epoch_order(split, batch_size=batch_size, seed=seed, epoch=epoch)
     normalise = _normaliser(mean, std, split.device)
     if isinstance(split, FileSplit) or not goes_by_batch(augment):
         batches = torch.split(order, batch_size)
@@ -81,6 +81,26 @@ def train_batches(
         views = view(split.images, indices, augment=augment, seed=seed, epoch=epoch, image_size=split.image_size)
         parts = (normalise(views), split.labels[indices], indices)
         yield from map(Batch, *(torch.split(part, batch_size) for part in parts))
+
+
+def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> Tensor:
+    """The images of an epoch's batches in their order, `(n,)` int64 on the device of `split`."""
+    order = random_order(len(split), seed, epoch, ORDER, split.device)
+    return order[: len(split) - len(split) % batch_size or len(split)]
+
+
+def shown(
+    split: Split,
+    indices: Tensor,
+    numbers: Tensor,
+    *,
+    augment: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Numbered views of some images as `train_batches` shows them: `(B, C, H, W)` float32, normalised."""
+    views = resized(numbered_views(split.images[indices], numbers, augment), split.image_size)
+    return _normaliser(mean, std, split.device)(views)
 
 
 def eval_batches(

@@ -7,6 +7,7 @@ import http.client
 import inspect
 import json
 import tarfile
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.config import unknown_choice
 from tune_topkd.data import glyphs
+from tune_topkd.data.batches import EVAL_BATCH
 from tune_topkd.data.batches import raw_batches
 from tune_topkd.data.folders import ImageFolder
 from tune_topkd.data.folders import ImageNet
@@ -183,25 +185,23 @@ def _constants(source: Source, config: DataConfig, train: AnySplit) -> Constants
     if source.constants is not None:
         return source.constants
     if isinstance(train, Split):
-        return Constants(*_channel_statistics(train.images))
+        return Constants(*_channel_statistics(torch.split(train.images, EVAL_BATCH)))
     chosen = random_order(len(train), config.split_seed, 0, SAMPLE, train.device)[:MEASURED_FILES]
-    return _measured(train.subset(chosen))
+    return Constants(*_channel_statistics(images for images, _ in raw_batches(train.subset(chosen), 64)))
 
 
-def _channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    pixels = images.double().transpose(0, 1).flatten(1) / 255
-    return tuple(pixels.mean(1).tolist()), tuple(pixels.std(1, correction=0).tolist())
+def _channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, with pixels from 0 to 1.
 
-
-def _measured(split: FileSplit) -> Constants:
-    """In whole numbers, so that it does not depend on how the images are batched."""
-    total, squares, count = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 0
-    for images, _ in raw_batches(split, 64):
+    In whole numbers, so that they depend neither on how the images are batched nor on how many threads add them up.
+    """
+    total, squares, count = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), 0
+    for images in batches:
         pixels = images.transpose(0, 1).flatten(1).long()
         total, squares, count = total + pixels.sum(1), squares + pixels.square().sum(1), count + pixels.shape[1]
     mean = total.double() / count
     std = (squares.double() / count - mean.square()).clamp_min(0).sqrt()
-    return Constants(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
 # --- the registry ---------------------------------------------------------------------------------------------------

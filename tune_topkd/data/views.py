@@ -43,7 +43,8 @@ def view(
         `(B, C, H, W)` uint8.
     """
     if goes_by_batch(augment):
-        views = _padded_and_flipped(images[indices], random_bits(indices, seed, epoch, VIEW), augment)
+        numbers = view_numbers(indices, augment=augment, seed=seed, epoch=epoch)
+        views = numbered_views(images[indices], numbers, augment)
     else:
         drawn = _Views(None, images.cpu(), augment, seed, epoch, image_size)
         views = torch.stack([image for image, _ in drawn.drawn(indices.tolist())]).to(images.device)
@@ -64,21 +65,43 @@ def resized(images: Tensor, side: int | None) -> Tensor:
     return resize(images, [side, side], antialias=True)  # type: ignore[no-any-return]
 
 
-def _padded_and_flipped(picked: Tensor, bits: Tensor, augment: AugmentConfig) -> Tensor:
-    """`(B, C, H, W)` with 64 random bits per image: the low 40 for the offsets, the next one for the flip."""
+def view_count(augment: AugmentConfig) -> int | None:
+    """How many different views an image has; None where they cannot be counted."""
+    if not goes_by_batch(augment):
+        return None
+    offsets: int = 2 * augment.pad + 1
+    return offsets * offsets * (2 if augment.flip else 1)
+
+
+def view_numbers(indices: Tensor, *, augment: AugmentConfig, seed: int, epoch: int) -> Tensor:
+    """Which of its `view_count` views each image is shown in an epoch: `(B,)` int64."""
+    return _numbers(random_bits(indices, seed, epoch, VIEW), augment)
+
+
+def numbered_views(picked: Tensor, numbers: Tensor, augment: AugmentConfig) -> Tensor:
+    """The views with these numbers, `(B,)`, of images `(B, C, H, W)`: padded, cropped and flipped."""
     if not augment.pad and not augment.flip:
         return picked
     channels, height, width = picked.shape[1:]
     offsets = 2 * augment.pad + 1
-    top, left = (((bits >> shift & DRAW) * offsets >> DRAW_BITS)[:, None] for shift in (0, DRAW_BITS))
+    sides = 2 if augment.flip else 1
+    top, left = (numbers // sides // offsets)[:, None], (numbers // sides % offsets)[:, None]
     rows = top + torch.arange(height, device=picked.device)
     columns = left + torch.arange(width, device=picked.device)
     if augment.flip:
-        flipped = (bits >> 2 * DRAW_BITS & 1).bool()[:, None]
+        flipped = (numbers % 2).bool()[:, None]
         columns = torch.where(flipped, columns.flip(1), columns)
     padded = functional.pad(picked, (augment.pad,) * 4)
     cropped = padded.gather(2, rows[:, None, :, None].expand(-1, channels, -1, padded.shape[3]))
     return cropped.gather(3, columns[:, None, None, :].expand(-1, channels, height, -1))
+
+
+def _numbers(bits: Tensor, augment: AugmentConfig) -> Tensor:
+    """A view's number by 64 random bits per image: the low 40 for the offsets, the next one for the flip."""
+    offsets = 2 * augment.pad + 1
+    top, left = ((bits >> shift & DRAW) * offsets >> DRAW_BITS for shift in (0, DRAW_BITS))
+    number: Tensor = top * offsets + left
+    return 2 * number + (bits >> 2 * DRAW_BITS & 1) if augment.flip else number
 
 
 # --- one image at a time --------------------------------------------------------------------------------------------
@@ -193,7 +216,7 @@ class _Views:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(seeds[number]))  # torch.manual_seed would seed the GPU's too
                 image = self._plain(index) if crop is None else crop(self._read(index))
-                image = _padded_and_flipped(image[None], bits[number : number + 1], self.augment)[0]
+                image = numbered_views(image[None], _numbers(bits[number : number + 1], self.augment), self.augment)[0]
                 for transform in detail:
                     image = transform(image)
                 kept = None if erase is None else erase(torch.ones(1, *self.final_size, dtype=torch.uint8)).bool()

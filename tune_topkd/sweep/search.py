@@ -6,6 +6,7 @@ by the same reports in the same order. Nothing here knows Ray's trials; `tuning`
 """
 
 import hashlib
+import heapq
 import logging
 import math
 import time
@@ -48,6 +49,9 @@ OBJECTIVE = "val_top1"
 """The metric that a sweep maximises, at the last epoch of the full budget."""
 
 SAME_ERRORS_THAT_END_A_SWEEP = 3
+
+LONGEST_HISTORY = 500
+"""Trials that the sampler looks at: of a longer sweep the best fifth of so many, and the newest. More costs ever more."""
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +204,9 @@ class Search:
         self._write(("stop", {"reason": reason, "error": trouble if reason == "trouble" else self.fatal}))
         return reason
 
-    def trial_config(self, record: TrialRecord, teacher_checkpoint: str | None) -> TrialConfig:
+    def trial_config(
+        self, record: TrialRecord, teacher_checkpoint: str | None, teacher_bank: str | None = None
+    ) -> TrialConfig:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
         arm, config = record.key.arm, self.config
         recipe = config.recipe.model_dump() | {n: v for n, v in record.params.items() if n in RECIPE_PARAMETERS}
@@ -210,6 +216,7 @@ class Search:
             student=config.student,
             teacher=config.teacher.model if config.teacher else None,
             teacher_checkpoint=teacher_checkpoint,
+            teacher_bank=teacher_bank,
             method=config.method if arm == SEARCH else arm,  # an arm is a method's name
             loss=config.loss | searched if arm == SEARCH else {},
             recipe=RecipeConfig.model_validate(recipe),
@@ -288,6 +295,8 @@ class Proposer:
 
     def ask(self, number: int) -> dict[str, Scalar]:
         """The sampler's proposal `number`, entered."""
+        if number > LONGEST_HISTORY:
+            return self.take(number, self.would_ask(number))
         self.study.sampler = self._sampler(number)
         trial = self.study.ask(self._distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
@@ -296,10 +305,23 @@ class Proposer:
 
     def would_ask(self, number: int) -> dict[str, Scalar]:
         """What `ask` would give, without entering it."""
-        beside = Proposer([], self._seed, self._startup_trials)
-        beside._distributions = self._distributions
-        beside.study.add_trials(self.study.get_trials(deepcopy=False))
-        return beside.ask(number)
+        return self._beside(self._history(), number)
+
+    def _beside(self, trials: Sequence[optuna.trial.FrozenTrial], number: int) -> dict[str, Scalar]:
+        """What the sampler proposes after these trials."""
+        study = optuna.create_study(direction="maximize", sampler=self._sampler(number))
+        study.add_trials(trials)
+        return dict(study.ask(self._distributions).params)
+
+    def _history(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials that the sampler looks at: all of a short sweep; of a long one those at work, the best, the newest."""
+        trials = self.study.get_trials(deepcopy=False)
+        if len(trials) <= LONGEST_HISTORY:
+            return trials
+        completed = (trial for trial in trials if trial.state is TrialState.COMPLETE)
+        best = heapq.nlargest(LONGEST_HISTORY // 5, completed, key=lambda trial: (trial.value, -trial.number))
+        kept = {trial.number for trial in [*best, *trials[-LONGEST_HISTORY + len(best) :]]}
+        return [trial for trial in trials if trial.number in kept or trial.state is TrialState.RUNNING]
 
     def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Enter a proposal that is not the sampler's, or that it made in an earlier run."""

@@ -61,7 +61,13 @@ class SweepTroubleError(ValueError):
 
 
 def run_sweep(
-    search: Search, *, cluster: Cluster, folder: Path, train: TrainFunction, teacher_checkpoint: str | None
+    search: Search,
+    *,
+    cluster: Cluster,
+    folder: Path,
+    train: TrainFunction,
+    teacher_checkpoint: str | None,
+    teacher_bank: str | None = None,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
@@ -74,6 +80,7 @@ def run_sweep(
         folder: the sweep's folder, absolute, on storage that all nodes see.
         train: what runs a trial; must be importable on the workers.
         teacher_checkpoint: absolute path of the teacher's weights.
+        teacher_bank: absolute path of the folder of the bank of its logits, if there is to be one.
 
     Raises:
         ResourceError: a trial can never be placed, or the workers cannot import the train function or see the folder.
@@ -89,7 +96,7 @@ def run_sweep(
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([{"CPU": config["share"][0], "GPU": config["share"][1]}])
 
-    bridge = _Bridge(search, folder, teacher_checkpoint)
+    bridge = _Bridge(search, folder, teacher_checkpoint, teacher_bank)
     with scratch_folder() as scratch:
         _tuner(trial, resources, bridge, scratch).fit()
     if bridge.trouble:
@@ -128,11 +135,11 @@ class _Bridge:
     What goes wrong outside the trials is `trouble`: it ends the sweep, and every trial at work stays without an end.
     """
 
-    def __init__(self, search: Search, folder: Path, teacher_checkpoint: str | None) -> None:
+    def __init__(self, search: Search, folder: Path, teacher_checkpoint: str | None, teacher_bank: str | None) -> None:
         self.search = search
         self.trouble = ""
         self._folder = folder
-        self._teacher_checkpoint = teacher_checkpoint
+        self._teacher = teacher_checkpoint, teacher_bank
         self._room = Cluster.now().room(search.config)
         self._live: set[TrialKey] = set()
         self._at_work: dict[TrialKey, _Place] = {}
@@ -159,7 +166,7 @@ class _Bridge:
 
     def _started_with(self, record: TrialRecord) -> dict[str, Any]:
         self._live.add(record.key)
-        config = self.search.trial_config(record, self._teacher_checkpoint)
+        config = self.search.trial_config(record, *self._teacher)
         share = record.share
         if share is None or not Cluster.now().room_for(share):  # the node that had room for the larger one is gone
             share = share_of(self.search.config)

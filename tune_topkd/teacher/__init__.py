@@ -1,0 +1,33 @@
+"""The teacher: trained once and kept by content hash, or given as a checkpoint; and the bank of its logits."""
+
+from tune_topkd.teacher.bank import BankSize
+from tune_topkd.teacher.bank import LogitBank
+from tune_topkd.teacher.bank import bank_path
+from tune_topkd.teacher.bank import has_room
+from tune_topkd.teacher.logits import TeacherLogits
+from tune_topkd.teacher.logits import bank_file
+from tune_topkd.teacher.logits import bank_size
+from tune_topkd.teacher.logits import fill_bank
+from tune_topkd.teacher.logits import teacher_identity
+from tune_topkd.teacher.training import Teacher
+from tune_topkd.teacher.training import ensure_teacher
+from tune_topkd.teacher.training import file_hash
+from tune_topkd.teacher.training import load_teacher
+from tune_topkd.teacher.training import teacher_key
+
+__all__ = [
+    "BankSize",
+    "LogitBank",
+    "Teacher",
+    "TeacherLogits",
+    "bank_file",
+    "bank_path",
+    "bank_size",
+    "ensure_teacher",
+    "file_hash",
+    "fill_bank",
+    "has_room",
+    "load_teacher",
+    "teacher_identity",
+    "teacher_key",
+]
