@@ -57,10 +57,16 @@ def test_the_overhead_of_a_sweep():
     check(done, names)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_cost_of_a_step():
+    check(benchmarks("--quick", "step"), ("bank filled", "the data path alone"))
+
+
 def test_an_unknown_benchmark_is_refused():
     done = benchmarks("loss_costs")
     assert done.returncode == 2
-    assert "unknown benchmark loss_costs; known are loss_cost, sweep_overhead" in done.stderr
+    assert "unknown benchmark loss_costs; known are loss_cost, step, sweep_overhead" in done.stderr
 
 
 @pytest.mark.slow

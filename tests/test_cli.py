@@ -278,6 +278,7 @@ def test_a_space_without_a_bank_says_why(finished, space, runs, inside):
         assert "has no bank for this space" in refused.stderr
 
 
+@pytest.mark.slow
 def test_several_spaces_end_in_a_table_of_all_and_begin_with_the_best_of_another_sweep(finished, runs, tmp_path):
     for name, student in (("first", "digits_linear"), ("second", "digits_cnn_tiny")):
         (tmp_path / f"{name}.yaml").write_text(SPACE.replace("digits_cnn_tiny", student))
@@ -478,6 +479,7 @@ def test_the_best_test_epoch_is_for_a_single_training_and_marks_it(space, runs, 
     assert "never selects on the test set" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_space_without_a_teacher_trains_and_sweeps(space, runs, inside, tmp_path):
     alone = tmp_path / "alone.yaml"
     content = yaml.safe_load(SPACE)

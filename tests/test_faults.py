@@ -115,6 +115,7 @@ def test_a_trial_without_enough_memory_goes_on_with_a_larger_share(sweep, cluste
     assert "MemoryError" in (tmp_path / "s" / "trials" / "0000" / "error.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_trial_that_never_has_enough_memory_fails_by_itself(sweep, tmp_path):
     state = sweep(formulas.out_of_memory_for_large_k, **ONE_BAD_OF_THREE)
     assert state.stop_reason == "finished"
@@ -354,7 +355,8 @@ def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, lau
         ledger.append(("driver", {"host": "h", "pid": 1, "trials": 2}))
 
 
-@pytest.mark.parametrize("size", ["100k", pytest.param("4k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["100k", "4k"])
 def test_a_disk_without_room_for_the_teacher_is_one_line(disk, launch, size):
     assert disk.run("mount", "-o", f"remount,size={size}", str(disk.path)) == (0, "")
     code, told = launch(*RUN, "--trials", 1)

@@ -37,6 +37,7 @@ from tune_topkd.train import train
 DIGITS = DataConfig.model_validate(
     {"name": "digits", "val_fraction": 0.4, "test_fraction": 0.4, "augment": {"pad": 1, "flip": True}}
 )
+SMALL_GLYPHS = DataConfig(name="glyphs", kwargs={"train_images": 600, "test_images": 100})
 TINY = ModelConfig(name="digits_cnn_tiny", kwargs={"widths": [3, 4]})
 TIMES = {"epoch_seconds", "images_per_second"}
 
@@ -556,6 +557,16 @@ def test_another_teacher_or_another_split_is_not_taken_for_the_known_one(teacher
     )
     terms = [build_loss("kd", {}).terms(student(b.images), taught_by(b.images), b.labels)["kd"] for b in batches]
     assert third.metrics["train_kd"] == pytest.approx(float(torch.stack(terms).mean().detach()), rel=1e-4)
+
+
+SMALL_CNN = ModelConfig(name="small_cnn", kwargs={"widths": [4, 8], "strides": [2, 2]})
+
+
+@pytest.mark.parametrize(("data", "student", "is_last"), [(DIGITS, TINY, False), (SMALL_GLYPHS, SMALL_CNN, True)])
+def test_colour_images_are_convolved_with_the_channels_last(data, student, is_last):
+    result = train(trial(data=data, student=student, recipe={"epochs": 1}))
+    layouts = {w.is_contiguous(memory_format=torch.channels_last) for w in result.model.parameters() if w.ndim == 4}
+    assert layouts >= {is_last}
 
 
 def test_a_users_loss_trains(teacher, tmp_path, monkeypatch):

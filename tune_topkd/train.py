@@ -43,6 +43,7 @@ from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
 from tune_topkd.models import build_configured
 from tune_topkd.models import freeze_backbone
+from tune_topkd.models import laid_out
 from tune_topkd.models import load_backbone
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import write_atomically
@@ -173,7 +174,8 @@ class Training:
         self.dataset = load_dataset(config.data)
         self.train_split = self.dataset.train.to(device)
         self.val_split = self.dataset.val.to(device)
-        self.model = _student(config.student, self.dataset.num_classes).to(device)
+        student = _student(config.student, self.dataset.num_classes).to(device)
+        self.model = laid_out(student, self.train_split.batch_shape[0])
         self.loss = build_loss(config.method, config.loss)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
         self.identity = _identity(config)

@@ -25,6 +25,8 @@ _Factory = Callable[..., nn.Module]
 
 _REGISTRY: dict[str, _Factory] = {**SMALL, **CIFAR, **IMAGENET}
 
+_COLOURS = 3
+
 _FORMS = "or cifar:NAME, torchvision:NAME, timm:NAME, package.module:FACTORY"
 
 
@@ -99,6 +101,16 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     if not linear:
         raise ValueError(f"{type(model).__name__} has no head: it holds no torch.nn.Linear")
     return linear[-1]
+
+
+def laid_out(model: nn.Module, channels: int) -> nn.Module:
+    """The network with its weights in the memory layout that is fastest for images of so many channels.
+
+    With colour images convolutions are a fifth faster, some of them twice, with the channels last; the results are the
+    same up to rounding. With one channel they are slower.
+    """
+    layout = torch.channels_last if channels >= _COLOURS else torch.contiguous_format
+    return model.to(memory_format=layout)
 
 
 def freeze_backbone(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from tune_topkd.data import shown
 from tune_topkd.data import train_batches
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
+from tune_topkd.models import laid_out
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
@@ -99,7 +100,8 @@ class TeacherLogits:
         if self._model is None:
             assert self._config.teacher is not None, "checked at the start"
             path = Path(self._config.teacher_checkpoint or "")
-            self._model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
+            model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
+            self._model = laid_out(model, self._split.batch_shape[0])
         return self._model
 
 
@@ -188,6 +190,7 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
     assert config.teacher is not None, "it has a bank"
     path = Path(config.teacher_checkpoint or "")
     teacher = load_teacher(config.teacher, path, num_classes=dataset.num_classes).to(device)
+    teacher = laid_out(teacher, split.batch_shape[0])
     chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
     for done, images in enumerate(chunks):
         for view in range(bank.size.views):
