@@ -16,7 +16,7 @@ test: $(STAMP)  ## the tests, those marked slow left out
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP)  ## the tests marked slow
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(STAMP)  ## a hundred kills of whole sweeps, and of workers, nodes and heads (25 minutes); test-slow has a short form
 	TUNE_TOPKD_TORTURE_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_torture.py $(ARGS)

@@ -16,8 +16,8 @@ def a_core_for_each_worker():
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes longest comes first, so that processes which share the files out end together."""
-    items.sort(key=lambda item: item.path.name != "test_cli.py")
+    """The files that take longest come first, so that processes which share the files out end together."""
+    items.sort(key=lambda item: item.path.name not in ("test_cli.py", "test_torture.py", "test_readme.py"))
 
 
 def pytest_runtest_setup(item):
