@@ -5,7 +5,6 @@ cropped and flipped. The usual loop is what mdistiller and its like do for every
 transforms in two worker processes, the teacher asked for every batch, a metric read off the device in every step. "Bank
 filled" is `tune_topkd.train` in an epoch that another trial has had before. Cross-entropy is the same student on the same
 data path without a teacher. All in wall time, turn by turn in one process. Data alone: the batches without any network.
-Memory is this process's at its peak, so that it only grows: the lines are measured in the order of the table.
 """
 
 import tempfile
