@@ -243,7 +243,7 @@ class _Told:
         header = {"sweep": "told", "id": folder.name, "seed": 0, "trials": config.sweep.trials, "first": []}
         self.ledger = Ledger.create(folder / LEDGER_FILE, **header)
         self.search = Search(config, self.ledger)
-        space, distributions = Space.of(config), _distributions(config)
+        space, distributions = Space.of(config), self.search.distributions
         events, trials = [], []
         for number, proposal in enumerate(lattice(space.axes(), told)):
             params = space.params(proposal)

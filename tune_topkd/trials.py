@@ -25,6 +25,7 @@ An `arm` is what a trial belongs to: `search`, or the method of a baseline (`ce`
 each arm; the search's are the sweep's trials.
 """
 
+import bisect
 import contextlib
 import enum
 import fcntl
@@ -172,6 +173,7 @@ class SweepState:
         self.header: Mapping[str, Any] = {}
         self.started_at = 0.0
         self.trials: dict[TrialKey, TrialRecord] = {}
+        self._by_arm: dict[str, list[TrialRecord]] = {}
         self.target = 0
         """How many trials the search is to have."""
         self.stop_reason = ""
@@ -206,7 +208,7 @@ class SweepState:
 
     def arm(self, arm: str) -> list[TrialRecord]:
         """The trials of one arm by number."""
-        return [record for key, record in sorted(self.trials.items()) if key.arm == arm]
+        return list(self._by_arm.get(arm, []))
 
     def running(self) -> list[TrialRecord]:
         """The trials without an end, in the order they were suggested."""
@@ -242,7 +244,9 @@ class SweepState:
         if key in self.trials:
             raise LedgerError(f"line {event.seq + 1}: trial {key} is suggested a second time")
         data = event.data
-        self.trials[key] = TrialRecord(key, dict(data["params"]), dict(data["proposal"]), suggested_at=event.time)
+        record = TrialRecord(key, dict(data["params"]), dict(data["proposal"]), suggested_at=event.time)
+        self.trials[key] = record
+        bisect.insort(self._by_arm.setdefault(key.arm, []), record, key=lambda r: r.key.number)
 
     def _apply_to_trial(self, event: Event) -> None:
         record = self.trials.get(event.key)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
+from typing import Self
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -93,6 +94,11 @@ class Search:
     def study(self) -> optuna.Study:
         """Optuna's view of the search's trials; its numbers are ours."""
         return self._proposer.study
+
+    @property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """The searched axes as Optuna has them."""
+        return self._proposer.distributions
 
     @property
     def out_of_time(self) -> bool:
@@ -289,7 +295,7 @@ class Proposer:
     def __init__(self, axes: Sequence[Axis], seed: int, startup_trials: int) -> None:
         self._seed = seed
         self._startup_trials = startup_trials
-        self._distributions = {axis.name: _distribution(axis) for axis in axes}
+        self.distributions = {axis.name: _distribution(axis) for axis in axes}
         self.study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
         self._asked: dict[int, optuna.Trial] = {}
 
@@ -298,7 +304,7 @@ class Proposer:
         if number > LONGEST_HISTORY:
             return self.take(number, self.would_ask(number))
         self.study.sampler = self._sampler(number)
-        trial = self.study.ask(self._distributions)
+        trial = self.study.ask(self.distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
         self._asked[number] = trial
         return dict(trial.params)
@@ -311,7 +317,7 @@ class Proposer:
         """What the sampler proposes after these trials."""
         study = optuna.create_study(direction="maximize", sampler=self._sampler(number))
         study.add_trials(trials)
-        return dict(study.ask(self._distributions).params)
+        return dict(study.ask(self.distributions).params)
 
     def _history(self) -> list[optuna.trial.FrozenTrial]:
         """The trials that the sampler looks at: all of a short sweep; of a long one those at work, the best, the newest."""
@@ -327,7 +333,7 @@ class Proposer:
         """Enter a proposal that is not the sampler's, or that it made in an earlier run."""
         self.study.enqueue_trial(dict(proposal))
         self.study.sampler = optuna.samplers.RandomSampler(seed=0)  # every value is given: nothing is sampled
-        trial = self.study.ask(self._distributions)
+        trial = self.study.ask(self.distributions)
         assert trial.number == number, "Optuna's trials are numbered as ours"
         self._asked[number] = trial
         return dict(trial.params)
@@ -411,12 +417,31 @@ def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> 
     return {"arm": key.arm, "number": key.number, "epoch": epoch, **outcome}
 
 
+class _Shared:
+    """Is its own copy: Optuna copies every trial that a study is given, and with it each distribution, never changed."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class _Choice(_Shared, CategoricalDistribution):
+    pass
+
+
+class _Int(_Shared, IntDistribution):
+    pass
+
+
+class _Float(_Shared, FloatDistribution):
+    pass
+
+
 def _distribution(axis: Axis) -> BaseDistribution:
     if axis.kind == "choice":
-        return CategoricalDistribution(axis.choices)
+        return _Choice(axis.choices)
     if axis.kind == "int":
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)
+        return _Int(int(axis.low), int(axis.high), log=axis.log)
+    return _Float(axis.low, axis.high, log=axis.log)
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it says of each trial is in the ledger
