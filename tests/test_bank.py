@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
+import tune_topkd.models as models
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import RecipeConfig
+from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import load_dataset
 from tune_topkd.data import numbered_views
@@ -294,6 +297,18 @@ def test_a_bank_that_another_batch_size_has_half_filled_gives_the_same_bits(teac
     half = train(trial(teacher, tmp_path / "b"))
     assert sum(asked) > 0
     assert torch.equal(weights(cold), weights(half))
+
+
+def test_whether_the_teacher_was_needed_does_not_change_what_a_student_draws(teacher, tmp_path, monkeypatch):
+    def with_dropout(*, num_classes):
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
+
+    monkeypatch.setitem(models._REGISTRY, "dropout", with_dropout)
+    config = trial(teacher, tmp_path).model_copy(update={"student": StudentConfig(name="dropout")})
+    cold, warm = train(config), train(config)
+    live = train(config.model_copy(update={"teacher_bank": None}))
+    assert torch.equal(weights(cold), weights(warm))
+    assert functional.cosine_similarity(weights(live), weights(warm), dim=0) > 0.9999
 
 
 def test_a_trial_that_goes_on_from_its_checkpoint_is_the_same_with_a_bank(teacher, tmp_path):

@@ -100,7 +100,8 @@ class TeacherLogits:
         if self._model is None:
             assert self._config.teacher is not None, "checked at the start"
             path = Path(self._config.teacher_checkpoint or "")
-            model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
+            with torch.random.fork_rng(devices=[]):  # the training's random numbers are the same with a full bank
+                model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
             self._model = laid_out(model, self._split.batch_shape[0])
         return self._model
 
