@@ -44,8 +44,8 @@ GOAL = "≤ 1.1"
 
 
 def run(quick: bool) -> list[Ratio]:
-    """Sweeps of 450 trials with the server killed for 15 s, then started (quick: of 20 trials, 1 s)."""
-    size = _Size(trials=20, away=1.0, turns=1) if quick else _Size(trials=450, away=15.0, turns=2)
+    """Sweeps of 260 trials with the server killed for 6 s, then started (quick: of 20 trials, 1 s)."""
+    size = _Size(trials=20, away=1.0, turns=1) if quick else _Size(trials=260, away=6.0, turns=3)
     with tempfile.TemporaryDirectory() as folder:
         return [line for name, store in _stores(Path(folder)) for line in _lines(Path(folder), name, store, size)]
 
