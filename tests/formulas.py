@@ -11,6 +11,17 @@ from tune_topkd.config import config_from
 
 EPOCHS = 9
 STATE = "state.txt"
+DEFAULTS = {
+    "k": 5,
+    "scale_top": 2.0,
+    "scale_last": 1.0,
+    "scale_gt": 3.0,
+    "normalize": True,
+    "ce_weight": 1.0,
+    "tdl_weight": 1.0,
+    "lr": 0.1,
+}
+"""A trial of `sweep_config`, to begin with."""
 
 
 def sweep_config(**sections):

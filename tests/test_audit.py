@@ -23,16 +23,6 @@ from tune_topkd.trials import driver_identity
 from tune_topkd.trials import read_events
 
 TRIALS = 14
-FIRST = {
-    "k": 5,
-    "scale_top": 2.0,
-    "scale_last": 1.0,
-    "scale_gt": 3.0,
-    "normalize": True,
-    "ce_weight": 1.0,
-    "tdl_weight": 1.0,
-    "lr": 0.1,
-}
 
 
 def config(**sections):
@@ -46,7 +36,7 @@ def drive(folder, config, at_once=2, reports=None, faults=True):
     if path.exists():
         ledger = Ledger.open(path)
     else:
-        header = {"seed": config.sweep.seed, "trials": TRIALS, "first": [FIRST]}
+        header = {"seed": config.sweep.seed, "trials": TRIALS, "first": [formulas.DEFAULTS]}
         ledger = Ledger.create(path, sweep="t", id="i", **header)
     with ledger:
         ledger.append(("driver", {**driver_identity(), "trials": TRIALS}))
@@ -288,7 +278,7 @@ def test_any_history_cut_at_any_byte_goes_on_from_a_prefix_of_the_truth_to_a_swe
     path = folder / "ledger.jsonl"
     settings = {"trials": 4, "startup_trials": 50, "max_failures": 1}
     small = formulas.sweep_config(sweep=settings, baselines={"trials": 1}, recipe={"epochs": 4})
-    Ledger.create(path, sweep="t", id="i", seed=0, trials=4, first=[FIRST]).close()
+    Ledger.create(path, sweep="t", id="i", seed=0, trials=4, first=[formulas.DEFAULTS]).close()
     lives = data.draw(st.integers(1, 3))
     for _ in range(lives):
         live(path, small, lambda choices: data.draw(st.sampled_from(choices)), steps=data.draw(st.integers(0, 25)))

@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from formulas import DEFAULTS
 from formulas import EPOCHS
 from formulas import sweep_config
 from formulas import value
@@ -18,17 +19,6 @@ from tune_topkd.trials import Share
 from tune_topkd.trials import TrialKey
 from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_events
-
-DEFAULTS = {
-    "k": 5,
-    "scale_top": 2.0,
-    "scale_last": 1.0,
-    "scale_gt": 3.0,
-    "normalize": True,
-    "ce_weight": 1.0,
-    "tdl_weight": 1.0,
-    "lr": 0.1,
-}
 
 
 def begin(path, config, first=(DEFAULTS,)):

@@ -118,6 +118,11 @@ def saved_config(folder: Path) -> SweepConfig:
     return config_from(read_yaml(path), str(path))
 
 
+def _digest(config: SweepConfig) -> str:
+    """Of all that a sweep depends on."""
+    return digest(config.model_dump(mode="json", exclude={"description"}))
+
+
 def begun_config(folder: Path, state: SweepState) -> SweepConfig:
     """The frozen config, which must still be the one that the sweep was begun with.
 
@@ -125,7 +130,7 @@ def begun_config(folder: Path, state: SweepState) -> SweepConfig:
         ConfigError: it has been changed by hand, or is gone.
     """
     config = saved_config(folder)
-    if digest(config.model_dump(mode="json", exclude={"description"})) != state.header["digest"]:
+    if _digest(config) != state.header["digest"]:
         rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
         raise ConfigError(str(folder / CONFIG_FILE), [Problem(key="", rule=rule)])
     return config
@@ -183,7 +188,7 @@ def start(
         "teacher": config.teacher.name if config.teacher else None,
         "student": config.student.name,
         "method": config.method,
-        "digest": digest(config.model_dump(mode="json", exclude={"description"})),
+        "digest": _digest(config),
         "space_digest": Space.of(config).digest(),
         "teacher_file": teacher,
         "first": [*preflight.first_proposals(config), *warm],

@@ -76,7 +76,7 @@ class TeacherLogits:
     def logits(self, images: Tensor, number: int) -> Tensor:
         """The logits `(B, C)` of the epoch's batch `number`."""
         if self._bank is None:
-            return self._asked(images)
+            return self.ask(images)
         size = self._config.recipe.batch_size
         part = slice(number * size, number * size + len(images))
         if self._is_known is None:
@@ -87,10 +87,11 @@ class TeacherLogits:
         if len(lacking):
             shown = images[lacking.to(images.device)]
             places, views = self._places[part][lacking], self._views[part][lacking]
-            known[lacking] = self._bank.fill(places, views, lambda some: self._asked(shown[some.to(shown.device)]))
+            known[lacking] = self._bank.fill(places, views, lambda some: self.ask(shown[some.to(shown.device)]))
         return known.to(images.device).float()
 
-    def _asked(self, images: Tensor) -> Tensor:
+    def ask(self, images: Tensor) -> Tensor:
+        """What the teacher says of normalised images `(B, C, H, W)`: `(B, classes)`, not kept."""
         with torch.no_grad():
             logits: Tensor = self._loaded()(images)
             return logits
@@ -188,40 +189,22 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
             progress(epoch / config.recipe.epochs)
         return bank
     assert isinstance(split, Split), "files have endless views"
-    assert config.teacher is not None, "it has a bank"
-    path = Path(config.teacher_checkpoint or "")
-    teacher = load_teacher(config.teacher, path, num_classes=dataset.num_classes).to(device)
-    teacher = laid_out(teacher, split.batch_shape[0])
+    taught = TeacherLogits(config, dataset, split)
+    augment, mean, std = config.data.augment, dataset.mean, dataset.std
     chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
-    for done, images in enumerate(chunks):
+    for done, chunk in enumerate(chunks):
         for view in range(bank.size.views):
+            images = chunk[~bank.read(chunk, torch.full_like(chunk, view))[1]]
             views = torch.full_like(images, view)
-            lacking = (~bank.read(images, views)[1]).nonzero()[:, 0]
-            if len(lacking):
-                _fill(bank, split, images[lacking], views[lacking], teacher, config, dataset)
+
+            def ask(some: Tensor, images: Tensor = images, views: Tensor = views) -> Tensor:
+                places = images[some].to(device), views[some].to(device)
+                return taught.ask(shown(split, *places, augment=augment, mean=mean, std=std))
+
+            if len(images):
+                bank.fill(images, views, ask)
         progress((done + 1) / len(chunks))
     return bank
-
-
-def _fill(
-    bank: LogitBank,
-    split: Split,
-    images: Tensor,
-    views: Tensor,
-    teacher: nn.Module,
-    config: TrialConfig,
-    dataset: Dataset,
-) -> None:
-    augment, mean, std = config.data.augment, dataset.mean, dataset.std
-    device = split.device
-
-    def ask(some: Tensor) -> Tensor:
-        pixels = shown(split, images[some].to(device), views[some].to(device), augment=augment, mean=mean, std=std)
-        with torch.no_grad():
-            logits: Tensor = teacher(pixels)
-            return logits
-
-    bank.fill(images, views, ask)
 
 
 def teacher_identity(config: TrialConfig) -> tuple[Any, str | None]:
