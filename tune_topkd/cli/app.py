@@ -255,7 +255,6 @@ def teacher(
     if config.teacher is None:
         raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])
     running.ready_data(config)
-    running.ready_teacher(config, place, _stderr())
     taught = running.taught_by(config, place, _stderr(), seed)
     if fill_bank:
         running.fill_bank(config, taught, seed, _stderr())

@@ -253,19 +253,20 @@ class Taught:
     bank: str | None = None
 
 
-def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0) -> Taught:
+def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0, *, is_told: bool = False) -> Taught:
     """The teacher, trained first if need be, and the folder of the bank of its logits, if there is to be one.
 
     Args:
         config: whose teacher.
         place: where teachers are kept.
-        console: is told where the logits come from, in a line.
+        console: is told of the teacher, and why it is asked for every batch if it is.
         seed: of the trainings; a bank of endless views is for one seed.
+        is_told: whether the teacher has been told of before.
 
     Raises:
         ConfigError: it cannot be had.
     """
-    teacher = _teacher(config, place, Console(quiet=True))
+    teacher = _teacher(config, place, Console(quiet=True) if is_told else console)
     if teacher is None:
         return Taught()
     folder = place.runs / "teachers" / teacher.key
@@ -358,7 +359,7 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
     """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
     folder = ledger.path.parent
     ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
-    taught = taught_by(config, place, console, config.sweep.seed)
+    taught = taught_by(config, place, console, config.sweep.seed, is_told=True)
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
