@@ -2,12 +2,12 @@
 
 import math
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 
 from tune_topkd.cli.display import baseline_total
 from tune_topkd.cli.display import duration
 from tune_topkd.cli.preflight import loss_defaults
-from tune_topkd.config import AugmentConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
 
@@ -24,6 +24,7 @@ def describe(config: SweepConfig) -> Iterator[str]:
     from tune_topkd.data import missing_data
     from tune_topkd.models import build_configured
     from tune_topkd.models import count_parameters
+    from tune_topkd.teacher import bank_size
 
     info = dataset_info(config.data)
     networks = [config.teacher.model, config.student] if config.teacher else [config.student]
@@ -43,12 +44,26 @@ def describe(config: SweepConfig) -> Iterator[str]:
     asha = config.sweep.asha
     likely = most if asha is None else round(trials * _expected_epochs(config)) + baselines * epochs
     yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
-    step = _seconds_per_step(config)
+    step, asking = _seconds_per_step(config)
     if missing_data(config.data):
         yield f"about {step:.2g} s per step of {config.recipe.batch_size} images on this machine"
         return
-    seconds = step * max(len(load_dataset(config.data).train) // config.recipe.batch_size, 1)
-    yield f"about {seconds:.2g} s per epoch on this machine, so about {duration(likely * seconds)} one at a time"
+    dataset = load_dataset(config.data)
+    steps = max(len(dataset.train) // config.recipe.batch_size, 1)
+    asked = likely  # epochs that the teacher is asked for
+    bank = bank_size(config.data, config.recipe, dataset) if config.teacher and config.teacher.bank else None
+    if bank is not None:
+        asked = min(epochs, bank.views)  # all trials are shown the same views
+        rows = f"{bank.images:,} images × {bank.views} views"
+        yield f"teacher logits: {rows}, {_size(bank.bytes)} on the disk, asked for once by all trials"
+    elif config.teacher:
+        yield "teacher logits: asked for every batch of every trial"
+    seconds = likely * steps * step + asked * steps * asking
+    yield f"about {steps * step:.2g} s per epoch on this machine, so about {duration(seconds)} one at a time"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def _expected_epochs(config: SweepConfig) -> float:
@@ -62,8 +77,8 @@ def _expected_epochs(config: SweepConfig) -> float:
     return expected + share * (config.recipe.epochs - before)
 
 
-def _seconds_per_step(config: SweepConfig) -> float:
-    """Time a few steps on noise of the dataset's shape: networks and loss, not the making of views."""
+def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:
+    """Of the student, and of the teacher: a few steps on noise of the dataset's shape, not the making of views."""
     import torch
 
     from tune_topkd.data import dataset_info
@@ -76,23 +91,29 @@ def _seconds_per_step(config: SweepConfig) -> float:
     student = build_configured(config.student, num_classes=info.num_classes)
     if config.student.linear_probe:
         freeze_backbone(student)
-    # A teacher that is shown the same images in every epoch is asked once in a trial.
-    asks_teacher = config.teacher is not None and config.data.augment != AugmentConfig()
-    teacher = None
-    if asks_teacher and config.teacher is not None:
-        teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()
     fixed = {name: value for name, value in config.loss.items() if name not in config.space}
     loss = build_loss(config.method, loss_defaults(config) | fixed)
     images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch) % info.num_classes
-    torch.set_num_threads(max(int(config.sweep.cpus_per_trial), 1))
+    taught = torch.randn(batch, info.num_classes)
+    cpus = config.sweep.cpus_per_trial
+    torch.set_num_threads(1 if isinstance(cpus, str) else max(int(cpus), 1))
+    whole = config.recipe.batch_size / batch
+    step = whole * _least_seconds(lambda: loss(student(images), taught, labels).backward())
+    if config.teacher is None:
+        return step, 0.0
+    teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()
+    with torch.no_grad():
+        return step, whole * _least_seconds(lambda: teacher(images))
+
+
+def _least_seconds(call: Callable[[], object]) -> float:
+    """Of a call, the least disturbed of a few."""
     seconds: list[float] = []
     while len(seconds) < _TIMED_STEPS and sum(seconds) < _TIMED_SECONDS:
         started = time.perf_counter()
-        with torch.no_grad():
-            target = teacher(images) if teacher else torch.randn(batch, info.num_classes)
-        loss(student(images), target, labels).backward()
+        call()
         seconds.append(time.perf_counter() - started)
-    return min(seconds) * config.recipe.batch_size / batch  # the least disturbed one
+    return min(seconds)
 
 
 def _bound(bound: float | str | None) -> str:
