@@ -134,7 +134,7 @@ def _here(config: SweepConfig, folder: Path, cluster: Cluster) -> _Run:
             ledger.append(("driver", {**driver_identity(), "trials": trials}))
             tracker = MlflowTracker(ledger.path, uri)
             search = Search(config, ledger, [tracker])
-            run_sweep(search, cluster=cluster, folder=folder, train=formula.train, teacher_checkpoint=None)
+            run_sweep(search, cluster=cluster, folder=folder, train=formula.train)
             tracker.close()
         ended = time.time()
     assert tracker.is_caught_up, tracker.trouble

@@ -49,7 +49,7 @@ def drive(folder, config, at_once=2, reports=None, faults=True):
             if not live:
                 break
             for record in list(live):
-                epoch, trial = record.epoch + 1, search.trial_config(record, None)
+                epoch, trial = record.epoch + 1, search.trial_config(record)
                 reports = None if reports is None else reports - 1
                 if faults and record.key.number % 5 == 3 and not record.retries:
                     search.lost(record.key, "node" if record.key.number == 8 else "crash", "it died")

@@ -73,7 +73,7 @@ def sweep(tmp_path, cluster):
         with ledger:
             ledger.append(("driver", {"host": "h", "pid": os.getpid(), "trials": config.sweep.trials}))
             search = Search(config, ledger)
-            run_sweep(search, cluster=cluster, folder=folder, train=train, teacher_checkpoint=None)
+            run_sweep(search, cluster=cluster, folder=folder, train=train)
         assert findings(folder) == []
         return ledger.state
 
@@ -387,7 +387,7 @@ def sweep(*trackers):
         ledger.append(("driver", {"host": "h", "pid": os.getpid(), "trials": config.sweep.trials}))
         search = Search(config, ledger, trackers)
         try:
-            run_sweep(search, cluster=cluster, folder=path.parent, train=formulas.slow, teacher_checkpoint=None)
+            run_sweep(search, cluster=cluster, folder=path.parent, train=formulas.slow)
         except ValueError as error:
             print(type(error).__name__, error, flush=True)
 

@@ -11,6 +11,7 @@ from formulas import value
 from optuna.trial import TrialState
 
 from tune_topkd.config import METHODS
+from tune_topkd.config import SharedFiles
 from tune_topkd.sweep import Search
 from tune_topkd.sweep import search as search_module
 from tune_topkd.trials import Decision
@@ -44,7 +45,7 @@ def run(search, metric=value):
     """Drive a search to its end, one trial at a time, as a train function would."""
     while (record := search.next_trial()) is not None:
         search.started(record.key)
-        config = search.trial_config(record, None)
+        config = search.trial_config(record)
         for epoch in range(record.epoch + 1, EPOCHS + 1):
             reported = metric(config, epoch)
             if search.reported(record.key, epoch, {"val_top1": reported}) is not Decision.CONTINUE:
@@ -228,7 +229,7 @@ def test_baselines_cover_the_learning_rates_are_never_stopped_and_have_default_l
     state = run(search)
     assert [r.params for r in state.arm("kd")] == [{"lr": 0.01}, {"lr": 1.0}]
     assert all(r.status is TrialStatus.COMPLETED for arm in ("ce", "kd") for r in state.arm(arm))
-    config = search.trial_config(state.arm("kd")[1], "/t.pt")
+    config = search.trial_config(state.arm("kd")[1], SharedFiles(teacher_checkpoint="/t.pt"))
     assert (config.method, config.loss, config.recipe.lr, config.recipe.epochs) == ("kd", {}, 1.0, EPOCHS)
     assert {"ce", "kd"} <= set(METHODS)
 
@@ -243,7 +244,7 @@ def test_without_a_searched_recipe_a_baseline_runs_once(make):
 def test_a_trial_gets_the_fixed_the_searched_and_the_recipe(make):
     config = sweep_config(loss={"alpha": 2.5}, sweep={"seed": 7})
     search = make(config)
-    trial = search.trial_config(search.next_trial(), "/t.pt")
+    trial = search.trial_config(search.next_trial(), SharedFiles(teacher_checkpoint="/t.pt"))
     assert trial.loss == {"alpha": 2.5} | {name: v for name, v in DEFAULTS.items() if name != "lr"}
     assert (trial.recipe.lr, trial.seed, trial.teacher_checkpoint) == (0.1, 7, "/t.pt")
     assert trial.teacher.name == "digits_cnn"
@@ -334,7 +335,7 @@ def interleaved(search, at_once):
         if not live:
             return
         for record in list(live):
-            config = search.trial_config(record, None)
+            config = search.trial_config(record)
             search.reported(record.key, record.epoch + 1, {"val_top1": value(config, record.epoch + 1)})
             if record.status.is_end:
                 live.remove(record)
@@ -369,7 +370,7 @@ def test_one_trial_in_ten_that_turns_to_nan_costs_no_epoch_more_and_no_place_in_
         for record in list(live):
             epoch = record.epoch + 1
             is_bad = epoch == spoiled.get(record.key.number)
-            reported = 10 * value(search.trial_config(record, None), epoch) if record.key.number in spoiled else 1.0
+            reported = 10 * value(search.trial_config(record), epoch) if record.key.number in spoiled else 1.0
             search.reported(record.key, epoch, {"val_top1": math.nan if is_bad else reported + record.key.number})
             if record.status.is_end:
                 live.remove(record)
@@ -517,7 +518,7 @@ def faulty(search, at_once):
                 search.lost(record.key, loss[1], f"{loss[1]} of {record.key}", WIDE)
                 live.remove(record)
                 continue
-            config = search.trial_config(record, None)
+            config = search.trial_config(record)
             search.reported(record.key, record.epoch + 1, {"val_top1": value(config, record.epoch + 1)})
             if record.status.is_end:
                 live.remove(record)

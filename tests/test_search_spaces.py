@@ -18,6 +18,7 @@ from tune_topkd.cli.preflight import load_checked
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import Override
+from tune_topkd.config import SharedFiles
 from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
 from tune_topkd.data import dataset_info
@@ -407,7 +408,9 @@ def first_trial(config, folder):
     header = {"sweep": "t", "id": "i", "seed": 0, "trials": 1, "first": first_proposals(config)}
     with contextlib.closing(Ledger.create(folder / "ledger.jsonl", **header)) as ledger:
         search = Search(config, ledger)
-        return search.trial_config(search.next_trial(), config.teacher and config.teacher.checkpoint)
+        return search.trial_config(
+            search.next_trial(), SharedFiles(teacher_checkpoint=config.teacher and config.teacher.checkpoint)
+        )
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def sweep(tmp_path, cluster):
             ledger = Ledger.create(path, sweep="t", id=folder, seed=config.sweep.seed, trials=trials, first=[])
         with ledger:
             search = Search(config, ledger)
-            run_sweep(search, cluster=cluster, folder=path.parent, train=train, teacher_checkpoint=None)
+            run_sweep(search, cluster=cluster, folder=path.parent, train=train)
             return ledger.state
 
     return sweep

@@ -330,7 +330,7 @@ def trial_ids(program):
     with Ledger.open(copy) as ledger:
         search = Search(program.config, ledger)
         trials = ledger.state.trials
-        names = {torture.trial_id(search.trial_config(record, None)): tuple(key) for key, record in trials.items()}
+        names = {torture.trial_id(search.trial_config(record)): tuple(key) for key, record in trials.items()}
         assert len(names) == len(trials)
     return names
 

@@ -54,7 +54,7 @@ def drive(search, ends=None, *, stops=True, pause=0.0):
     reports = 0
     while (record := search.next_trial()) is not None:
         search.started(record.key)
-        config = search.trial_config(record, None)
+        config = search.trial_config(record)
         decision = Decision.CONTINUE
         while decision is Decision.CONTINUE:
             if reports == ends:

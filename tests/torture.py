@@ -92,7 +92,7 @@ def main():
             search.stopped()
             return
         with Cluster.attached(given.address) as cluster:
-            run_sweep(search, cluster=cluster, folder=given.folder, train=train, teacher_checkpoint=None)
+            run_sweep(search, cluster=cluster, folder=given.folder, train=train)
 
 
 if __name__ == "__main__":

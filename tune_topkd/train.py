@@ -7,7 +7,9 @@ bit.
 
 import contextlib
 import functools
+import gc
 import json
+import logging
 import math
 import random
 import time
@@ -35,8 +37,11 @@ from tune_topkd.config import RecipeConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import Batch
+from tune_topkd.data import Dataset
+from tune_topkd.data import FileSplit
 from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
+from tune_topkd.data import load_saved
 from tune_topkd.data import train_batches
 from tune_topkd.loss import CELoss
 from tune_topkd.loss import build_loss
@@ -73,6 +78,15 @@ IMAGES_PER_SECOND = "images_per_second"
 
 CHECKPOINT_NAME = "checkpoint.pt"
 
+GPU_PART = 0.95
+"""Of its share of a GPU's memory, what a training may allocate; the rest is for the CUDA context, which is not counted."""
+LONGEST_WAIT_FOR_MEMORY = 60.0
+"""Seconds that a training waits for its share of a GPU's memory."""
+_FREE_ENOUGH = 0.8
+"""Of that share: this process has its own context there already."""
+
+_log = logging.getLogger(__name__)
+
 Save: TypeAlias = Callable[[Path], None]
 
 
@@ -90,6 +104,43 @@ class Reporter(Protocol):
 
     def __call__(self, epoch: int, metrics: Mapping[str, float], save: Save, /) -> None:
         """Take note of an epoch."""
+
+
+@contextlib.contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Give torch's generators back at the end as they were at the start."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def in_share(config: TrialConfig, device: torch.device) -> Iterator[None]:
+    """Keep to the threads and the GPU memory that a training was given; wait for what the one before it had."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(config.threads or threads)
+        if device.type == "cuda":
+            part = GPU_PART * config.gpu_share if config.gpu_share < 1 else 1.0
+            torch.cuda.set_per_process_memory_fraction(part, device)
+            _await_memory(config.gpu_share, device)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _await_memory(share: float, device: torch.device) -> None:
+    """Wait until a GPU's memory is free as far as this share of it goes; a killed process's is for a while not."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    deadline = time.monotonic() + LONGEST_WAIT_FOR_MEMORY
+    while True:
+        free, total = torch.cuda.mem_get_info(device)
+        if free >= _FREE_ENOUGH * share * total:
+            return
+        if time.monotonic() > deadline:
+            _log.warning("only %.1f of the GPU's %.1f GB are free: going on with less", free / 1e9, total / 1e9)
+            return
+        time.sleep(0.5)
 
 
 def null_reporter(epoch: int, metrics: Mapping[str, float], save: Save) -> None:
@@ -132,14 +183,14 @@ def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Pa
             config.
     """
     device = default_device()
-    with _own_randomness(device):
+    with own_randomness(device), in_share(config, device):
         torch.manual_seed(config.seed % 2**64)
         trial = Training(config, device)
         if resume_from is not None:
             trial.restore(resume_from)
         while trial.epoch < config.recipe.epochs and not trial.diverged:
             trial.run_epoch()
-            with _own_randomness(device):
+            with own_randomness(device):
                 report(trial.epoch, dict(trial.metrics), trial.save)
     trial.model.eval()
     return TrainResult(trial.epoch, trial.metrics, trial.model, trial.diverged)
@@ -171,7 +222,7 @@ class Training:
         device = device or default_device()
         self.config = config
         self.device = device
-        self.dataset = load_dataset(config.data)
+        self.dataset = _dataset(config)
         self.train_split = self.dataset.train.to(device)
         self.val_split = self.dataset.val.to(device)
         student = _student(config.student, self.dataset.num_classes).to(device)
@@ -243,6 +294,17 @@ class Training:
 
         The means are on the device.
         """
+        names: list[str] = []
+        values: list[Tensor] = []
+        images = 0
+        for size, total, terms in self.steps():
+            values.append(torch.stack([total, *terms.values()]).detach())
+            names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
+            images += size
+        return names, torch.stack(values).double().mean(0), images
+
+    def steps(self) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+        """Train the epoch after `epoch` step by step: how many images, the loss and its unweighted terms, on the device."""
         self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
         batches = train_batches(
             self.train_split,
@@ -255,15 +317,8 @@ class Training:
         )
         if self.teacher is not None:
             self.teacher.begin(self.epoch + 1)
-        names: list[str] = []
-        values: list[Tensor] = []
-        images = 0
         for number, batch in enumerate(batches):
-            total, terms = self._step(batch, number)
-            values.append(torch.stack([total, *terms.values()]).detach())
-            names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
-            images += len(batch.labels)
-        return names, torch.stack(values).double().mean(0), images
+            yield len(batch.labels), *self._step(batch, number)
 
     def _step(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the optimiser; the loss and its unweighted terms on this batch."""
@@ -296,6 +351,19 @@ class Training:
         return None if self.teacher is None else self.teacher.logits(images, number)
 
 
+def _dataset(config: TrialConfig) -> Dataset:
+    data = config.data
+    if config.dataset_file is not None:
+        try:
+            return load_saved(data, Path(config.dataset_file))
+        except FileNotFoundError as error:
+            _log.warning("the dataset is read anew: %s", error)
+    dataset = load_dataset(data)
+    if data.workers is None and (config.threads or 1) > 1 and isinstance(dataset.train, FileSplit):
+        return load_dataset(data.model_copy(update={"workers": config.threads}))
+    return dataset
+
+
 def _student(config: StudentConfig, num_classes: int) -> nn.Module:
     model = build_configured(config, num_classes=num_classes)
     if config.checkpoint is not None:
@@ -322,7 +390,8 @@ def _identity(config: TrialConfig) -> str:
         content["student"]["checkpoint"] = file_hash(Path(config.student.checkpoint))
     for name in ("root", "download", "workers"):
         del content["data"][name]
-    del content["teacher_bank"]
+    for name in ("teacher_bank", "dataset_file", "threads", "gpu_share"):
+        del content[name]
     return json.dumps(content, sort_keys=True)
 
 
@@ -365,13 +434,6 @@ def _lr_factor(done: int, recipe: RecipeConfig) -> float:
 def _generator_states(device: torch.device) -> dict[str, Tensor]:
     on_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"cpu": torch.get_rng_state(), **on_gpu}
-
-
-@contextlib.contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Give torch's generators back at the end as they were at the start."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def _read(folder: Path) -> dict[str, Any]:

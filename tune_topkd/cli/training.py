@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from tune_topkd.cli import running
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import PairConfig
 from tune_topkd.config import dump_config
 
@@ -57,7 +58,7 @@ def train_one(config: PairConfig, name: str, seed: int, place: running.Place, co
     from tune_topkd.train import train
 
     running.ready_data(config)
-    taught = running.taught_by(config, place, console, seed) if config.method != "ce" else running.Taught()
+    taught = running.taught_by(config, place, console, seed) if config.method != "ce" else NO_FILES
     trial = running.trial_with(config, taught, seed)
     folder = _fresh(place.runs / FOLDER, f"{name}-seed{seed}")
     (folder / CONFIG_NAME).write_text(dump_config(trial), encoding="utf-8")

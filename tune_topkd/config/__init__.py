@@ -17,8 +17,10 @@ from tune_topkd.config.files import load_config
 from tune_topkd.config.files import load_pair
 from tune_topkd.config.files import parse_set
 from tune_topkd.config.files import read_yaml
+from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import METHODS
+from tune_topkd.config.sections import NO_FILES
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import SWEEP_NAME
 from tune_topkd.config.sections import AshaConfig
@@ -33,6 +35,7 @@ from tune_topkd.config.sections import RandAugmentConfig
 from tune_topkd.config.sections import RecipeConfig
 from tune_topkd.config.sections import RelativeConfig
 from tune_topkd.config.sections import Scalar
+from tune_topkd.config.sections import SharedFiles
 from tune_topkd.config.sections import StudentConfig
 from tune_topkd.config.sections import SweepConfig
 from tune_topkd.config.sections import SweepSettings
@@ -41,8 +44,10 @@ from tune_topkd.config.sections import TrialConfig
 from tune_topkd.config.validation import validated
 
 __all__ = [
+    "AUTO",
     "INTEGER_PARAMETERS",
     "METHODS",
+    "NO_FILES",
     "RECIPE_PARAMETERS",
     "SWEEP_NAME",
     "AshaConfig",
@@ -60,6 +65,7 @@ __all__ = [
     "RecipeConfig",
     "RelativeConfig",
     "Scalar",
+    "SharedFiles",
     "StudentConfig",
     "SweepConfig",
     "SweepSettings",

@@ -113,8 +113,9 @@ class DataConfig(_Section):
     mean: list[float] | None = None
     """Per channel, of pixels from 0 to 1; by default the field's constants or the training split's own."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
-    workers: int = Field(0, ge=0)
-    """Processes that decode and augment images one by one; 0 does it in the trial's own."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that decode and augment images one by one; 0 does it in the trial's own. By default as many as the trial
+    was given CPUs, if these are two or more and images are decoded."""
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -315,6 +316,28 @@ class BaselinesConfig(_Section):
     trials: int = Field(6, ge=1)
 
 
+AUTO = "auto"
+"""In place of a trial's share of a machine: measure how much is best."""
+
+
+def _cpus(value: float | str) -> float | str:
+    if isinstance(value, str) and value != AUTO:
+        raise ValueError("must be a number or auto")
+    if not isinstance(value, str) and value <= 0:
+        raise ValueError("must be greater than 0")
+    return value
+
+
+def _gpus(value: float | str) -> float | str:
+    if isinstance(value, str):
+        return _cpus(value)
+    if value < 0:
+        raise ValueError("must be greater than or equal to 0")
+    if value > 1 and value != int(value):
+        raise ValueError("must be a fraction up to 1 or a whole number")
+    return value
+
+
 class SweepSettings(_Section):
     """How the search is run."""
 
@@ -326,22 +349,16 @@ class SweepSettings(_Section):
     """Random proposals before Optuna's TPE takes over; the first one of all is the defaults."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; by default as many as the cluster has room for."""
-    cpus_per_trial: float = Field(1.0, gt=0)
-    gpus_per_trial: float = Field(0.0, ge=0)
-    """May be a fraction: 0.25 lets four trials share a GPU."""
+    cpus_per_trial: Annotated[float | str, AfterValidator(_cpus)] = 1.0
+    """`auto` measures how many trials, on how many CPUs each, train the most together."""
+    gpus_per_trial: Annotated[float | str, AfterValidator(_gpus)] = 0.0
+    """May be a fraction: 0.25 lets four trials share a GPU. `auto` measures how many do best."""
     max_failures: int = Field(3, ge=0)
     """Times that a trial whose worker died is started again from its last checkpoint; a lost node does not count."""
     trial_timeout: float = Field(3600.0, gt=0)
     """Seconds without a report after which a trial counts as hung and is ended; more than the longest epoch."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds after which no trial goes on; the sweep can be resumed."""
-
-    @field_validator("gpus_per_trial")
-    @classmethod
-    def _whole_above_one(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("must be a fraction up to 1 or a whole number")
-        return value
 
 
 class PairConfig(_Section):
@@ -367,20 +384,34 @@ class SweepConfig(PairConfig):
     baselines: BaselinesConfig | None = BaselinesConfig()
 
 
-class TrialConfig(_Section):
+class SharedFiles(_Section):
+    """What the trainings of a pair share: absolute paths."""
+
+    teacher_checkpoint: str | None = None
+    """The teacher's weights; needed by every method but `ce`."""
+    teacher_bank: str | None = None
+    """The folder that the bank of the teacher's logits lies in; None asks the teacher for every batch."""
+    dataset_file: str | None = None
+    """The dataset as `save_dataset` wrote it, which is mapped into memory instead of read anew."""
+
+
+NO_FILES = SharedFiles()
+
+
+class TrialConfig(SharedFiles):
     """All that one training needs: what `train` is called with."""
 
     data: DataConfig
     student: StudentConfig
     teacher: ModelConfig | None = None
-    teacher_checkpoint: str | None = None
-    """Absolute path of the teacher's weights; needed by every method but `ce`."""
-    teacher_bank: str | None = None
-    """Absolute path of the folder that the bank of the teacher's logits lies in; None asks the teacher for every batch."""
     method: Method = "topkd"
     loss: dict[str, Scalar] = Field(default_factory=dict)
     recipe: RecipeConfig
     seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1)
+    """Of the CPU; None leaves torch's number. The last bits of a result on the CPU may depend on it."""
+    gpu_share: float = Field(1.0, gt=0, le=1)
+    """Of the GPU's memory: more is refused, so that those beside it have theirs."""
 
 
 RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma")

@@ -19,6 +19,8 @@ from tune_topkd.data.datasets import fingerprint
 from tune_topkd.data.datasets import load_dataset
 from tune_topkd.data.datasets import missing_data
 from tune_topkd.data.datasets import needs_files
+from tune_topkd.data.saving import load_saved
+from tune_topkd.data.saving import save_dataset
 from tune_topkd.data.sources import data_root
 from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import Dataset
@@ -45,9 +47,11 @@ __all__ = [
     "eval_batches",
     "fingerprint",
     "load_dataset",
+    "load_saved",
     "missing_data",
     "needs_files",
     "numbered_views",
+    "save_dataset",
     "shown",
     "train_batches",
     "view",

@@ -21,11 +21,13 @@ from tune_topkd.data.views import resized
 from tune_topkd.data.views import view
 from tune_topkd.data.views import views_of
 
-CHUNK_BYTES = 2**26
-"""Size of the float images that are prepared at once: on small images a call per batch costs more than its work."""
+CHUNK_BYTES = 2**24
+"""Size of the float images that are prepared at once: on small images a call per batch costs more than its work. More
+than the allocator keeps costs twice as much."""
 
 EVAL_BATCH = 512
-"""Images that are evaluated at once, if they are so small that their pixels stay below `CHUNK_BYTES`."""
+"""Images that are evaluated at once, if they are so small that their pixels stay below `EVAL_BYTES`."""
+EVAL_BYTES = 2**26
 
 
 class Batch(NamedTuple):
@@ -142,7 +144,7 @@ def count_hits(model: nn.Module, split: AnySplit, *, mean: Sequence[float], std:
     was_training = model.training
     model.eval()
     hits = torch.zeros(2, dtype=torch.int64, device=split.device)
-    batch_size = min(EVAL_BATCH, max(1, CHUNK_BYTES // _image_bytes(split)))
+    batch_size = min(EVAL_BATCH, max(1, EVAL_BYTES // _image_bytes(split)))
     with torch.no_grad():
         for batch in eval_batches(split, mean=mean, std=std, batch_size=batch_size):
             logits = model(batch.images)

@@ -105,13 +105,19 @@ def load_dataset(config: DataConfig) -> Dataset:
             out as they must be; or fractions that leave a split without an image of some class.
     """
     _get(_source(config), config)
-    alike = {"root": str(data_root(config)), "download": False, "augment": AugmentConfig()}  # the splits are the same
-    return _loaded(config.model_copy(update=alike).model_dump_json())
+    root = str(data_root(config)) if needs_files(config) else ""  # the working directory is another for each trial
+    return _loaded(read_as(config), root, config.workers or 0)
+
+
+def read_as(config: DataConfig) -> str:
+    """All that the images, labels and splits of a dataset depend on besides its files, as JSON."""
+    alike = {"root": None, "download": False, "workers": None, "augment": AugmentConfig()}
+    return config.model_copy(update=alike).model_dump_json()
 
 
 @functools.lru_cache(maxsize=2)  # the trials of a sweep share a process and a dataset
-def _loaded(text: str) -> Dataset:
-    config = DataConfig.model_validate_json(text)
+def _loaded(text: str, root: str, workers: int) -> Dataset:
+    config = DataConfig.model_validate_json(text).model_copy(update={"root": root, "workers": workers})
     source = _source(config)
     whole, own_test = source.read(config)
     num_classes = source.info(config).num_classes
@@ -148,10 +154,10 @@ def _prepared(split: AnySplit, config: DataConfig) -> AnySplit:
     side = config.image_size
     if side is not None and max(split.images.shape[-2:]) > side:
         images = torch.cat([resized(some, side) for some in torch.split(split.images, _RESIZED_AT_ONCE)])
-        return Split(images, split.labels, workers=config.workers)
+        return Split(images, split.labels, workers=config.workers or 0)
     if split.images.shape[-2:] == (side, side):
         side = None
-    return dataclasses.replace(split, image_size=side, workers=config.workers)
+    return dataclasses.replace(split, image_size=side, workers=config.workers or 0)
 
 
 def _get(source: Source, config: DataConfig) -> None:

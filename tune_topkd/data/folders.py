@@ -81,7 +81,7 @@ class TinyImageNet(Source):
 
     def read(self, config: DataConfig) -> Parts:
         """Decodes by as many processes as `data.workers` says."""
-        train, test = (_in_memory(images, self._side, config.workers) for images in self._images(config))
+        train, test = (_in_memory(images, self._side, config.workers or 0) for images in self._images(config))
         return Parts(train, test)
 
     def _images(self, config: DataConfig) -> tuple[Images, Images]:
@@ -175,7 +175,7 @@ class ImageNet(Source):
     def read(self, config: DataConfig) -> Parts:
         """Paths; images are decoded when they come into a batch."""
         side = config.image_size or self._side
-        train, test = (i.split((side, side), fitted=True, workers=config.workers) for i in self._images(config))
+        train, test = (i.split((side, side), fitted=True, workers=config.workers or 0) for i in self._images(config))
         return Parts(train, test)
 
     def _images(self, config: DataConfig) -> tuple[Images, Images]:
@@ -243,8 +243,8 @@ class ImageFolder(Source):
         size = (side, side) if side else _common_size((*train.paths, *(test.paths if test else ())))
         fitted = side is not None
         return Parts(
-            train.split(size, fitted=fitted, workers=config.workers),
-            None if test is None else test.split(size, fitted=fitted, workers=config.workers),
+            train.split(size, fitted=fitted, workers=config.workers or 0),
+            None if test is None else test.split(size, fitted=fitted, workers=config.workers or 0),
         )
 
     def _images(self, config: DataConfig) -> tuple[Images, Images | None]:

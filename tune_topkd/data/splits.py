@@ -22,6 +22,24 @@ class DatasetInfo:
 
 
 @dataclass(frozen=True)
+class Mapped:
+    """Where in a file of `save_dataset` a split's images are: whoever is told can map them and needs no copy."""
+
+    path: str
+    split: str
+
+    def images(self) -> Tensor:
+        """The images, mapped; a page is read when it is needed.
+
+        Raises:
+            OSError: the file is gone.
+        """
+        content = torch.load(self.path, mmap=True, weights_only=True)
+        images: Tensor = content["splits"][self.split]["images"]
+        return images
+
+
+@dataclass(frozen=True)
 class Split:
     """Images `(N, C, H, W)` uint8 and labels `(N,)` int64, on one device. Shared: not to be written to."""
 
@@ -33,6 +51,8 @@ class Split:
     """Processes that augment images one by one, where the augmentation needs that; 0 does it in this one."""
     host: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
     """The same images on the CPU, where those that are augmented one by one are taken from."""
+    file: Mapped | None = dataclasses.field(default=None, repr=False, compare=False)
+    """Where they are mapped from, if they are."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -56,7 +76,7 @@ class Split:
 
     def subset(self, indices: Tensor) -> "Split":
         """The images with these indices, `(n,)` int64, in this order."""
-        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], host=None)
+        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices], host=None, file=None)
 
 
 @dataclass(frozen=True)

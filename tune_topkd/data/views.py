@@ -4,6 +4,7 @@ Padding, cropping and flipping is done for whole batches, on their device. All o
 image at a time on the CPU, in worker processes if there are any, with torch's generator seeded for each image.
 """
 
+import os
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from tune_topkd.data.randomness import DRAW_BITS
 from tune_topkd.data.randomness import VIEW
 from tune_topkd.data.randomness import random_bits
 from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import Mapped
 from tune_topkd.data.splits import Split
 
 EVAL_MARGIN = 8 / 7
@@ -132,7 +134,7 @@ def views_of(
     """
     if isinstance(split, Split):
         images = split.images if split.host is None else split.host
-        views = _Views(None, images.cpu(), augment, seed, epoch, split.image_size)
+        views = _Views(None, images.cpu(), augment, seed, epoch, split.image_size, file=split.file)
     else:
         views = _Views(split.paths, None, augment, seed, epoch, None, split.size, split.fitted)
     lists: list[list[int]] = [indices.tolist() for indices in batches]
@@ -181,8 +183,9 @@ class _Views:
         image_size: int | None,
         size: tuple[int, int] | None = None,
         fitted: bool = False,
+        file: Mapped | None = None,
     ) -> None:
-        self.paths, self.images = paths, images
+        self.paths, self.images, self.file = paths, images, file
         self.augment, self.seed, self.epoch = augment, seed, epoch
         self.size, self.fitted = size, fitted
         if image_size is not None:
@@ -191,6 +194,16 @@ class _Views:
             size = (images.shape[-2], images.shape[-1])
         assert size is not None, "files come with their size"
         self.final_size = size
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: a tensor would be moved to shared memory, which every trial would fill anew."""
+        is_mapped = self.file is not None and os.path.exists(self.file.path)
+        return self.__dict__ | ({"images": None} if is_mapped else {"file": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if self.file is not None:
+            self.images = self.file.images()
 
     def __getitem__(self, indices: list[int]) -> Made | str:
         """The batch, or what is wrong with it: an exception out of a worker would come with the worker's trace."""

@@ -93,7 +93,7 @@ class Cluster:
     @classmethod
     def now(cls) -> "Cluster":
         """The nodes there are at this moment."""
-        return cls(tuple(_resources(node) for node in ray.nodes() if node["Alive"]))
+        return cls(tuple(resources(node) for node in ray.nodes() if node["Alive"]))
 
     def room(self, config: SweepConfig) -> int:
         """How many trials fit at once.
@@ -113,7 +113,7 @@ class Cluster:
 
     def room_for(self, share: Share) -> int:
         """How many trials of this share fit at once."""
-        return sum(_fitting(node, share) for node in self.nodes)
+        return sum(fitting(node, share) for node in self.nodes)
 
     def larger(self, share: Share) -> Share | None:
         """The next larger share of a node: twice as much of what a trial shares with others; none if it has all.
@@ -127,7 +127,15 @@ class Cluster:
 
 def share_of(config: SweepConfig) -> Share:
     """What each trial is given of a node."""
-    return Share(config.sweep.cpus_per_trial, config.sweep.gpus_per_trial)
+    cpus, gpus = config.sweep.cpus_per_trial, config.sweep.gpus_per_trial
+    assert not isinstance(cpus, str), "auto is measured before a sweep begins"
+    assert not isinstance(gpus, str), "auto is measured before a sweep begins"
+    return Share(cpus, gpus)
+
+
+def trial_part(share: Share) -> dict[str, Any]:
+    """What a trial is told of its share: the fields of a `TrialConfig`."""
+    return {"threads": max(int(share.cpus), 1), "gpu_share": min(share.gpus, 1.0) or 1.0}
 
 
 def check_address(address: str) -> None:
@@ -165,7 +173,7 @@ def check_nodes(worker: Worker, folder: Path, share: Share) -> None:
             return f"{folder} cannot be written to"
         return ""
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and _fitting(_resources(node), share)]
+    nodes = [node for node in ray.nodes() if node["Alive"] and fitting(resources(node), share)]
     arguments = ray.cloudpickle.dumps(worker), str(folder), LEDGER_FILE
     answers = {}
     for node in nodes:
@@ -281,11 +289,13 @@ def _shutdown() -> None:
             gc.enable()
 
 
-def _resources(node: dict[str, Any]) -> Share:
+def resources(node: dict[str, Any]) -> Share:
+    """What one of Ray's nodes has."""
     return Share(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
 
 
-def _fitting(node: Share, share: Share) -> int:
+def fitting(node: Share, share: Share) -> int:
+    """How many trials of this share fit on a node at once."""
     by_cpu = math.floor(node.cpus / share.cpus + 1e-9)
     if share.gpus == 0:
         return by_cpu

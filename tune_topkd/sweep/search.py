@@ -5,6 +5,7 @@ drawn by a sampler seeded with (the sweep's seed, n) from a study rebuilt out of
 by the same reports in the same order. Nothing here knows Ray's trials; `tuning` calls these methods.
 """
 
+import copy
 import hashlib
 import heapq
 import logging
@@ -12,24 +13,28 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
-from typing import Self
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.schedulers import TrialScheduler
 
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import Scalar
+from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.space import Axis
@@ -210,9 +215,7 @@ class Search:
         self._write(("stop", {"reason": reason, "error": trouble if reason == "trouble" else self.fatal}))
         return reason
 
-    def trial_config(
-        self, record: TrialRecord, teacher_checkpoint: str | None, teacher_bank: str | None = None
-    ) -> TrialConfig:
+    def trial_config(self, record: TrialRecord, files: SharedFiles = NO_FILES) -> TrialConfig:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
         arm, config = record.key.arm, self.config
         recipe = config.recipe.model_dump() | {n: v for n, v in record.params.items() if n in RECIPE_PARAMETERS}
@@ -221,8 +224,7 @@ class Search:
             data=config.data,
             student=config.student,
             teacher=config.teacher.model if config.teacher else None,
-            teacher_checkpoint=teacher_checkpoint,
-            teacher_bank=teacher_bank,
+            **files.model_dump(),
             method=config.method if arm == SEARCH else arm,  # an arm is a method's name
             loss=config.loss | searched if arm == SEARCH else {},
             recipe=RecipeConfig.model_validate(recipe),
@@ -298,36 +300,29 @@ class Proposer:
         self.distributions = {axis.name: _distribution(axis) for axis in axes}
         self.study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
         self._asked: dict[int, optuna.Trial] = {}
+        self._best: list[tuple[float, int]] = []
+        """A heap of the completed ones with the highest values: the value and minus the number."""
 
     def ask(self, number: int) -> dict[str, Scalar]:
         """The sampler's proposal `number`, entered."""
-        if number > LONGEST_HISTORY:
-            return self.take(number, self.would_ask(number))
-        self.study.sampler = self._sampler(number)
-        trial = self.study.ask(self.distributions)
-        assert trial.number == number, "Optuna's trials are numbered as ours"
-        self._asked[number] = trial
-        return dict(trial.params)
+        return self.take(number, self.would_ask(number))
 
     def would_ask(self, number: int) -> dict[str, Scalar]:
         """What `ask` would give, without entering it."""
         return self._beside(self._history(), number)
 
-    def _beside(self, trials: Sequence[optuna.trial.FrozenTrial], number: int) -> dict[str, Scalar]:
+    def _beside(self, trials: Sequence[FrozenTrial], number: int) -> dict[str, Scalar]:
         """What the sampler proposes after these trials."""
-        study = optuna.create_study(direction="maximize", sampler=self._sampler(number))
-        study.add_trials(trials)
+        study = optuna.create_study(direction="maximize", sampler=self._sampler(number), storage=_Borrowed(trials))
         return dict(study.ask(self.distributions).params)
 
-    def _history(self) -> list[optuna.trial.FrozenTrial]:
+    def _history(self) -> list[FrozenTrial]:
         """The trials that the sampler looks at: all of a short sweep; of a long one those at work, the best, the newest."""
         trials = self.study.get_trials(deepcopy=False)
         if len(trials) <= LONGEST_HISTORY:
             return trials
-        completed = (trial for trial in trials if trial.state is TrialState.COMPLETE)
-        best = heapq.nlargest(LONGEST_HISTORY // 5, completed, key=lambda trial: (trial.value, -trial.number))
-        kept = {trial.number for trial in [*best, *trials[-LONGEST_HISTORY + len(best) :]]}
-        return [trial for trial in trials if trial.number in kept or trial.state is TrialState.RUNNING]
+        newest = range(len(trials) - LONGEST_HISTORY + len(self._best), len(trials))
+        return [trials[number] for number in sorted({-n for _, n in self._best} | self._asked.keys() | {*newest})]
 
     def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
         """Enter a proposal that is not the sampler's, or that it made in an earlier run."""
@@ -349,7 +344,12 @@ class Proposer:
             for epoch, metrics in record.reports.items():
                 trial.report(metrics[OBJECTIVE], epoch)
         state = optuna_state(record.status)
-        self.study.tell(trial, record.value if state is TrialState.COMPLETE else None, state=state)
+        value = record.value if state is TrialState.COMPLETE else None
+        self.study.tell(trial, value, state=state)
+        if value is not None:
+            heapq.heappush(self._best, (value, -record.key.number))
+            if len(self._best) > LONGEST_HISTORY // 5:
+                heapq.heappop(self._best)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{number}".encode()).digest()[:4])
@@ -417,31 +417,33 @@ def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> 
     return {"arm": key.arm, "number": key.number, "epoch": epoch, **outcome}
 
 
-class _Shared:
-    """Is its own copy: Optuna copies every trial that a study is given, and with it each distribution, never changed."""
+class _Borrowed(InMemoryStorage):
+    """Has a study see another's trials as they are: one that it is given it would copy, and a late proposal sees many."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
+    def __init__(self, trials: Sequence[FrozenTrial]) -> None:
+        super().__init__()
+        self._trials = [self._renumbered(t) if t.number == 0 else t for t in trials]
 
+    @staticmethod
+    def _renumbered(trial: FrozenTrial) -> FrozenTrial:
+        """0 is the number of the one that is asked for here; the sampler passes over it."""
+        trial = copy.copy(trial)
+        trial.number = -1
+        return trial
 
-class _Choice(_Shared, CategoricalDistribution):
-    pass
-
-
-class _Int(_Shared, IntDistribution):
-    pass
-
-
-class _Float(_Shared, FloatDistribution):
-    pass
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        seen = [trial for trial in self._trials if states is None or trial.state in states]
+        return [*(copy.deepcopy(seen) if deepcopy else seen), *super().get_all_trials(study_id, deepcopy, states)]
 
 
 def _distribution(axis: Axis) -> BaseDistribution:
     if axis.kind == "choice":
-        return _Choice(axis.choices)
+        return CategoricalDistribution(axis.choices)
     if axis.kind == "int":
-        return _Int(int(axis.low), int(axis.high), log=axis.log)
-    return _Float(axis.low, axis.high, log=axis.log)
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
+    return FloatDistribution(axis.low, axis.high, log=axis.log)
 
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # what it says of each trial is in the ledger

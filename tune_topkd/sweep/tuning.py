@@ -25,6 +25,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
+from tune_topkd.config import NO_FILES
+from tune_topkd.config import SharedFiles
 from tune_topkd.sweep.cluster import LONGEST_START_OF_A_WORKER
 from tune_topkd.sweep.cluster import Cluster
 from tune_topkd.sweep.cluster import ResourceError
@@ -33,6 +35,7 @@ from tune_topkd.sweep.cluster import is_node_loss
 from tune_topkd.sweep.cluster import kill_worker
 from tune_topkd.sweep.cluster import scratch_folder
 from tune_topkd.sweep.cluster import share_of
+from tune_topkd.sweep.cluster import trial_part
 from tune_topkd.sweep.cluster import whereabouts
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
@@ -66,8 +69,7 @@ def run_sweep(
     cluster: Cluster,
     folder: Path,
     train: TrainFunction,
-    teacher_checkpoint: str | None,
-    teacher_bank: str | None = None,
+    files: SharedFiles = NO_FILES,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
@@ -79,8 +81,7 @@ def run_sweep(
         cluster: the Ray to run on.
         folder: the sweep's folder, absolute, on storage that all nodes see.
         train: what runs a trial; must be importable on the workers.
-        teacher_checkpoint: absolute path of the teacher's weights.
-        teacher_bank: absolute path of the folder of the bank of its logits, if there is to be one.
+        files: what all trials share, where all nodes see it.
 
     Raises:
         ResourceError: a trial can never be placed, or the workers cannot import the train function or see the folder.
@@ -96,7 +97,7 @@ def run_sweep(
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([{"CPU": config["share"][0], "GPU": config["share"][1]}])
 
-    bridge = _Bridge(search, folder, teacher_checkpoint, teacher_bank)
+    bridge = _Bridge(search, folder, files)
     with scratch_folder() as scratch:
         _tuner(trial, resources, bridge, scratch).fit()
     if bridge.trouble:
@@ -135,11 +136,11 @@ class _Bridge:
     What goes wrong outside the trials is `trouble`: it ends the sweep, and every trial at work stays without an end.
     """
 
-    def __init__(self, search: Search, folder: Path, teacher_checkpoint: str | None, teacher_bank: str | None) -> None:
+    def __init__(self, search: Search, folder: Path, files: SharedFiles) -> None:
         self.search = search
         self.trouble = ""
         self._folder = folder
-        self._teacher = teacher_checkpoint, teacher_bank
+        self._files = files
         self._room = Cluster.now().room(search.config)
         self._live: set[TrialKey] = set()
         self._at_work: dict[TrialKey, _Place] = {}
@@ -166,10 +167,10 @@ class _Bridge:
 
     def _started_with(self, record: TrialRecord) -> dict[str, Any]:
         self._live.add(record.key)
-        config = self.search.trial_config(record, *self._teacher)
         share = record.share
         if share is None or not Cluster.now().room_for(share):  # the node that had room for the larger one is gone
             share = share_of(self.search.config)
+        config = self.search.trial_config(record, self._files).model_copy(update=trial_part(share))
         return {
             "label": f"{record.key}-{len(record.retries)}" if record.retries else str(record.key),
             "key": list(record.key),
