@@ -91,8 +91,11 @@ def run(
     epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the proposals and of every trial.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Trials at once [default: what fits].")] = None,
-    cpus_per_trial: Annotated[float | None, typer.Option()] = None,
-    gpus_per_trial: Annotated[float | None, typer.Option(help="May be a fraction: 0.25 shares a GPU by four.")] = None,
+    cpus_per_trial: Annotated[str | None, typer.Option(metavar="N|auto", help="auto: measured.")] = None,
+    gpus_per_trial: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", help="May be a fraction: 0.25 shares a GPU by four. auto: measured."),
+    ] = None,
     time_budget: TimeBudget = None,
     runs_dir: RunsDir = Path("runs"),
     mlflow_uri: MlflowUri = None,
@@ -106,8 +109,8 @@ def run(
         "recipe.epochs": ("--epochs", epochs),
         "sweep.seed": ("--seed", seed),
         "sweep.max_concurrent": ("--max-concurrent", max_concurrent),
-        "sweep.cpus_per_trial": ("--cpus-per-trial", cpus_per_trial),
-        "sweep.gpus_per_trial": ("--gpus-per-trial", gpus_per_trial),
+        "sweep.cpus_per_trial": ("--cpus-per-trial", _number(cpus_per_trial)),
+        "sweep.gpus_per_trial": ("--gpus-per-trial", _number(gpus_per_trial)),
         "sweep.time_budget": ("--time-budget", time_budget),
     }
     overrides = [parse_set(text) for text in set_ or []]
@@ -258,7 +261,7 @@ def teacher(
     taught = running.taught_by(config, place, _stderr(), seed)
     if fill_bank:
         running.fill_bank(config, taught, seed, _stderr())
-    typer.echo(taught.checkpoint)
+    typer.echo(taught.teacher_checkpoint)
 
 
 @app.command()
@@ -362,6 +365,14 @@ def _conclude(outcomes: list[running.Outcome], console: Console) -> None:
             console.print(f"interrupted; `python launch.py resume {sweep}` goes on", style="bold")
     codes = [outcome.exit_code for outcome in outcomes]
     raise typer.Exit(max(codes, default=0))
+
+
+def _number(text: str | None) -> float | str | None:
+    """An option's number; what is none is for the config to judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> running.Place:

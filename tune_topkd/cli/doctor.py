@@ -1,11 +1,13 @@
 """What is installed, what the machine or cluster has, and what is wrong."""
 
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from tune_topkd.cli import preflight
 from tune_topkd.cli.running import Place
@@ -50,6 +52,13 @@ def _torch() -> Iterator[Finding]:
         return
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Finding("GPUs", ", ".join(gpus) or "none; trials run on the CPU")
+    if gpus:
+        pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))  # noqa: S108 (NVIDIA's default)
+        is_there = (pipes / "control").exists()
+        remedy = (
+            "trials that share a GPU take turns on it; nvidia-cuda-mps-control -d, before Ray starts, lets them overlap"
+        )
+        yield Finding("CUDA MPS", "runs" if is_there else f"does not run: {remedy}")
 
 
 def _ray(place: Place) -> Iterator[Finding]:

@@ -101,11 +101,11 @@ def check_machine(config: SweepConfig, source: str) -> None:
     settings = config.sweep
     problems = []
     gpus = torch.cuda.device_count() if settings.gpus_per_trial else 0
-    if settings.gpus_per_trial > gpus:
+    if gpus < (1 if isinstance(settings.gpus_per_trial, str) else settings.gpus_per_trial):
         rule = f"this machine has {gpus} GPUs that torch can use; 0 trains on the CPU, --address uses a cluster"
         problems.append(_problem("sweep.gpus_per_trial", rule, settings.gpus_per_trial))
     cpus = len(os.sched_getaffinity(0))
-    if settings.cpus_per_trial > cpus:
+    if not isinstance(settings.cpus_per_trial, str) and settings.cpus_per_trial > cpus:
         rule = f"this machine has {cpus} CPUs; --address uses a cluster"
         problems.append(_problem("sweep.cpus_per_trial", rule, settings.cpus_per_trial))
     if problems:

@@ -21,10 +21,13 @@ from rich.console import Console
 from tune_topkd import __version__
 from tune_topkd.cli import display
 from tune_topkd.cli import preflight
+from tune_topkd.config import AUTO
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
+from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from tune_topkd.teacher import Teacher
 
 CONFIG_FILE = "sweep.yaml"
+DATASET_FILE = "dataset.pt"
 LOG_FILE = "sweep.log"
 DONE, USER_ERROR, NO_SUCCESS, INTERRUPTED = 0, 2, 3, 130
 WARM_STARTS = 3
@@ -168,11 +172,12 @@ def start(
     """Run a new sweep to its end, an interruption or its time budget."""
     from tune_topkd.data import dataset_info
 
-    config, folder = checked.config, place.folder(name)
+    folder = place.folder(name)
     for warning in checked.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
-    ready_data(config)
-    teacher = ready_teacher(config, place, console)
+    ready_data(checked.config)
+    teacher = ready_teacher(checked.config, place, console)
+    config = _packed(checked.config, place, console)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, dump_config(config))
     header = {
@@ -245,15 +250,9 @@ def ready_teacher(config: PairConfig, place: Place, console: Console) -> dict[st
     return {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {}
 
 
-@dataclass(frozen=True)
-class Taught:
-    """Where trials find their teacher: absolute paths, as a `TrialConfig` has them."""
-
-    checkpoint: str | None = None
-    bank: str | None = None
-
-
-def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0, *, is_told: bool = False) -> Taught:
+def taught_by(
+    config: PairConfig, place: Place, console: Console, seed: int = 0, *, is_told: bool = False
+) -> SharedFiles:
     """The teacher, trained first if need be, and the folder of the bank of its logits, if there is to be one.
 
     Args:
@@ -268,23 +267,22 @@ def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0,
     """
     teacher = _teacher(config, place, Console(quiet=True) if is_told else console)
     if teacher is None:
-        return Taught()
+        return NO_FILES
     folder = place.runs / "teachers" / teacher.key
-    trial = trial_with(config, Taught(str(teacher.path), str(folder)), seed)
-    why_not = _no_bank(config, trial)
+    files = SharedFiles(teacher_checkpoint=str(teacher.path), teacher_bank=str(folder))
+    why_not = _no_bank(config, trial_with(config, files, seed))
     if why_not:
         console.print(f"teacher logits: asked for every batch: {why_not}", highlight=False, soft_wrap=True)
-    return Taught(str(teacher.path), None if why_not else str(folder))
+    return files.model_copy(update={"teacher_bank": None}) if why_not else files
 
 
-def trial_with(config: PairConfig, taught: Taught, seed: int) -> TrialConfig:
+def trial_with(config: PairConfig, files: SharedFiles, seed: int) -> TrialConfig:
     """The training that a pair's config describes by itself."""
     return TrialConfig(
         data=config.data,
         student=config.student,
-        teacher=config.teacher.model if config.teacher and taught.checkpoint else None,
-        teacher_checkpoint=taught.checkpoint,
-        teacher_bank=taught.bank,
+        teacher=config.teacher.model if config.teacher and files.teacher_checkpoint else None,
+        **files.model_dump(),
         method=config.method,
         loss=config.loss,
         recipe=config.recipe,
@@ -292,7 +290,33 @@ def trial_with(config: PairConfig, taught: Taught, seed: int) -> TrialConfig:
     )
 
 
-def fill_bank(config: PairConfig, taught: Taught, seed: int, console: Console) -> None:
+def _packed(config: SweepConfig, place: Place, console: Console) -> SweepConfig:
+    """The config with each trial's share of a node, measured where it says `auto`.
+
+    Raises:
+        ResourceError: no trial can be run.
+    """
+    settings = config.sweep
+    if AUTO not in (settings.cpus_per_trial, settings.gpus_per_trial):
+        return config
+    from tune_topkd.speed import Probe
+    from tune_topkd.sweep import Cluster
+    from tune_topkd.sweep import pack
+
+    trial = trial_with(config, taught_by(config, place, console, settings.seed, is_told=True), settings.seed)
+    status = console.status("measuring how many trials to run at once") if console.is_terminal else None
+    with status or contextlib.nullcontext(), Cluster.attached(place.address):
+        tried = pack(config, trial, Probe)
+    best = tried[0]
+    rates = ", ".join(f"{p.at_once}: {p.images_per_second:,.0f}" for p in sorted(tried, key=lambda p: p.at_once))
+    text = f"packing: {best.at_once} trials at once, each on {best.share.cpus:g} CPUs"
+    text += f" and {best.share.gpus:g} GPUs" if best.share.gpus else ""
+    console.print(f"{text} (trials: images/s of all; {rates})", highlight=False, soft_wrap=True)
+    shares = {"cpus_per_trial": best.share.cpus, "gpus_per_trial": best.share.gpus}
+    return config.model_copy(update={"sweep": settings.model_copy(update=shares)})
+
+
+def fill_bank(config: PairConfig, files: SharedFiles, seed: int, console: Console) -> None:
     """Ask the teacher for all that its bank lacks; may be killed and gone on with.
 
     Raises:
@@ -301,12 +325,12 @@ def fill_bank(config: PairConfig, taught: Taught, seed: int, console: Console) -
     from tune_topkd.teacher import fill_bank as fill
     from tune_topkd.train import default_device
 
-    if taught.bank is None:
+    if files.teacher_bank is None:
         raise ConfigError("--fill-bank", [Problem(key="teacher", rule="has no bank for this space")])
     status = console.status("filling the bank") if console.is_terminal else None
     with status or contextlib.nullcontext():
         tell = (lambda share: status.update(f"filling the bank: {share:.0%}")) if status else (lambda share: None)
-        bank = fill(trial_with(config, taught, seed), default_device(), tell)
+        bank = fill(trial_with(config, files, seed), default_device(), tell)
     console.print(f"bank: {bank.filled():,} views in {bank.path}", highlight=False, soft_wrap=True)
 
 
@@ -359,14 +383,16 @@ def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) 
     """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
     folder = ledger.path.parent
     ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
-    taught = taught_by(config, place, console, config.sweep.seed, is_told=True)
+    files = taught_by(config, place, console, config.sweep.seed, is_told=True)
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
         _sigterm_as_sigint(),
         _trackers(config, ledger, place, console, terminal) as trackers,
+        _dataset_file(config, folder, console) as dataset_file,
     ):
-        reason = _search(config, ledger, place, taught, trackers, terminal)
+        files = files.model_copy(update={"dataset_file": dataset_file})
+        reason = _search(config, ledger, place, files, trackers, terminal)
     _finish(config, ledger.state, place, console)
     trouble = trackers[0].trouble
     if trouble:
@@ -379,7 +405,7 @@ def _search(
     config: SweepConfig,
     ledger: Ledger,
     place: Place,
-    taught: Taught,
+    files: SharedFiles,
     trackers: Sequence[Any],
     terminal: TextIO,
 ) -> str:
@@ -405,11 +431,32 @@ def _search(
                 cluster=cluster,
                 folder=ledger.path.parent,
                 train=train,
-                teacher_checkpoint=taught.checkpoint,
-                teacher_bank=taught.bank,
+                files=files,
             )
     except KeyboardInterrupt:  # before Ray Tune listens, or a second time
         return search.stopped()
+
+
+@contextlib.contextmanager
+def _dataset_file(config: SweepConfig, folder: Path, console: Console) -> Iterator[str | None]:
+    """The dataset in a file, for as long as this lasts: the trials on a node map it, and hold its images once."""
+    from tune_topkd.data import load_dataset
+    from tune_topkd.data import save_dataset
+
+    path = folder / DATASET_FILE
+    try:
+        is_written = save_dataset(config.data, load_dataset(config.data), path)
+    except OSError as error:
+        is_written = False
+        text = f"note: each worker reads the dataset by itself: {path}: {error.strerror or error}"
+        console.print(text, style="yellow", soft_wrap=True)
+    try:
+        yield str(path.absolute()) if is_written else None
+    finally:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s is left there: %s", path, error.strerror or error)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,79 @@
+"""How fast a training is, and how much memory it takes, beside others like it: what packing trials goes by."""
+
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tune_topkd.config import TrialConfig
+from tune_topkd.train import Training
+from tune_topkd.train import default_device
+from tune_topkd.train import in_share
+from tune_topkd.train import own_randomness
+
+WARM_STEPS = 5
+STEPS_BETWEEN_LOOKS = 5
+"""At the clock, for which a GPU is waited for: a training waits once an epoch."""
+CONTEXT_BYTES = 600 * 2**20
+"""What a process takes of a GPU besides what torch counts, about."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one training came to.
+
+    `peak_bytes` is the most that it took, of the GPU if it has one, else of the machine, which have `total_bytes`.
+    """
+
+    images_per_second: float
+    peak_bytes: int
+    total_bytes: int
+
+
+class Probe:
+    """A training that is run for its speed alone. It fills the bank with what it is shown, as a trial would."""
+
+    def __init__(self, config: TrialConfig) -> None:
+        """Build all of it and take the first steps, which are slower than the rest.
+
+        Raises:
+            ValueError: what the config names does not exist or does not fit together.
+        """
+        self._config = config
+        self._device = default_device()
+        with own_randomness(self._device), in_share(config, self._device):
+            torch.manual_seed(config.seed % 2**64)
+            self._training = Training(config, self._device)
+            self._train(steps=WARM_STEPS)
+
+    def __call__(self, seconds: float) -> Speed:
+        """Train for so many seconds, over the same images again and again."""
+        with own_randomness(self._device), in_share(self._config, self._device):
+            started = time.perf_counter()
+            images = self._train(until=started + seconds)
+            rate = images / (time.perf_counter() - started)
+        return Speed(rate, *self._memory())
+
+    def _train(self, steps: int | None = None, until: float | None = None) -> int:
+        images = done = 0
+        while True:
+            for size, _, _ in self._training.steps():
+                images, done = images + size, done + 1
+                if done == steps or (until is not None and done % STEPS_BETWEEN_LOOKS == 0 and self._now() >= until):
+                    return images
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _memory(self) -> tuple[int, int]:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(self._device) + CONTEXT_BYTES
+            return peak, torch.cuda.get_device_properties(self._device).total_memory
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
