@@ -12,16 +12,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 
-import psutil
-
+from benchmarks.memory import peak_megabytes
 from benchmarks.ratio import Ratio
 from benchmarks.ratio import in_turns
 from tune_topkd.trials import LEDGER_FILE
@@ -29,8 +25,13 @@ from tune_topkd.trials import read_events
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "glyphs.yaml"
-SMALL = ["data.kwargs={train_images: 400, test_images: 200}", "recipe.epochs=2", "teacher.recipe.epochs=1"]
-SECONDS_BETWEEN_LOOKS = 1.0
+SWEEP = ["baselines=null"]
+SMALL = [
+    "data.kwargs={train_images: 4000, test_images: 200}",
+    "teacher.recipe.epochs=4",
+    "teacher.recipe.batch_size=32",
+    "recipe.epochs=5",
+]
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def run(quick: bool) -> list[Ratio]:
 
 
 def _sweep(trials: int, settings: list[str], runs: Path) -> _Sweep:
-    with _peak_megabytes() as megabytes:
-        _launch("run", [*settings, "baselines=null"], runs, "--trials", str(trials), "--name", "sweep")
+    with peak_megabytes(None) as megabytes:
+        _launch("run", [*settings, *SWEEP], runs, "--trials", str(trials), "--name", "sweep")
     events = read_events(runs / "sweep" / LEDGER_FILE)[0]
     times = {
         name: [event.time for event in events if event.name == name] for name in ("driver", "stop", "report", "end")
@@ -83,28 +84,3 @@ def _launch(command: str, settings: list[str], runs: Path, *more: str) -> None:
         arguments, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@contextmanager
-def _peak_megabytes() -> Iterator[list[float]]:
-    """The most memory that what this process started takes meanwhile, as the list's one item."""
-    done, peak = threading.Event(), [0.0]
-
-    def watch() -> None:
-        while not done.wait(SECONDS_BETWEEN_LOOKS):
-            peak[0] = max(peak[0], sum(map(_megabytes, psutil.Process().children(recursive=True))))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
-
-
-def _megabytes(process: psutil.Process) -> float:
-    try:
-        return float(process.memory_full_info().pss) / 1e6
-    except psutil.Error:  # it has just ended
-        return 0.0

@@ -1,4 +1,4 @@
-"""The trial of `sweep_overhead`: a formula, for this project's sweep and for plain Ray Tune. The workers import it."""
+"""The trials of `sweep_overhead` and `mlflow_outage`: a formula, also for plain Ray Tune. The workers import it."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.config import config_from
 
 EPOCHS = 9
 OBJECTIVE = "val_top1"
@@ -32,6 +34,24 @@ def metrics(k: Any, lr: float, epoch: int) -> dict[str, float]:
     """Accuracy rises with the epoch to a top that is best at k = 4 and lr = 0.1."""
     accuracy = 90 - 2 * abs(k - 4) - 10 * abs(math.log10(lr) + 1) - 20 / epoch
     return {OBJECTIVE: accuracy, "train_loss": 1 / epoch, "epoch_seconds": 0.0}
+
+
+def sweep_config(trials: int, more: Mapping[str, Any], **sweep: Any) -> SweepConfig:
+    """A sweep of such trials: over k, lr and what `more` names, with these settings."""
+    config = config_from(
+        {
+            "data": {"name": "digits"},
+            "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}},
+            "student": "digits_cnn_tiny",
+            "recipe": {"epochs": EPOCHS},
+            "space": {"k": {"low": 1, "high": 10}, "lr": {"low": 0.01, "high": 1.0, "log": True}, **more},
+            "sweep": {"trials": trials, **sweep},
+            "baselines": None,
+        },
+        "benchmark",
+    )
+    assert isinstance(config, SweepConfig)
+    return config
 
 
 def _save(folder: Path) -> None:

@@ -26,8 +26,6 @@ from benchmarks.ratio import in_turns
 from tests.servers import mlflow_server  # run from the repository's root, as all benchmarks are
 from tests.servers import postgres_binaries
 from tests.servers import postgres_server
-from tune_topkd.config import SweepConfig
-from tune_topkd.config import config_from
 from tune_topkd.sweep import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import catch_up
@@ -106,7 +104,7 @@ def _lines(folder: Path, name: str, store: str, size: _Size) -> list[Ratio]:
 
 
 def _sweep(folder: Path, server: Any, kind: str, trials: int, away: float) -> _Run:
-    config = _config(trials)
+    config = formula.sweep_config(trials, {}, asha=None, max_concurrent=1)
     header = {"sweep": "outage", "id": folder.name, "seed": config.sweep.seed, "trials": trials, "first": []}
     with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
         ledger.append(("driver", {**driver_identity(), "trials": trials}))
@@ -182,20 +180,3 @@ def _drive(search: Search, at: int, disturb: Any) -> None:
             epoch, params = record.epoch + 1, record.params
             decision = search.reported(record.key, epoch, formula.metrics(params["k"], float(params["lr"]), epoch))
     search.stopped()
-
-
-def _config(trials: int) -> SweepConfig:
-    config = config_from(
-        {
-            "data": {"name": "digits"},
-            "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}},
-            "student": "digits_cnn_tiny",
-            "recipe": {"epochs": formula.EPOCHS},
-            "space": {"k": {"low": 1, "high": 10}, "lr": {"low": 0.01, "high": 1.0, "log": True}},
-            "sweep": {"trials": trials, "asha": None, "max_concurrent": 1},
-            "baselines": None,
-        },
-        "benchmark",
-    )
-    assert isinstance(config, SweepConfig)
-    return config

@@ -4,13 +4,17 @@ resnet32x4 teaches resnet8x4 on 100 classes of 32×32 images (glyphs; random wei
 cropped and flipped. The usual loop is what mdistiller and its like do for every trial: PIL images through torchvision's
 transforms in two worker processes, the teacher asked for every batch, a metric read off the device in every step. "Bank
 filled" is `tune_topkd.train` in an epoch that another trial has had before. Cross-entropy is the same student on the same
-data path without a teacher. All in wall time, turn by turn in one process. Data alone: the batches without any network.
+data path without a teacher. All in wall time, turn by turn in one process, on the GPU if there is one; in float32 but for
+the row that says otherwise (`recipe.precision`). Data alone: the batches without any network. Memory: the most that a
+process which does nothing else takes in one such epoch, with its workers, pages that they share counted once (PSS).
 """
 
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from benchmarks.memory import peak_megabytes
 from benchmarks.ratio import Ratio
 from benchmarks.ratio import in_turns
 from tune_topkd.config import AugmentConfig
@@ -28,16 +33,19 @@ from tune_topkd.config import RecipeConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import Split
+from tune_topkd.data import batches_of
 from tune_topkd.data import load_dataset
-from tune_topkd.data import train_batches
 from tune_topkd.loss import build_loss
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
 from tune_topkd.teacher import load_teacher
 from tune_topkd.train import Training
+from tune_topkd.train import default_device
 
 BATCH = 64
+KINDS = ("bank", "bfloat16", "live", "plain", "usual")
 TEACHER, STUDENT = "resnet32x4", "resnet8x4"
+PAIR = f"{TEACHER} → {STUDENT}"
 USUAL = "the usual loop"
 
 
@@ -45,23 +53,12 @@ def run(quick: bool) -> list[Ratio]:
     """Images per second of a step, of the data path, and of both beside their baselines."""
     images, turns = (256, 1) if quick else (1280, 5)
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(Path(folder), images)
-        banked, live, plain = (
-            Training(config),
-            Training(config.model_copy(update={"teacher_bank": None})),
-            Training(config.model_copy(update={"method": "ce"})),
-        )
+        config = trial_config(Path(folder), images)
+        epochs = {kind: _epochs(config, kind) for kind in KINDS}
+        for epoch in epochs.values():
+            epoch()  # fills the bank, as another trial would have
         usual = _UsualLoop(config)
-        _epoch(banked)  # fills the bank, as another trial would have
-        rates = in_turns(
-            {
-                "bank": lambda: _rate(lambda: _epoch(banked), images),
-                "live": lambda: _rate(lambda: _epoch(live), images),
-                "plain": lambda: _rate(lambda: _epoch(plain), images),
-                "usual": lambda: _rate(usual.epoch, images),
-            },
-            turns,
-        )
+        rates = in_turns({kind: partial(_rate, epoch, images) for kind, epoch in epochs.items()}, turns)
         data = in_turns(
             {
                 "ours": lambda: _rate(lambda: _exhaust(_batches(config)), images),
@@ -69,17 +66,51 @@ def run(quick: bool) -> list[Ratio]:
             },
             turns,
         )
-    pair = f"{TEACHER} → {STUDENT}"
+        memory = in_turns({kind: partial(_peak, config, kind) for kind in KINDS}, 1)
+    filled = f"{PAIR}, bank filled"
     return [
-        Ratio(f"{pair}, bank filled", USUAL, rates["bank"], rates["usual"], "images/s", "at least 3.5"),
-        Ratio(f"{pair}, bank filled", "plain cross-entropy", rates["bank"], rates["plain"], "images/s", "at least 0.95"),
-        Ratio(f"{pair}, bank filled", "the live teacher", rates["bank"], rates["live"], "images/s"),
+        Ratio(filled, USUAL, rates["bank"], rates["usual"], "images/s", "at least 3.5"),
+        Ratio(filled, "plain cross-entropy", rates["bank"], rates["plain"], "images/s", "at least 0.95"),
+        Ratio(filled, "the live teacher", rates["bank"], rates["live"], "images/s"),
+        Ratio(f"{filled}, bfloat16", USUAL, rates["bfloat16"], rates["usual"], "images/s"),
         Ratio("the data path alone", "torchvision in DataLoader workers", data["ours"], data["usual"], "images/s",
               "at least 20"),
+        *(Ratio(f"peak memory, {kind}", USUAL, memory[kind], memory["usual"], "MB")
+          for kind in ("bank", "bfloat16", "plain", "live")),
     ]  # fmt: skip
 
 
-def _config(folder: Path, images: int) -> TrialConfig:
+def _epochs(config: TrialConfig, kind: str) -> Callable[[], object]:
+    """What trains an epoch: bank filled, the same in bfloat16, live teacher, plain cross-entropy, or the usual loop."""
+    if kind == "usual":
+        return _UsualLoop(config).epoch
+    recipe = config.recipe.model_copy(update={"precision": "bfloat16"})
+    changes: dict[str, dict[str, object]] = {
+        "bank": {},
+        "bfloat16": {"recipe": recipe},
+        "live": {"teacher_bank": None},
+        "plain": {"method": "ce"},
+    }
+    return partial(_epoch, Training(config.model_copy(update=changes[kind])))
+
+
+def _peak(config: TrialConfig, kind: str) -> float:
+    """MB that a process takes which trains an epoch and does nothing else."""
+    context = multiprocessing.get_context("spawn")
+    with peak_megabytes(None, 0.1) as megabytes:
+        process = context.Process(target=_alone, args=(config.model_dump(mode="json"), kind))
+        process.start()
+        process.join()
+    assert process.exitcode == 0, f"{kind}: ended with {process.exitcode}"
+    return megabytes[0]
+
+
+def _alone(config: dict[str, object], kind: str) -> None:
+    _epochs(TrialConfig.model_validate(config), kind)()
+
+
+def trial_config(folder: Path, images: int) -> TrialConfig:
+    """The pair, with a bank in this folder that is still empty, and so many training images."""
     torch.manual_seed(0)
     save_weights(build_model(TEACHER, num_classes=100), folder / "teacher.pt")
     return TrialConfig(
@@ -101,6 +132,8 @@ def _config(folder: Path, images: int) -> TrialConfig:
 def _rate(call: Callable[[], object], images: int) -> float:
     started = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return images / (time.perf_counter() - started)
 
 
@@ -111,10 +144,7 @@ def _epoch(training: Training) -> None:
 
 def _batches(config: TrialConfig) -> Iterator[object]:
     dataset = load_dataset(config.data)
-    augment = config.data.augment
-    return train_batches(
-        dataset.train, batch_size=BATCH, seed=0, epoch=1, augment=augment, mean=dataset.mean, std=dataset.std
-    )
+    return batches_of(config, dataset, dataset.train.to(default_device()), 1)
 
 
 def _exhaust(batches: Iterator[object]) -> None:
@@ -139,13 +169,15 @@ class _UsualLoop:
         self._loader = DataLoader(
             _Transformed(images, self._transform), BATCH, shuffle=True, drop_last=True, num_workers=2
         )
-        self._teacher = load_teacher(config.teacher, Path(config.teacher_checkpoint or ""), num_classes=100)
-        self._student = build_model(STUDENT, num_classes=100)
+        self._device = default_device()
+        teacher = load_teacher(config.teacher, Path(config.teacher_checkpoint or ""), num_classes=100)
+        self._teacher, self._student = teacher.to(self._device), build_model(STUDENT, num_classes=100).to(self._device)
         self._loss = build_loss("topkd", {})
         self._optimizer = torch.optim.SGD(self._student.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._loader)
+        for images, labels in self._loader:
+            yield images.to(self._device), labels.to(self._device)
 
     def epoch(self) -> None:
         self._student.train()

@@ -8,17 +8,15 @@ checkpoints, snapshots of the experiment nor its files of results. "Without MLfl
 that tracks it: the floor. Seconds per trial and per epoch count from the first report on. Memory is the driver's; all
 sweeps run in one process, so it does not fall from one to the next.
 
-Proposals and ends of trials are timed in CPU seconds on a `Search` that has been told so many trials, without Ray.
+Proposals and ends of trials are timed in CPU seconds on a `Search` that goes on with a ledger of so many ended trials,
+without Ray.
 """
 
 import io
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -32,18 +30,17 @@ from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
-from optuna.trial import TrialState
 from ray import tune
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks import formula
+from benchmarks.memory import peak_megabytes
 from benchmarks.ratio import Ratio
 from benchmarks.ratio import cpu_seconds
 from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
-from tune_topkd.config import config_from
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
@@ -67,10 +64,10 @@ HERE, PLAIN, FLOOR = "this project's sweep", "plain Ray Tune", "plain Ray Tune w
 
 
 def run(quick: bool) -> list[Ratio]:
-    """Whole sweeps of 200 trials (quick: 20) and proposals at 10,000 told trials (quick: 1,000)."""
+    """Whole sweeps of 1,000 trials (quick: 20) and proposals at 10,000 told trials (quick: 1,000)."""
     with tempfile.TemporaryDirectory() as folder:
         proposals = _proposals(Path(folder), many=1000 if quick else 10_000, turns=3 if quick else 7)
-        sweeps = _sweeps(Path(folder), trials=20 if quick else 200, turns=1 if quick else 3)
+        sweeps = _sweeps(Path(folder), trials=20 if quick else 1000, turns=1)
     return sweeps + proposals
 
 
@@ -101,14 +98,14 @@ def _sweeps(folder: Path, trials: int, turns: int) -> list[Ratio]:
             PLAIN: partial(_plain, is_tracked=True),
             FLOOR: partial(_plain, is_tracked=False),
         }
-        if turns > 1:  # workers and imports
+        if trials > 100:  # workers and imports
             in_turns({name: partial(sweep, kind, CONCURRENT) for name, kind in kinds.items()}, 1)
         runs = in_turns({name: partial(sweep, kind, trials) for name, kind in kinds.items()}, turns)
 
     def ratio(what: str, against: str, value: Callable[[_Run], float], unit: str) -> Ratio:
-        return Ratio(
-            f"{what}, {HERE}", against, [value(r) for r in runs[HERE]], [value(r) for r in runs[against]], unit
-        )
+        values = [[value(run) for run in runs[name]] for name in (HERE, against)]
+        is_goal = against == PLAIN and what.startswith("wall time")
+        return Ratio(f"{what}, {HERE}", against, *values, unit, "at most 0.8" if is_goal else "")
 
     return [
         *(
@@ -128,7 +125,7 @@ def _sweeps(folder: Path, trials: int, turns: int) -> list[Ratio]:
 def _here(config: SweepConfig, folder: Path, cluster: Cluster) -> _Run:
     uri, trials = f"sqlite:///{folder / 'mlflow.db'}", config.sweep.trials
     header = {"sweep": "formula", "id": folder.name, "seed": config.sweep.seed, "trials": trials, "first": []}
-    with _peak_megabytes() as megabytes:
+    with peak_megabytes(psutil.Process(), 0.05) as megabytes:
         started = time.time()
         with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
             ledger.append(("driver", {**driver_identity(), "trials": trials}))
@@ -152,7 +149,7 @@ def _plain(config: SweepConfig, folder: Path, *, is_tracked: bool) -> _Run:
     )
     reports = _Reports()
     tracking = [MLflowLoggerCallback(tracking_uri=uri, experiment_name="plain")] if is_tracked else []
-    with _peak_megabytes() as megabytes:
+    with peak_megabytes(psutil.Process(), 0.05) as megabytes:
         started = time.time()
         tuner = tune.Tuner(
             tune.with_resources(formula.trainable, {"cpu": settings.cpus_per_trial}),
@@ -200,24 +197,6 @@ def _check_store(uri: str, experiment: str, runs: int) -> None:
     assert len(found) == runs, f"{experiment}: {len(found)} runs in MLflow instead of {runs}"
 
 
-@contextmanager
-def _peak_megabytes() -> Iterator[list[float]]:
-    """The most memory this process has resident meanwhile, looked at every 50 ms, as the list's one item at the end."""
-    process, done, peak = psutil.Process(), threading.Event(), [0.0]
-
-    def watch() -> None:
-        while not done.wait(0.05):
-            peak[0] = max(peak[0], process.memory_info().rss / 1e6)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        watcher.join()
-
-
 def _proposals(folder: Path, many: int, turns: int) -> list[Ratio]:
     few_told, many_told = (_Told(folder / f"told-{told}", told) for told in (FEW, many))
     measures = {
@@ -229,44 +208,38 @@ def _proposals(folder: Path, many: int, turns: int) -> list[Ratio]:
     times = in_turns(measures, turns)
     against = f"after {FEW} trials"
     return [
-        Ratio(f"a proposal after {many:,} trials", against, times["ask many"], times["ask few"], "s"),
+        Ratio(f"a proposal after {many:,} trials", against, times["ask many"], times["ask few"], "s", "at most 3"),
         Ratio(f"taking the end of a trial after {many:,} trials", against, times["end many"], times["end few"], "s"),
     ]
 
 
 class _Told:
-    """A `Search` that has been told so many trials, as many pruned ones among them as ASHA makes."""
+    """A `Search` that goes on with a sweep of so many ended trials, as many pruned ones among them as ASHA makes."""
 
     def __init__(self, folder: Path, told: int) -> None:
         folder.mkdir()
         config = _config(trials=told + 1000)
         header = {"sweep": "told", "id": folder.name, "seed": 0, "trials": config.sweep.trials, "first": []}
         self.ledger = Ledger.create(folder / LEDGER_FILE, **header)
-        self.search = Search(config, self.ledger)
-        space, distributions = Space.of(config), self.search.distributions
-        events, trials = [], []
+        space = Space.of(config)
         for number, proposal in enumerate(lattice(space.axes(), told)):
-            params = space.params(proposal)
-            key = {"arm": SEARCH, "number": number}
-            epoch = (1, 1, 1, 1, 1, 1, 3, 3, formula.EPOCHS)[number % 9]
-            values = {e: formula.metrics(params["k"], float(params["lr"]), e)[formula.OBJECTIVE] for e in (1, 3, 9)}
-            is_whole = epoch == formula.EPOCHS
-            status = "completed" if is_whole else "pruned"
-            events.append(("suggest", {**key, "proposal": proposal, "params": params}))
-            end = {**key, "status": status, "reason": "", "value": values[epoch], "epoch": epoch}
-            events.append(("end", end))
-            trials.append(
-                optuna.trial.create_trial(
-                    params=proposal,
-                    distributions=distributions,
-                    value=values[epoch] if is_whole else None,
-                    state=TrialState.COMPLETE if is_whole else TrialState.PRUNED,
-                    intermediate_values={e: value for e, value in values.items() if e <= epoch},
-                )
+            params, key = space.params(proposal), {"arm": SEARCH, "number": number}
+            last = (1, 1, 1, 1, 1, 1, 3, 3, formula.EPOCHS)[number % 9]
+            reports = [
+                {
+                    "epoch": epoch,
+                    "metrics": formula.metrics(params["k"], float(params["lr"]), epoch),
+                    "decision": "continue",
+                }
+                for epoch in range(1, last + 1)
+            ]
+            end = {"status": "completed" if last == formula.EPOCHS else "pruned", "reason": "", "epoch": last}
+            self.ledger.append(
+                ("suggest", {**key, "proposal": proposal, "params": params}),
+                *(("report", {**key, **report}) for report in reports),
+                ("end", {**key, **end, "value": reports[-1]["metrics"][formula.OBJECTIVE]}),
             )
-        # Not by `next_trial` and `reported`: their time is what is asked for here.
-        self.ledger.append(*events)
-        self.search.study.add_trials(trials)
+        self.search = Search(config, self.ledger)
         for _ in range(AT_ONCE):
             self.propose()
 
@@ -282,34 +255,16 @@ class _Told:
 
 
 def _config(trials: int) -> SweepConfig:
-    config = config_from(
-        {
-            "data": {"name": "digits"},
-            "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}},
-            "student": "digits_cnn_tiny",
-            "recipe": {"epochs": formula.EPOCHS},
-            "space": {
-                "k": {"low": 1, "high": 10},
-                "scale_top": {"low": 1.0, "high": 4.0},
-                "scale_last": {"low": 1.0, "high": "scale_top"},
-                "scale_gt": {"low": "scale_top", "high": 6.0},
-                "shift": {"low": 0.0, "high": 1.0},
-                "normalize": [True, False],
-                "temperature": {"low": 0.02, "high": 5.0, "log": True},
-                "lr": {"low": 0.01, "high": 1.0, "log": True},
-            },
-            "sweep": {
-                "trials": trials,
-                "asha": {"grace_epochs": 1, "reduction_factor": 3},
-                "max_concurrent": CONCURRENT,
-                "cpus_per_trial": CPUS_PER_TRIAL,
-            },
-            "baselines": None,
-        },
-        "benchmark",
-    )
-    assert isinstance(config, SweepConfig)
-    return config
+    space = {
+        "scale_top": {"low": 1.0, "high": 4.0},
+        "scale_last": {"low": 1.0, "high": "scale_top"},
+        "scale_gt": {"low": "scale_top", "high": 6.0},
+        "shift": {"low": 0.0, "high": 1.0},
+        "normalize": [True, False],
+        "temperature": {"low": 0.02, "high": 5.0, "log": True},
+    }
+    asha = {"grace_epochs": 1, "reduction_factor": 3}
+    return formula.sweep_config(trials, space, asha=asha, max_concurrent=CONCURRENT, cpus_per_trial=CPUS_PER_TRIAL)
 
 
 def _distributions(config: SweepConfig) -> dict[str, BaseDistribution]:

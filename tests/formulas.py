@@ -1,12 +1,16 @@
 """Trials that are formulas: a sweep of them is exact, fast and known in advance. Importable by Ray's workers."""
 
 import ctypes
+import json
 import math
 import os
 import signal
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 from tune_topkd.config import SweepConfig
+from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
 
 EPOCHS = 9
@@ -220,3 +224,71 @@ def saving_slowly(config, report, resume_from=None):
         (folder / STATE).write_text("1")
 
     report(1, {"val_top1": 1.0}, save)
+
+
+class Speed(NamedTuple):
+    """What a probe gives."""
+
+    images_per_second: float
+    peak_bytes: int
+    total_bytes: int
+
+
+def probed(notes, node, rates, peak_bytes=1, ends=None):
+    """A training for `probe`, which leaves a note of each run in the folder `notes`.
+
+    Args:
+        notes: a folder.
+        node: what the node has, a `Share`.
+        rates: images per second of each training, by how many run at once.
+        peak_bytes: memory that each takes of 1,000 bytes.
+        ends: by how many run at once: `raises` or `dies`, and `at_start` or `at_work`.
+    """
+    kwargs = {
+        "node": {"CPU": node.cpus, "GPU": node.gpus},
+        "rates": {str(number): rate for number, rate in rates.items()},
+        "peak_bytes": peak_bytes,
+        "ends": {str(number): end for number, end in (ends or {}).items()},
+    }
+    data = {"name": "digits", "root": str(notes), "kwargs": kwargs}
+    return TrialConfig.model_validate(
+        {"data": data, "student": "digits_cnn_tiny", "method": "ce", "recipe": {"epochs": 1}}
+    )
+
+
+def probe(config):
+    """A training of a known speed. It works once all that run beside it are at work as well."""
+    import ray
+
+    what = config.data.kwargs
+    given = ray.get_runtime_context().get_assigned_resources()
+    kind = "GPU" if "GPU" in given else "CPU"
+    number = round(what["node"][kind] / given[kind])
+
+    def end(when):
+        how = what["ends"].get(str(number))
+        if how == ["raises", when]:
+            raise ValueError(f"there is no network of this name, said one of {number}")
+        if how == ["dies", when]:
+            os._exit(1)
+
+    def run(seconds):
+        note = {
+            "given": given,
+            "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "threads": config.threads,
+            "gpu_share": config.gpu_share,
+            "seconds": seconds,
+        }
+        notes = Path(config.data.root)
+        (notes / f"{number}-{os.getpid()}").write_text(json.dumps(note))
+        end("at_work")
+        deadline = time.monotonic() + 40
+        while len(list(notes.glob(f"{number}-*"))) < number:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the others did not come")
+            time.sleep(0.01)
+        return Speed(what["rates"][str(number)], what["peak_bytes"], 1000)
+
+    end("at_start")
+    return run

@@ -3,6 +3,7 @@
 import math
 import random
 
+import optuna
 import pytest
 from formulas import DEFAULTS
 from formulas import EPOCHS
@@ -592,6 +593,24 @@ def test_the_sampler_looks_at_the_best_the_newest_and_those_at_work(make, monkey
     best = sorted((r for r in state.arm("search")[:39] if r.value is not None), key=lambda r: -r.value)[:2]
     assert {oldest.key.number, *(r.key.number for r in best), *range(31, 39)} == set(looked_at[-1])
     assert max(map(len, looked_at)) <= 11
+
+
+@pytest.mark.parametrize("longest", [500, 10])
+def test_a_sampler_that_is_shown_trials_proposes_what_one_that_has_them_does(make, monkeypatch, longest):
+    monkeypatch.setattr(search_module, "LONGEST_HISTORY", longest)
+    search = make(sweep_config(sweep={"trials": 40, "startup_trials": 5}))
+    running = [search.next_trial() for _ in range(2)]
+    search.failed(search.next_trial().key, "error", "E: x")
+    run(search)
+    proposer = search._proposer
+    history = proposer._history()
+    assert {trial.state for trial in history} >= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING}
+    for number in (40, 41):
+        study = optuna.create_study(direction="maximize", sampler=proposer._sampler(number))
+        study.add_trials(history)
+        assert proposer.would_ask(number) == study.ask(proposer.distributions).params
+    assert [trial.number for trial in proposer.study.trials] == list(range(40))
+    assert [record.key.number for record in running] == [0, 1]
 
 
 def test_a_long_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 import tune_topkd.data.datasets as datasets
+import tune_topkd.loss
 import tune_topkd.models as models
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
@@ -590,3 +591,42 @@ def test_a_shipped_space_names_what_exists(path):
     assert count_parameters(student) < count_parameters(teacher) / 5
     assert config.space.keys() - {"lr"} | {"contrastive_batch"} == loss_parameters(config.method).keys()
     assert config.space["k"].high < classes
+
+
+# --- precision ------------------------------------------------------------------------------------------------------
+
+
+def test_in_bfloat16_only_the_layers_are_less_exact(teacher, monkeypatch):
+    seen = set()
+    terms = tune_topkd.loss.TopKDLoss._terms
+
+    def looking(self, student, taught, labels):
+        seen.add(("loss", student.dtype, taught.dtype))
+        return terms(self, student, taught, labels)
+
+    monkeypatch.setattr(tune_topkd.loss.TopKDLoss, "_terms", looking)
+    torch_linear = functional.linear
+
+    def linear(images, weight, bias=None):
+        logits = torch_linear(images, weight, bias)
+        seen.add(("layer", logits.dtype))
+        return logits
+
+    monkeypatch.setattr(functional, "linear", linear)
+    result = train(trial("topkd", recipe={"precision": "bfloat16"}, **teacher))
+    assert seen == {
+        ("layer", torch.bfloat16),  # the student's, training and validating
+        ("layer", torch.float32),  # the teacher's
+        ("loss", torch.float32, torch.float32),
+    }
+    assert all(weight.dtype == torch.float32 for weight in result.model.parameters())
+
+
+def test_in_bfloat16_a_training_comes_to_about_the_same_and_twice_to_the_same(teacher, tmp_path):
+    exact = train(trial("topkd", **teacher))
+    coarse = train(trial("topkd", recipe={"precision": "bfloat16"}, **teacher), Recorder(tmp_path, save_at=[2]))
+    again = train(trial("topkd", recipe={"precision": "bfloat16"}, **teacher), resume_from=tmp_path / "2")
+    assert not same_weights(exact.model, coarse.model)
+    assert coarse.metrics["train_loss"] == pytest.approx(exact.metrics["train_loss"], rel=0.02)
+    assert same_weights(coarse.model, again.model)
+    assert without_times(coarse.metrics) == without_times(again.metrics)

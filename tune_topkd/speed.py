@@ -4,9 +4,11 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tune_topkd.config import TrialConfig
 from tune_topkd.train import Training
@@ -34,7 +36,7 @@ class Speed:
 
 
 class Probe:
-    """A training that is run for its speed alone. It fills the bank with what it is shown, as a trial would."""
+    """A training that is run for its speed alone: that of a trial that finds the bank filled, if there is one."""
 
     def __init__(self, config: TrialConfig) -> None:
         """Build all of it and take the first steps, which are slower than the rest.
@@ -46,24 +48,20 @@ class Probe:
         self._device = default_device()
         with own_randomness(self._device), in_share(config, self._device):
             torch.manual_seed(config.seed % 2**64)
-            self._training = Training(config, self._device)
-            self._train(steps=WARM_STEPS)
+            self._training = _Training(config, self._device)
+            self._sizes = self._training.sizes()
+            for _ in range(WARM_STEPS):
+                next(self._sizes)
+            self._training.is_warm = True
 
     def __call__(self, seconds: float) -> Speed:
-        """Train for so many seconds, over the same images again and again."""
-        with own_randomness(self._device), in_share(self._config, self._device):
-            started = time.perf_counter()
-            images = self._train(until=started + seconds)
-            rate = images / (time.perf_counter() - started)
+        """Train for so many seconds, epoch after epoch."""
+        with own_randomness(self._device), in_share(self._config, self._device, waits=False):
+            started, images, steps = self._now(), 0, 0
+            while steps % STEPS_BETWEEN_LOOKS or self._now() < started + seconds:
+                images, steps = images + next(self._sizes), steps + 1
+            rate = images / (self._now() - started)
         return Speed(rate, *self._memory())
-
-    def _train(self, steps: int | None = None, until: float | None = None) -> int:
-        images = done = 0
-        while True:
-            for size, _, _ in self._training.steps():
-                images, done = images + size, done + 1
-                if done == steps or (until is not None and done % STEPS_BETWEEN_LOOKS == 0 and self._now() >= until):
-                    return images
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -77,3 +75,21 @@ class Probe:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class _Training(Training):
+    """Takes its bank for filled once it is warm: every trial but the first of a sweep finds it so."""
+
+    is_warm = False
+
+    def sizes(self) -> Iterator[int]:
+        """Train without end; how many images each step took."""
+        while True:
+            for size, _, _ in self.steps():
+                yield size
+
+    def _taught(self, images: Tensor, number: int) -> Tensor | None:
+        if not self.is_warm or self.config.teacher_bank is None:
+            self._known = super()._taught(images, number)
+            return self._known
+        return None if self._known is None else self._known[: len(images)]

@@ -39,10 +39,10 @@ from tune_topkd.config import TrialConfig
 from tune_topkd.data import Batch
 from tune_topkd.data import Dataset
 from tune_topkd.data import FileSplit
+from tune_topkd.data import batches_of
 from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
-from tune_topkd.data import train_batches
 from tune_topkd.loss import CELoss
 from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
@@ -114,15 +114,16 @@ def own_randomness(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def in_share(config: TrialConfig, device: torch.device) -> Iterator[None]:
-    """Keep to the threads and the GPU memory that a training was given; wait for what the one before it had."""
+def in_share(config: TrialConfig, device: torch.device, *, waits: bool = True) -> Iterator[None]:
+    """Keep to the threads and the GPU memory that a training was given; if told to, wait for what the one before it had."""
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(config.threads or threads)
         if device.type == "cuda":
             part = GPU_PART * config.gpu_share if config.gpu_share < 1 else 1.0
             torch.cuda.set_per_process_memory_fraction(part, device)
-            _await_memory(config.gpu_share, device)
+            if waits:
+                _await_memory(config.gpu_share, device)
         yield
     finally:
         torch.set_num_threads(threads)
@@ -230,7 +231,7 @@ class Training:
         self.loss = build_loss(config.method, config.loss)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
         self.identity = _identity(config)
-        self.optimizer = _optimizer(self.model, config.recipe)
+        self.optimizer = _optimizer(self.model, config.recipe, device)
         self.scheduler = _scheduler(self.optimizer, config.recipe)
         self.epoch = 0
         self.metrics: dict[str, float] = {}
@@ -246,7 +247,8 @@ class Training:
         started = time.perf_counter()
         rate = self.scheduler.get_last_lr()[0]
         names, means, images = self.train_epoch()
-        hits = count_hits(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
+        with self._autocast():
+            hits = count_hits(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
         values: list[float] = torch.cat([means, 100 * hits.double() / len(self.val_split)]).tolist()
         self.scheduler.step()
         self.rng = _generator_states(self.device)  # before a reporter can draw from them
@@ -306,15 +308,7 @@ class Training:
     def steps(self) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         """Train the epoch after `epoch` step by step: how many images, the loss and its unweighted terms, on the device."""
         self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
-        batches = train_batches(
-            self.train_split,
-            batch_size=self.config.recipe.batch_size,
-            seed=self.config.seed,
-            epoch=self.epoch + 1,
-            augment=self.config.data.augment,
-            mean=self.dataset.mean,
-            std=self.dataset.std,
-        )
+        batches = batches_of(self.config, self.dataset, self.train_split, self.epoch + 1)
         if self.teacher is not None:
             self.teacher.begin(self.epoch + 1)
         for number, batch in enumerate(batches):
@@ -327,11 +321,11 @@ class Training:
             share, other = _mixup(len(batch.labels), alpha, (self.config.seed, self.epoch + 1, number))
             other = other.to(self.device)
             images = share * batch.images + (1 - share) * batch.images[other]
-            logits, taught = self.model(images), self._taught(images, number)
+            logits, taught = self._logits(images), self._taught(images, number)
             one, two = (self._terms(logits, taught, labels) for labels in (batch.labels, batch.labels[other]))
             terms = {name: share * one[name] + (1 - share) * two[name] for name in one}
         else:
-            logits = self.model(batch.images)
+            logits = self._logits(batch.images)
             terms = self._terms(logits, self._taught(batch.images, number), batch.labels)
         strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
         total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
@@ -339,6 +333,16 @@ class Training:
         torch.autograd.backward(total)
         self.optimizer.step()
         return total, terms
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = self.model(images)
+            return logits
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.recipe.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _terms(self, logits: Tensor, taught: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
         if taught is None:
@@ -395,18 +399,22 @@ def _identity(config: TrialConfig) -> str:
     return json.dumps(content, sort_keys=True)
 
 
-def _optimizer(model: nn.Module, recipe: RecipeConfig) -> Optimizer:
+def _optimizer(model: nn.Module, recipe: RecipeConfig, device: torch.device) -> Optimizer:
+    fused = device.type == "cuda"  # one kernel for all weights; on the CPU it gains nothing
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if recipe.optimizer == "adamw":
         # As vision transformers are trained: biases, norms and other vectors do not decay.
         decaying = {"params": [w for w in weights if w.ndim > 1], "weight_decay": recipe.weight_decay}
-        return AdamW([decaying, {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0}], lr=recipe.lr)
+        return AdamW(
+            [decaying, {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0}], lr=recipe.lr, fused=fused
+        )
     return SGD(
         weights,
         lr=recipe.lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
+        fused=fused,
     )
 
 

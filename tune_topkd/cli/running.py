@@ -309,11 +309,15 @@ def _packed(config: SweepConfig, place: Place, console: Console) -> SweepConfig:
         tried = pack(config, trial, Probe)
     best = tried[0]
     rates = ", ".join(f"{p.at_once}: {p.images_per_second:,.0f}" for p in sorted(tried, key=lambda p: p.at_once))
-    text = f"packing: {best.at_once} trials at once, each on {best.share.cpus:g} CPUs"
-    text += f" and {best.share.gpus:g} GPUs" if best.share.gpus else ""
+    text = f"packing: {_counted(best.at_once, 'trial')} at once, each on {_counted(best.share.cpus, 'CPU')}"
+    text += f" and {_counted(best.share.gpus, 'GPU')}" if best.share.gpus else ""
     console.print(f"{text} (trials: images/s of all; {rates})", highlight=False, soft_wrap=True)
     shares = {"cpus_per_trial": best.share.cpus, "gpus_per_trial": best.share.gpus}
     return config.model_copy(update={"sweep": settings.model_copy(update=shares)})
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def fill_bank(config: PairConfig, files: SharedFiles, seed: int, console: Console) -> None:
@@ -445,6 +449,8 @@ def _dataset_file(config: SweepConfig, folder: Path, console: Console) -> Iterat
 
     path = folder / DATASET_FILE
     try:
+        for left in folder.glob(f".{DATASET_FILE}.*"):  # of a driver that was killed as it wrote
+            left.unlink()
         is_written = save_dataset(config.data, load_dataset(config.data), path)
     except OSError as error:
         is_written = False

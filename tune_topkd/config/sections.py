@@ -185,6 +185,8 @@ class RecipeConfig(_Section):
     warmup_epochs: int = Field(0, ge=0)
     """Epochs in which the learning rate rises linearly from `warmup_start` times what the schedule says."""
     warmup_start: float = Field(0.001, gt=0, le=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the network's layers, where it is safe (torch's autocast); weights, loss and the teacher's logits stay float32."""
     distill_warmup: int | None = Field(None, ge=0)
     """Epochs in which the weight of all terms but the cross-entropy rises linearly: min(epoch / distill_warmup, 1).
     By default that of the method: for DKD the field's 20 of 240 epochs, as a share of `epochs`; for the others 0."""

@@ -8,6 +8,7 @@ number of worker processes, and a resumed or repeated epoch is the same epoch.
 """
 
 from tune_topkd.data.batches import Batch
+from tune_topkd.data.batches import batches_of
 from tune_topkd.data.batches import count_hits
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
@@ -39,6 +40,7 @@ __all__ = [
     "DatasetInfo",
     "FileSplit",
     "Split",
+    "batches_of",
     "count_hits",
     "data_root",
     "dataset_info",

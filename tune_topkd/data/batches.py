@@ -10,9 +10,11 @@ from torch import Tensor
 from torch import nn
 
 from tune_topkd.config import AugmentConfig
+from tune_topkd.config import TrialConfig
 from tune_topkd.data.randomness import ORDER
 from tune_topkd.data.randomness import random_order
 from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import Dataset
 from tune_topkd.data.splits import FileSplit
 from tune_topkd.data.splits import Split
 from tune_topkd.data.views import goes_by_batch
@@ -28,6 +30,7 @@ than the allocator keeps costs twice as much."""
 EVAL_BATCH = 512
 """Images that are evaluated at once, if they are so small that their pixels stay below `EVAL_BYTES`."""
 EVAL_BYTES = 2**26
+"""Of their float images at most, unless one alone has more."""
 
 
 class Batch(NamedTuple):
@@ -83,6 +86,29 @@ def train_batches(
         views = view(split.images, indices, augment=augment, seed=seed, epoch=epoch, image_size=split.image_size)
         parts = (normalise(views), split.labels[indices], indices)
         yield from map(Batch, *(torch.split(part, batch_size) for part in parts))
+
+
+def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: int) -> Iterator[Batch]:
+    """The batches of a training's epoch, from 1: `train_batches` as its config has them.
+
+    Args:
+        config: the training's.
+        dataset: its dataset.
+        split: the training split, on the device that the batches come to lie on.
+        epoch: absolute.
+
+    Raises:
+        ValueError: as `train_batches`.
+    """
+    return train_batches(
+        split,
+        batch_size=config.recipe.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        augment=config.data.augment,
+        mean=dataset.mean,
+        std=dataset.std,
+    )
 
 
 def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> Tensor:

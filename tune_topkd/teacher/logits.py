@@ -15,11 +15,11 @@ from tune_topkd.config import TrialConfig
 from tune_topkd.data import AnySplit
 from tune_topkd.data import Dataset
 from tune_topkd.data import Split
+from tune_topkd.data import batches_of
 from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
 from tune_topkd.data import load_dataset
 from tune_topkd.data import shown
-from tune_topkd.data import train_batches
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.models import laid_out
@@ -175,16 +175,7 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
         for epoch in range(1, config.recipe.epochs + 1):
             taught = TeacherLogits(config, dataset, split)
             taught.begin(epoch)
-            batches = train_batches(
-                split,
-                batch_size=config.recipe.batch_size,
-                seed=config.seed,
-                epoch=epoch,
-                augment=config.data.augment,
-                mean=dataset.mean,
-                std=dataset.std,
-            )
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(batches_of(config, dataset, split, epoch)):
                 taught.logits(batch.images, number)
             progress(epoch / config.recipe.epochs)
         return bank
