@@ -60,13 +60,29 @@ def test_the_overhead_of_a_sweep():
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_cost_of_a_step():
-    check(benchmarks("--quick", "step"), ("bank filled", "the data path alone"))
+    kinds = ("bank", "bfloat16", "plain", "live")
+    names = ("bank filled", "bank filled, bfloat16", "the data path alone", *(f"peak memory, {kind}" for kind in kinds))
+    check(benchmarks("--quick", "step"), names)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_trials_train_together():
+    check(benchmarks("--quick", "packing"), ("at once", "its memory"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_the_bank_is_worth_to_a_sweep():
+    check(benchmarks("--quick", "bank"), ("glyphs, 4 trials", "the same", "its peak memory"))
 
 
 def test_an_unknown_benchmark_is_refused():
     done = benchmarks("loss_costs")
     assert done.returncode == 2
-    assert "unknown benchmark loss_costs; known are loss_cost, step, sweep_overhead" in done.stderr
+    assert "unknown benchmark loss_costs; known are loss_cost, step, bank, packing, sweep_overhead" in done.stderr
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_what_trains_the_most_images_together_comes_first(pack, tmp_path):
     assert [packed.memory for packed in tried] == pytest.approx([0.12, 0.03, 0.06])
     for number, each in notes(tmp_path).items():
         cpus = 4 // number
-        assert {(note["given"]["CPU"], note["threads"], note["gpu_share"]) for note in each} == {(cpus, cpus, 1.0)}
+        assert {(note["given"]["CPU"], note["threads"], note["gpu_share"]) for note in each} == {(cpus, cpus, 0.0)}
         assert {note["seconds"] for note in each} == {SECONDS}
     assert {number: len(each) for number, each in notes(tmp_path).items()} == {1: 1, 2: 2, 4: 4}
 
@@ -450,13 +450,15 @@ def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path, in
     monkeypatch.setattr(sweep, "pack", made_up)
     monkeypatch.setattr(sweep.Cluster, "attached", lambda address: contextlib.nullcontext())
     monkeypatch.setattr(running, "_drive", drive)
-    run = inside("run", space, "--cpus-per-trial", "auto", "--seed", 5, "--runs-dir", tmp_path)
+    sizes = "space.batch_size=[16, 64, 32]"
+    run = inside("run", space, "--cpus-per-trial", "auto", "--seed", 5, "--runs-dir", tmp_path, "--set", sizes)
     assert run.returncode == 0, run.stderr
     told = "packing: 4 trials at once, each on 2.5 CPUs and 0.25 GPUs (trials: images/s of all; 1: 5,000, 4: 12,346)"
     assert told in run.stderr.splitlines()
     ((asked, trial, probe),) = measured
     assert (asked, probe) == ("auto", Probe)
     assert (trial.method, trial.seed, trial.recipe.epochs) == ("topkd", 5, 4)
+    assert trial.recipe.batch_size == 64, "what takes the most memory"
     assert Path(trial.teacher_checkpoint).is_file()
     assert trial.teacher_bank == str(Path(trial.teacher_checkpoint).parent)
     assert "auto" not in (tmp_path / "small" / "sweep.yaml").read_text()

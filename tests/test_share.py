@@ -360,6 +360,18 @@ def test_a_trial_may_allocate_its_share_of_a_gpu_less_what_the_context_takes(mem
     assert caplog.messages == []
 
 
+def test_a_training_that_was_given_no_share_takes_what_it_needs_and_waits_for_nothing(memory):
+    fake = memory(0)
+    with in_share(trial(), GPU):
+        assert (fake.fractions, fake.slept) == ([(1.0, GPU)], [])
+
+
+def test_without_a_part_of_a_gpu_a_training_is_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(training, "default_device", lambda: GPU)
+    assert [training.device_of(trial(gpu_share=share)) for share in (0.0, 0.25, 1.0, None)] == [CPU, GPU, GPU, GPU]
+    assert train(trial(gpu_share=0.0, recipe={"epochs": 1})).epoch == 1  # on a GPU that is not there it could not
+
+
 def test_on_the_cpu_nothing_is_asked_of_a_gpu(memory):
     fake = memory(0)
     with in_share(trial(gpu_share=0.5), CPU):
@@ -456,7 +468,7 @@ def sweep_on_a_gpu(tmp_path_factory):
 def test_the_trials_of_a_sweep_are_told_their_share(sweep_on_a_gpu):
     records = sweep_on_a_gpu(cpus_per_trial=2.0)
     assert [record.status for record in records] == [TrialStatus.COMPLETED] * 2, records
-    assert [(r.reports[1]["threads"], r.reports[1]["gpu_share"]) for r in records] == [(2, 1.0)] * 2
+    assert [(r.reports[1]["threads"], r.reports[1]["gpu_share"]) for r in records] == [(2, 0.0)] * 2
 
 
 @in_a_sweep
@@ -469,9 +481,9 @@ def test_a_trial_that_ran_out_of_memory_is_told_its_larger_share(sweep_on_a_gpu)
 @pytest.mark.parametrize(
     ("share", "threads", "gpu_share"),
     [
-        (Share(1.0, 0.0), 1, 1.0),
-        (Share(0.5, 0.0), 1, 1.0),
-        (Share(2.5, 0.0), 2, 1.0),
+        (Share(1.0, 0.0), 1, 0.0),
+        (Share(0.5, 0.0), 1, 0.0),
+        (Share(2.5, 0.0), 2, 0.0),
         (Share(8.0, 1.0), 8, 1.0),
         (Share(4.0, 0.2), 4, 0.2),
         (Share(4.0, 2.0), 4, 1.0),

@@ -21,7 +21,7 @@ trial = test_train.trial
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(speed, "default_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(speed, "device_of", lambda config: torch.device("cpu"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tune_topkd.config import TrialConfig
 from tune_topkd.train import Training
-from tune_topkd.train import default_device
+from tune_topkd.train import device_of
 from tune_topkd.train import in_share
 from tune_topkd.train import own_randomness
 
@@ -45,7 +45,7 @@ class Probe:
             ValueError: what the config names does not exist or does not fit together.
         """
         self._config = config
-        self._device = default_device()
+        self._device = device_of(config)
         with own_randomness(self._device), in_share(config, self._device):
             torch.manual_seed(config.seed % 2**64)
             self._training = _Training(config, self._device)

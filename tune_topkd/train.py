@@ -120,10 +120,10 @@ def in_share(config: TrialConfig, device: torch.device, *, waits: bool = True) -
     try:
         torch.set_num_threads(config.threads or threads)
         if device.type == "cuda":
-            part = GPU_PART * config.gpu_share if config.gpu_share < 1 else 1.0
-            torch.cuda.set_per_process_memory_fraction(part, device)
-            if waits:
-                _await_memory(config.gpu_share, device)
+            share = 1.0 if config.gpu_share is None else config.gpu_share
+            torch.cuda.set_per_process_memory_fraction(GPU_PART * share if share < 1 else 1.0, device)
+            if waits and config.gpu_share is not None:
+                _await_memory(share, device)
         yield
     finally:
         torch.set_num_threads(threads)
@@ -167,6 +167,11 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_of(config: TrialConfig) -> torch.device:
+    """Where a training takes place: on the CPU if it was given no part of a GPU."""
+    return torch.device("cpu") if config.gpu_share == 0 else default_device()
+
+
 def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Path | None = None) -> TrainResult:
     """Train the student of a config to its last epoch, or until its loss is not finite.
 
@@ -183,7 +188,7 @@ def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Pa
         ValueError: what the config names does not exist or does not fit together, or the checkpoint is of another
             config.
     """
-    device = default_device()
+    device = device_of(config)
     with own_randomness(device), in_share(config, device):
         torch.manual_seed(config.seed % 2**64)
         trial = Training(config, device)
@@ -215,12 +220,12 @@ class Training:
 
         Args:
             config: all that the training depends on, but for torch's global generator, which initialises the weights.
-            device: `default_device` if none is given.
+            device: `device_of` the config if none is given.
 
         Raises:
             ValueError: what the config names does not exist or does not fit together.
         """
-        device = device or default_device()
+        device = device or device_of(config)
         self.config = config
         self.device = device
         self.dataset = _dataset(config)

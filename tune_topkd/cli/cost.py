@@ -98,7 +98,8 @@ def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:
     cpus = config.sweep.cpus_per_trial
     torch.set_num_threads(1 if isinstance(cpus, str) else max(int(cpus), 1))
     whole = config.recipe.batch_size / batch
-    step = whole * _least_seconds(lambda: loss(student(images), taught, labels).backward())
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.recipe.precision == "bfloat16"):
+        step = whole * _least_seconds(lambda: loss(student(images), taught, labels).backward())
     if config.teacher is None:
         return step, 0.0
     teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()

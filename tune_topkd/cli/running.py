@@ -304,6 +304,9 @@ def _packed(config: SweepConfig, place: Place, console: Console) -> SweepConfig:
     from tune_topkd.sweep import pack
 
     trial = trial_with(config, taught_by(config, place, console, settings.seed, is_told=True), settings.seed)
+    if (sizes := config.space.get("batch_size")) is not None:  # the largest takes the most memory
+        largest = max(value for value in (*(sizes.choices or ()), sizes.high) if isinstance(value, int | float))
+        trial = trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"batch_size": int(largest)})})
     status = console.status("measuring how many trials to run at once") if console.is_terminal else None
     with status or contextlib.nullcontext(), Cluster.attached(place.address):
         tried = pack(config, trial, Probe)

@@ -412,8 +412,9 @@ class TrialConfig(SharedFiles):
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)
     """Of the CPU; None leaves torch's number. The last bits of a result on the CPU may depend on it."""
-    gpu_share: float = Field(1.0, gt=0, le=1)
-    """Of the GPU's memory: more is refused, so that those beside it have theirs."""
+    gpu_share: float | None = Field(None, ge=0, le=1)
+    """Of the GPU's memory: it is waited for, and more is refused, so that those beside it have theirs. 0 trains on the CPU;
+    None takes of the GPU, if there is one, what it needs."""
 
 
 RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma")

@@ -135,7 +135,7 @@ def share_of(config: SweepConfig) -> Share:
 
 def trial_part(share: Share) -> dict[str, Any]:
     """What a trial is told of its share: the fields of a `TrialConfig`."""
-    return {"threads": max(int(share.cpus), 1), "gpu_share": min(share.gpus, 1.0) or 1.0}
+    return {"threads": max(int(share.cpus), 1), "gpu_share": min(share.gpus, 1.0)}
 
 
 def check_address(address: str) -> None:
