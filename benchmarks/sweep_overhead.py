@@ -16,6 +16,7 @@ import io
 import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from tune_topkd.tracking import check_uri
 from tune_topkd.trials import LEDGER_FILE
 from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import TrialRecord
 from tune_topkd.trials import driver_identity
 from tune_topkd.trials import read_events
 
@@ -240,16 +242,19 @@ class _Told:
                 ("end", {**key, **end, "value": reports[-1]["metrics"][formula.OBJECTIVE]}),
             )
         self.search = Search(config, self.ledger)
+        self._running: deque[TrialRecord] = deque()
         for _ in range(AT_ONCE):
             self.propose()
 
     def propose(self) -> None:
         """Have the next trial proposed."""
-        assert self.search.next_trial() is not None
+        record = self.search.next_trial()
+        assert record is not None
+        self._running.append(record)
 
     def end(self) -> None:
         """Bring the oldest running trial to its end."""
-        running = self.search.state.running()[0]
+        running = self._running.popleft()
         params = running.params
         self.search.reported(running.key, formula.EPOCHS, formula.metrics(params["k"], params["lr"], formula.EPOCHS))
 
