@@ -410,7 +410,7 @@ def test_threads_are_given_back_when_waiting_for_the_gpu_is_broken_off(memory, m
     fake.sleep = interrupted
     before = torch.get_num_threads()
     try:
-        with pytest.raises(KeyboardInterrupt), in_share(trial(threads=before + 1), GPU):
+        with pytest.raises(KeyboardInterrupt), in_share(trial(threads=before + 1, gpu_share=0.5), GPU):
             raise AssertionError("there is no memory yet")
         assert torch.get_num_threads() == before
     finally:
