@@ -32,7 +32,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## what proves the speed: ratios, each with its baseline in the same run
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks --write $(ARGS)
 
 analysis: $(STAMP)  ## the notebook over a sweep as a page: make analysis SWEEP=digits
 	TUNE_TOPKD_SWEEP=$(SWEEP) TUNE_TOPKD_RUNS_DIR=$(abspath $(RUNS)) $(BIN)/jupyter nbconvert --log-level WARN \

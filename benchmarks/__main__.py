@@ -24,24 +24,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks", description=sys.modules["benchmarks"].__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones, of {', '.join(NAMES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that they run")
-    parser.add_argument("--write", action="store_true", help=f"write the table to {RESULTS} instead of printing it")
+    parser.add_argument("--write", action="store_true", help=f"also keep the page in {RESULTS}, unless it is quick")
     args = parser.parse_args()
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"unknown benchmark {', '.join(sorted(unknown))}; known are {', '.join(NAMES)}")
     lines = [f"# Benchmarks, {date.today()}{', quick' if args.quick else ''}", "", *machine(), ""]
+    print("\n".join(lines))
     for name in args.names or NAMES:
         print(f"{name} ...", file=sys.stderr)
         module = importlib.import_module(f"benchmarks.{name}")
-        lines += section(module, module.run(args.quick))
-    text = "\n".join(lines)
-    if not args.write:
-        print(text)
+        lines += (found := section(module, module.run(args.quick)))
+        print("\n".join(found), flush=True)  # all of them take more than an hour
+    if args.quick or not args.write:
         return
     slug = re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {cores()} cores".lower()).strip("-")
     path = RESULTS / f"{date.today()}-{slug}.md"
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(text)
-    print(path)
+    path.write_text("\n".join(lines))
+    print(path, file=sys.stderr)
 
 
 def machine() -> list[str]:
