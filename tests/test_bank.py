@@ -1,5 +1,6 @@
 """The bank of a teacher's logits: what a live teacher would have said, said once."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -292,6 +293,95 @@ def test_a_batch_is_taught_what_the_live_teacher_says_of_it(teacher, tmp_path, a
             for number, batch in enumerate(batches(config, epoch)):
                 expected = live.logits(batch.images, number)
                 torch.testing.assert_close(banked.logits(batch.images, number), expected, rtol=2e-3, atol=1e-4)
+
+
+def run_and_tell(config, folder):
+    """Train, and write down how many rows were asked of a teacher that takes its time."""
+    asked, fill = [], LogitBank.fill
+
+    def slow(self, images, views, ask):
+        asked.append(len(images))
+        time.sleep(0.05)
+        return fill(self, images, views, ask)
+
+    LogitBank.fill = slow
+    torch.set_num_threads(1)
+    result = train(config)
+    folder.mkdir()
+    (folder / "asked").write_text(str(sum(asked)))
+    torch.save(weights(result), folder / "weights.pt")
+
+
+def test_trials_beside_one_another_ask_of_each_view_once(teacher, tmp_path):
+    config = trial(teacher, tmp_path)
+    context = multiprocessing.get_context("spawn")
+    beside = [context.Process(target=run_and_tell, args=(config, tmp_path / name)) for name in ("a", "b")]
+    for process in beside:
+        process.start()
+    for process in beside:
+        process.join(120)
+        assert process.exitcode == 0
+    dataset = load_dataset(config.data)
+    filled = LogitBank(bank_file(config, dataset), bank_size(config.data, config.recipe, dataset)).filled()
+    asked = [int((tmp_path / name / "asked").read_text()) for name in ("a", "b")]
+    assert sum(asked) == filled > 1000
+    one, other = (torch.load(tmp_path / name / "weights.pt") for name in ("a", "b"))
+    assert torch.equal(one, other)
+
+
+def claim_and_wait(path, is_claimed, is_told):
+    with LogitBank(path, SIZE).claimed("x"):
+        is_claimed.set()
+        is_told.wait(120)
+
+
+def test_what_another_process_has_claimed_is_waited_for_until_it_is_done_or_dead(tmp_path, monkeypatch):
+    path = tmp_path / "b.f16"
+    own = LogitBank(path, SIZE)
+    context = multiprocessing.get_context("spawn")
+    is_claimed, is_told = context.Event(), context.Event()
+    other = context.Process(target=claim_and_wait, args=(path, is_claimed, is_told))
+    other.start()
+    assert is_claimed.wait(120)
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            other.kill()
+            other.join()
+
+    monkeypatch.setattr(bank.time, "sleep", sleep)
+    with own.claimed("y"):
+        assert slept == [], "another's claim of something else is no matter"
+    with own.claimed("x"):
+        assert len(slept) >= 3
+    with own.claimed("x"):
+        pass  # it is given back
+
+
+def test_a_claim_that_is_never_given_back_is_waited_for_no_longer_than_told(tmp_path, monkeypatch):
+    path = tmp_path / "b.f16"
+    context = multiprocessing.get_context("spawn")
+    is_claimed, is_told = context.Event(), context.Event()
+    other = context.Process(target=claim_and_wait, args=(path, is_claimed, is_told))
+    other.start()
+    assert is_claimed.wait(120)
+    monkeypatch.setattr(bank, "LONGEST_WAIT_FOR_ANOTHER", 0.2)
+    with LogitBank(path, SIZE).claimed("x"):
+        assert other.is_alive()
+    is_told.set()
+    other.join(120)
+
+
+def test_where_there_are_no_locks_nothing_is_waited_for(tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(bank.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(bank.time, "sleep", lambda seconds: pytest.fail("waits"))
+    with LogitBank(tmp_path / "b.f16", SIZE).claimed("x"):
+        pass
 
 
 def test_a_bank_that_another_batch_size_has_half_filled_gives_the_same_bits(teacher, tmp_path, asked):

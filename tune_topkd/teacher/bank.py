@@ -3,17 +3,22 @@
 A bank is one file of float16 rows, mapped into the memory of all trials of a node: row `image × views + view` holds the
 logits of one view of one image, raw and whole, so that K, scales and weights stay free, and a checksum. Rows are filled as
 they are asked for, or ahead. A row that was never written, or was torn by a kill, does not match its checksum and counts as
-empty; writers beside one another write the same. So there is nothing to lock, and filling may be killed and gone on with at
-any instant. The file's name is a hash of all that the logits depend on: another teacher, normalisation, augmentation,
-dataset or split is another file.
+empty; writers beside one another write the same. So nothing needs a lock to be right, and filling may be killed and gone on
+with at any instant. Locks only spare work: trials of a sweep come to the same batch at about the same time, and one of them
+asks while the others wait. The file's name is a hash of all that the logits depend on: another teacher, normalisation,
+augmentation, dataset or split is another file.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
+import weakref
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +33,12 @@ FILL_BATCH = 64
 LARGEST_SHARE_OF_DISK = 0.5
 """Of what is free; a bank that would take more is not begun."""
 
+LONGEST_WAIT_FOR_ANOTHER = 60.0
+"""Seconds that a training waits for another that asks the same; then it asks by itself."""
+
 _FORMAT = 1
 _ROWS_AT_ONCE = 2**16
+_SECONDS_BETWEEN_TRIES = 0.002
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class LogitBank:
         mapped = torch.from_file(str(path), shared=True, size=words, dtype=torch.int16)
         self._rows = mapped.view(-1, size.num_classes + 1)
         generator = torch.Generator().manual_seed(_FORMAT)
+        self._locks: int | None = None
         self._odd = 2 * torch.randint(2**15, (size.num_classes,), generator=generator) + 1
 
     def read(self, images: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +113,35 @@ class LogitBank:
         rows[:, -1] = self._checksum(rows)
         self._rows[images * self.size.views + views] = rows
         return given
+
+    @contextlib.contextmanager
+    def claimed(self, what: object) -> Iterator[None]:
+        """Hold something that others would ask the teacher for as well; the kernel lets go of it if this process dies.
+
+        Waits for another process that holds it, though not for ever. On storage without locks nothing is held.
+
+        Args:
+            what: the same for all that would ask the same.
+        """
+        if self._locks is None:
+            self._locks = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, self._locks)
+        place = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:5])
+        deadline = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER
+        is_held = False
+        while not is_held and time.monotonic() < deadline:
+            try:
+                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                is_held = True
+            except (BlockingIOError, PermissionError):  # what POSIX allows for a lock that another holds
+                time.sleep(_SECONDS_BETWEEN_TRIES)
+            except OSError:
+                break
+        try:
+            yield
+        finally:
+            if is_held:
+                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
 
     def filled(self) -> int:
         """How many rows are there."""

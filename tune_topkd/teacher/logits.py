@@ -56,6 +56,7 @@ class TeacherLogits:
         self._model: nn.Module | None = None
         self._bank = open_bank(config, dataset)
         self._places = self._views = torch.empty(0, dtype=torch.int64)
+        self._epoch = 0
         self._known = torch.empty(0)
         self._is_known: Tensor | None = None
         self._on_device: Tensor | None = None
@@ -66,7 +67,7 @@ class TeacherLogits:
         """Look up all logits of an epoch at once: nothing is waited for within it when they are there."""
         if self._bank is None:
             return
-        config = self._config
+        config, self._epoch = self._config, epoch
         order = epoch_order(self._split, batch_size=config.recipe.batch_size, seed=config.seed, epoch=epoch).cpu()
         self._places, self._views = order, bank_views(config, order, epoch)
         self._known, is_known = self._bank.read(self._places, self._views)
@@ -77,7 +78,8 @@ class TeacherLogits:
         """The logits `(B, C)` of the epoch's batch `number`."""
         if self._bank is None:
             return self.ask(images)
-        size = self._config.recipe.batch_size
+        config = self._config
+        size = config.recipe.batch_size
         part = slice(number * size, number * size + len(images))
         if self._is_known is None:
             assert self._on_device is not None, "begin has put it there"
@@ -85,10 +87,20 @@ class TeacherLogits:
         lacking = (~self._is_known[part]).nonzero()[:, 0]
         known = self._known[part]
         if len(lacking):
-            shown = images[lacking.to(images.device)]
-            places, views = self._places[part][lacking], self._views[part][lacking]
-            known[lacking] = self._bank.fill(places, views, lambda some: self.ask(shown[some.to(shown.device)]))
+            with self._bank.claimed((config.seed, size, self._epoch, number)):
+                known[lacking] = self._asked_or_found(images, self._places[part], self._views[part], lacking)
         return known.to(images.device).float()
+
+    def _asked_or_found(self, images: Tensor, places: Tensor, views: Tensor, lacking: Tensor) -> Tensor:
+        """The logits of what a batch lacked when its epoch began: another may have filled them since."""
+        assert self._bank is not None, "what lacks is of a bank"
+        given, is_there = self._bank.read(places[lacking], views[lacking])
+        left = lacking[~is_there]
+        if len(left):
+            shown = images[left.to(images.device)]
+            asked = self._bank.fill(places[left], views[left], lambda some: self.ask(shown[some.to(shown.device)]))
+            given[~is_there] = asked
+        return given
 
     def ask(self, images: Tensor) -> Tensor:
         """What the teacher says of normalised images `(B, C, H, W)`: `(B, classes)`, not kept."""
