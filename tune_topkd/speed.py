@@ -17,6 +17,7 @@ from tune_topkd.train import in_share
 from tune_topkd.train import own_randomness
 
 WARM_STEPS = 5
+"""Before any is timed: buffers are made, kernels chosen, the teacher asked."""
 STEPS_BETWEEN_LOOKS = 5
 """At the clock, for which a GPU is waited for: a training waits once an epoch."""
 CONTEXT_BYTES = 600 * 2**20
