@@ -14,6 +14,7 @@ from rich.console import Console
 
 import tune_topkd.train as training
 from tune_topkd.cli import running
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import RecipeConfig
@@ -201,7 +202,7 @@ def test_every_trial_of_a_sweep_is_told_of_the_dataset_file(tmp_path: Path, monk
     monkeypatch.setattr(running, "_finish", lambda *arguments: None)
     (tmp_path / "s").mkdir()
     with Ledger.create(tmp_path / "s" / "ledger.jsonl", sweep="s", id="s", seed=0, trials=12, first=[]) as ledger:
-        running._drive(config, ledger, place, Console(quiet=True))
+        running._drive(config, ledger, place, Console(quiet=True), NO_FILES)
     path = tmp_path / "s" / "dataset.pt"
     assert told == [(str(path), True)]
     assert not path.exists()

@@ -176,8 +176,9 @@ def start(
     for warning in checked.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
     ready_data(checked.config)
-    teacher = ready_teacher(checked.config, place, console)
-    config = _packed(checked.config, place, console)
+    teacher = _teacher(checked.config, place, console)
+    files = _files_of(teacher, checked.config, place, console, checked.config.sweep.seed)
+    config = _packed(checked.config, files, place, console)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG_FILE, dump_config(config))
     header = {
@@ -195,7 +196,7 @@ def start(
         "method": config.method,
         "digest": _digest(config),
         "space_digest": Space.of(config).digest(),
-        "teacher_file": teacher,
+        "teacher_file": {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {},
         "first": [*preflight.first_proposals(config), *warm],
         "versions": versions(),
         "git_commit": git_commit(),
@@ -203,7 +204,8 @@ def start(
     if not place.has_begun(name):
         (folder / LEDGER_FILE).unlink(missing_ok=True)
     with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
-        return _drive(config, ledger, place, console)
+        ledger.append(_driver(config))
+        return _drive(config, ledger, place, console, files)
 
 
 def go_on(name: str, place: Place, console: Console, trials: int | None, time_budget: float | None) -> Outcome:
@@ -223,7 +225,10 @@ def go_on(name: str, place: Place, console: Console, trials: int | None, time_bu
         settings = {"trials": trials or state.target, "time_budget": time_budget}
         config = config.model_copy(update={"sweep": config.sweep.model_copy(update=settings)})
         ready_data(config)
-        return _drive(config, ledger, place, console)
+        ledger.append(_driver(config))
+        teacher = _teacher(config, place, Console(quiet=True))
+        files = _files_of(teacher, config, place, console, config.sweep.seed)
+        return _drive(config, ledger, place, console, files)
 
 
 def ready_data(config: PairConfig) -> None:
@@ -240,19 +245,7 @@ def ready_data(config: PairConfig) -> None:
         raise ConfigError("data", [Problem(key="", rule=str(error))]) from error
 
 
-def ready_teacher(config: PairConfig, place: Place, console: Console) -> dict[str, Any]:
-    """Train or find the teacher, saying so; its key and accuracy, or nothing where there is none.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
-    teacher = _teacher(config, place, console)
-    return {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {}
-
-
-def taught_by(
-    config: PairConfig, place: Place, console: Console, seed: int = 0, *, is_told: bool = False
-) -> SharedFiles:
+def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0) -> SharedFiles:
     """The teacher, trained first if need be, and the folder of the bank of its logits, if there is to be one.
 
     Args:
@@ -260,12 +253,14 @@ def taught_by(
         place: where teachers are kept.
         console: is told of the teacher, and why it is asked for every batch if it is.
         seed: of the trainings; a bank of endless views is for one seed.
-        is_told: whether the teacher has been told of before.
 
     Raises:
         ConfigError: it cannot be had.
     """
-    teacher = _teacher(config, place, Console(quiet=True) if is_told else console)
+    return _files_of(_teacher(config, place, console), config, place, console, seed)
+
+
+def _files_of(teacher: "Teacher | None", config: PairConfig, place: Place, console: Console, seed: int) -> SharedFiles:
     if teacher is None:
         return NO_FILES
     folder = place.runs / "teachers" / teacher.key
@@ -290,7 +285,7 @@ def trial_with(config: PairConfig, files: SharedFiles, seed: int) -> TrialConfig
     )
 
 
-def _packed(config: SweepConfig, place: Place, console: Console) -> SweepConfig:
+def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Console) -> SweepConfig:
     """The config with each trial's share of a node, measured where it says `auto`.
 
     Raises:
@@ -303,7 +298,7 @@ def _packed(config: SweepConfig, place: Place, console: Console) -> SweepConfig:
     from tune_topkd.sweep import Cluster
     from tune_topkd.sweep import pack
 
-    trial = trial_with(config, taught_by(config, place, console, settings.seed, is_told=True), settings.seed)
+    trial = trial_with(config, files, settings.seed)
     if (sizes := config.space.get("batch_size")) is not None:  # the largest takes the most memory
         largest = max(value for value in (*(sizes.choices or ()), sizes.high) if isinstance(value, int | float))
         trial = trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"batch_size": int(largest)})})
@@ -363,6 +358,7 @@ def _no_bank(config: PairConfig, trial: TrialConfig) -> str:
 
 
 def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | None":
+    """Train or find the teacher, saying so: a checkpoint that is given is measured on the whole validation split."""
     if config.teacher is None:
         return None
     name, recipe = config.teacher.name, config.teacher.recipe
@@ -386,11 +382,14 @@ def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | N
     return teacher
 
 
-def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console) -> Outcome:
-    """The part that new and resumed sweeps share: from an open ledger to its `stop` event and the answer."""
+def _driver(config: SweepConfig) -> tuple[str, dict[str, Any]]:
+    """The event that says who drives the sweep from now on, and to how many trials."""
+    return "driver", {**driver_identity(), "trials": config.sweep.trials}
+
+
+def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console, files: SharedFiles) -> Outcome:
+    """The part that new and resumed sweeps share: from the ledger's `driver` event to its `stop` and the answer."""
     folder = ledger.path.parent
-    ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
-    files = taught_by(config, place, console, config.sweep.seed, is_told=True)
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
