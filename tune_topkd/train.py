@@ -6,6 +6,7 @@ bit.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -36,6 +37,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.data import AnySplit
 from tune_topkd.data import Batch
 from tune_topkd.data import Dataset
 from tune_topkd.data import FileSplit
@@ -229,8 +231,8 @@ class Training:
         self.config = config
         self.device = device
         self.dataset = _dataset(config)
-        self.train_split = self.dataset.train.to(device)
-        self.val_split = self.dataset.val.to(device)
+        self.train_split = _with_workers(self.dataset.train, config).to(device)
+        self.val_split = _with_workers(self.dataset.val, config).to(device)
         student = _student(config.student, self.dataset.num_classes).to(device)
         self.model = laid_out(student, self.train_split.batch_shape[0])
         self.loss = build_loss(config.method, config.loss)
@@ -361,16 +363,20 @@ class Training:
 
 
 def _dataset(config: TrialConfig) -> Dataset:
-    data = config.data
     if config.dataset_file is not None:
         try:
-            return load_saved(data, Path(config.dataset_file))
+            return load_saved(config.data, Path(config.dataset_file))
         except FileNotFoundError as error:
             _log.warning("the dataset is read anew: %s", error)
-    dataset = load_dataset(data)
-    if data.workers is None and (config.threads or 1) > 1 and isinstance(dataset.train, FileSplit):
-        return load_dataset(data.model_copy(update={"workers": config.threads}))
-    return dataset
+    return load_dataset(config.data)
+
+
+def _with_workers(split: AnySplit, config: TrialConfig) -> AnySplit:
+    """The split, decoded by as many processes as the training has threads where the config leaves it open."""
+    threads = config.threads or 1
+    if config.data.workers is None and threads > 1 and isinstance(split, FileSplit):
+        return dataclasses.replace(split, workers=threads)
+    return split
 
 
 def _student(config: StudentConfig, num_classes: int) -> nn.Module:
