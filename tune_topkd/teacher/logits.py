@@ -183,16 +183,15 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
             "there is no bank for this space: it is switched off, images are mixed, or the disk has no room"
         )
     split = dataset.train.to(device)
+    taught = TeacherLogits(config, dataset, split)
     if view_count(config.data.augment) is None:
         for epoch in range(1, config.recipe.epochs + 1):
-            taught = TeacherLogits(config, dataset, split)
             taught.begin(epoch)
             for number, batch in enumerate(batches_of(config, dataset, split, epoch)):
                 taught.logits(batch.images, number)
             progress(epoch / config.recipe.epochs)
         return bank
     assert isinstance(split, Split), "files have endless views"
-    taught = TeacherLogits(config, dataset, split)
     augment, mean, std = config.data.augment, dataset.mean, dataset.std
     chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
     for done, chunk in enumerate(chunks):
