@@ -25,7 +25,6 @@ from tune_topkd.trials import read_events
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "glyphs.yaml"
-SWEEP = ["baselines=null"]
 SMALL = [
     "data.kwargs={train_images: 4000, test_images: 200}",
     "teacher.recipe.epochs=4",
@@ -68,7 +67,7 @@ def run(quick: bool) -> list[Ratio]:
 
 def _sweep(trials: int, settings: list[str], runs: Path) -> _Sweep:
     with peak_megabytes(None) as megabytes:
-        _launch("run", [*settings, *SWEEP], runs, "--trials", str(trials), "--name", "sweep")
+        _launch("run", [*settings, "baselines=null"], runs, "--trials", str(trials), "--name", "sweep")
     events = read_events(runs / "sweep" / LEDGER_FILE)[0]
     times = {
         name: [event.time for event in events if event.name == name] for name in ("driver", "stop", "report", "end")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import formulas
 import pytest
+import test_train
 import torch
 from PIL import Image
 from rich.console import Console
@@ -17,14 +18,11 @@ from tune_topkd.cli import running
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
-from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
 from tune_topkd.data import save_dataset
 from tune_topkd.data import saving
-from tune_topkd.models import build_configured
-from tune_topkd.models import save_weights
 from tune_topkd.train import GPU_PART
 from tune_topkd.train import LONGEST_WAIT_FOR_MEMORY
 from tune_topkd.train import Training
@@ -34,28 +32,14 @@ from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
 from tune_topkd.trials import TrialStatus
 
-DIGITS = DataConfig.model_validate(
-    {"name": "digits", "val_fraction": 0.4, "test_fraction": 0.4, "augment": {"pad": 1, "flip": True}}
-)
-TINY = ModelConfig(name="digits_cnn_tiny", kwargs={"widths": [3, 4]})
-TIMES = {"epoch_seconds", "images_per_second"}
+DIGITS = test_train.DIGITS
+taught = test_train.teacher
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 
 
 def trial(method: str = "ce", epochs: int = 2, **changes) -> TrialConfig:
-    recipe = RecipeConfig(epochs=epochs, lr=0.05, schedule="constant")
-    return TrialConfig(**{"data": DIGITS, "student": TINY, "method": method, "recipe": recipe, **changes})
-
-
-@pytest.fixture(scope="module")
-def taught(tmp_path_factory) -> dict:
-    """What a config of a method that needs a teacher has more."""
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
-    config = ModelConfig(name="digits_cnn", kwargs={"widths": [6]})
-    torch.manual_seed(0)
-    save_weights(build_configured(config, num_classes=10), path)
-    return {"teacher": config, "teacher_checkpoint": str(path)}
+    return test_train.trial(method, recipe={"epochs": epochs}, **changes)
 
 
 @pytest.fixture
@@ -68,7 +52,7 @@ def dataset_file(tmp_path) -> str:
 def run(config: TrialConfig) -> tuple[list[dict[str, float]], torch.Tensor]:
     """The metrics of every epoch but for times, and all weights at the end."""
     metrics = []
-    result = train(config, lambda epoch, told, save: metrics.append({k: v for k, v in told.items() if k not in TIMES}))
+    result = train(config, lambda epoch, told, save: metrics.append(test_train.without_times(told)))
     return metrics, torch.cat([value.flatten().double() for value in result.model.state_dict().values()])
 
 
@@ -370,7 +354,7 @@ def test_a_training_that_was_given_no_share_takes_what_it_needs_and_waits_for_no
 def test_without_a_part_of_a_gpu_a_training_is_on_the_cpu(monkeypatch):
     monkeypatch.setattr(training, "default_device", lambda: GPU)
     assert [training.device_of(trial(gpu_share=share)) for share in (0.0, 0.25, 1.0, None)] == [CPU, GPU, GPU, GPU]
-    assert train(trial(gpu_share=0.0, recipe={"epochs": 1})).epoch == 1  # on a GPU that is not there it could not
+    assert train(trial(epochs=1, gpu_share=0.0)).epoch == 1  # on a GPU that is not there it could not
 
 
 def test_on_the_cpu_nothing_is_asked_of_a_gpu(memory):
