@@ -91,6 +91,52 @@ def test_a_trial_reports_every_epoch_and_goes_on_from_its_checkpoint(tmp_path, c
     assert again[0] == sent[-1]
 
 
+KILLED_AT_EACH_CHANGE = """
+import itertools, os, signal, sys
+from pathlib import Path
+import formulas
+from tune_topkd.config import TrialConfig
+from tune_topkd.sweep.worker import checkpoints, is_whole, run_trial
+
+LIVES = 3
+CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "open"}
+config = TrialConfig.model_validate_json(sys.argv[2])
+
+def life(folder, changes):
+    left = itertools.count(changes, -1)
+
+    def kill_in_time(event, arguments):
+        if event in CHANGES and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if (child := os.fork()) == 0:
+        if changes:
+            sys.addaudithook(kill_in_time)
+        run_trial(formulas.rising, config, folder, lambda message: None)
+        os._exit(0)
+    return os.WIFEXITED(os.waitpid(child, 0)[1])
+
+for changes in itertools.count(1):
+    folder = Path(sys.argv[1], str(changes))
+    done = [life(folder, changes) for _ in range(LIVES)]
+    assert life(folder, 0)
+    found = [path.name for path in checkpoints(folder) if is_whole(path)]
+    print(changes, found, sorted(path.name for path in folder.iterdir()), flush=True)
+    if done[0]:
+        break
+"""
+
+
+def test_a_trial_killed_before_any_change_to_its_folder_leaves_in_the_end_its_last_two_checkpoints(tmp_path, config):
+    config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"epochs": 4})})
+    program = [sys.executable, "-c", KILLED_AT_EACH_CHANGE, tmp_path, config.model_dump_json()]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    told = subprocess.run(program, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
+    assert len(told) > 40
+    for number, line in enumerate(told, 1):
+        assert line == f"{number} ['epoch-0004', 'epoch-0003'] ['.worker', 'epoch-0003', 'epoch-0004']"
+
+
 def test_numbers_that_are_none_travel(tmp_path, config):
     sent = []
     config = config.model_copy(update={"loss": {"k": 11}})

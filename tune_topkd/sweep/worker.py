@@ -1,8 +1,8 @@
 """One trial, where Ray put it: calls the train function, hands its reports to the driver, keeps its checkpoints.
 
 Checkpoints are a trial's own folder: `epoch-0003/` with what `save` wrote and `report.json` (that epoch's metrics and the
-files' SHA-256). A folder appears under its name only when it is whole and on the disk; the two newest are kept; one that
-is not as it was written is passed over for the other.
+files' SHA-256). A folder appears under its name only when it is whole and on the disk, and loses that name before anything
+in it is removed; the two newest are kept; one that is not as it was written is passed over for the other.
 
 A trial's folder has one worker at a time. A killed driver or a lost node can leave one at work; the next waits for its end,
 and ends it if it can.
@@ -120,6 +120,7 @@ def run_trial(
     """
     with _only_worker(folder), _ends_when_hung(folder, timeout) as awaited:
         newest = newest_checkpoint(folder)
+        _clear_up(folder, newest)
         if newest is not None:
             epoch, metrics = _read_report(newest)
             with awaited():  # a kill may have come before the driver had it
@@ -149,9 +150,9 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
         files = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
         report = {"epoch": epoch, "metrics": _jsonable(metrics), "files": files}
         (partial / _REPORT_FILE).write_text(json.dumps(report))
+        _drop(final)
         for path in [*partial.iterdir(), partial]:
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync(folder)
     except Exception as error:
@@ -161,7 +162,26 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
             raise StorageError(trouble) from error
         raise
     for old in checkpoints(folder)[GENERATIONS:]:
-        shutil.rmtree(old, ignore_errors=True)
+        _drop(old)
+
+
+def _drop(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there: a kill in between leaves it whole or without its name."""
+    nameless = checkpoint.with_name(f".{checkpoint.name}.dropped")
+    shutil.rmtree(nameless, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
+
+
+def _clear_up(folder: Path, newest: Path | None) -> None:
+    """Remove what a killed worker has left beside the checkpoints that are kept; `newest` is the newest whole one."""
+    for left in folder.glob(".epoch-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if newest is not None:
+        found = checkpoints(folder)
+        for old in found[max(GENERATIONS, found.index(newest) + 1) :]:
+            _drop(old)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
