@@ -488,21 +488,57 @@ def test_defaults_are_those_of_the_method() -> None:
 # --- ties and the order of classes ------------------------------------------------------------------------------------
 
 
-def test_scaling_gives_ties_to_the_lower_index() -> None:
+each_width = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@each_width
+def test_scaling_gives_ties_to_the_lower_index(dtype: torch.dtype) -> None:
     # 300 equal logits: long enough for an unstable sort to show. y = 1 is not the top-1, which is class 0.
-    teacher = torch.ones(1, 300, dtype=torch.float64)
+    teacher = torch.ones(1, 300, dtype=dtype)
     scaled = top_k_scaling(teacher, torch.tensor([1]), k=3, scale_top=3.0, scale_last=2.0, scale_gt=5.0, shift=0.5)
-    check(scaled, [[3.0, 5.0, 2.0] + [1.0] * 297])
+    check(scaled.double(), [[3.0, 5.0, 2.0] + [1.0] * 297])
 
 
+@each_width
+def test_zeros_of_both_signs_are_tied(dtype: torch.dtype) -> None:
+    teacher = torch.tensor([[-0.0, 0.0, -1.0]], dtype=dtype)
+    options = {"k": 1, "scale_top": 1.0, "scale_last": 1.0, "scale_gt": 1.0, "shift": 2.0}
+    scaled = top_k_scaling(teacher, torch.tensor([0]), **options)
+    check(scaled.double(), [[1.0, 0.0, -1.0]])
+
+
+CLOSE = [0.0, -0.0, 1.0, -1.0, 1 + 2.0**-23, -1 - 2.0**-23, 2.0**-100, -(2.0**-100), 2.0**100, -(2.0**100)]
+"""Zeros of both signs, neighbours in float32, and very small and large numbers."""
+
+
+@modest
+@given(st.data(), st.integers(2, 12))
+def test_float32_ranks_as_float64_does(data: st.DataObject, classes: int) -> None:
+    numbers = st.sampled_from(CLOSE) | st.floats(-8, 8, width=32, allow_subnormal=False)
+    row = data.draw(st.lists(numbers, min_size=classes, max_size=classes))
+    label, k = data.draw(st.integers(0, classes - 1)), data.draw(st.integers(1, classes))
+    teacher, labels = torch.tensor([row], dtype=torch.float64), torch.tensor([label])
+    options = {
+        "k": k,
+        "scale_top": 4.0,
+        "scale_last": 2.0,
+        "scale_gt": 8.0,
+        "shift": 0.0,
+    }  # no two ranks weigh the same
+    exact, scaled = top_k_scaling(teacher, labels, **options), top_k_scaling(teacher.float(), labels, **options)
+    torch.testing.assert_close(scaled, exact.float(), rtol=3e-7, atol=0.0)
+
+
+@each_width
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_groups_give_ties_to_the_lower_index(sign: float) -> None:
+def test_groups_give_ties_to_the_lower_index(sign: float, dtype: torch.dtype) -> None:
     # The group is {2, 0, 1} without ties, then {2} and the first two of the 299 equal ones. The student is aligned
     # with the teacher there and opposed in the rest: only that split gives 0 for the group and 2 for the rest.
-    scaled = torch.full((1, 300), sign, dtype=torch.float64)
+    scaled = torch.full((1, 300), sign, dtype=dtype)
     scaled[0, 2] = 2 * sign
     student = torch.cat((scaled[:, :3], -scaled[:, 3:]), dim=1)
-    check(top_k_decoupled_loss(student, scaled, k=3, alpha=10.0, beta=10.0), 2.0)
+    loss = top_k_decoupled_loss(student, scaled, k=3, alpha=10.0, beta=10.0)
+    torch.testing.assert_close(loss, torch.tensor(2.0, dtype=dtype))
 
 
 @each_method
