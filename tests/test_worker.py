@@ -98,6 +98,7 @@ import formulas
 from tune_topkd.config import TrialConfig
 from tune_topkd.sweep.worker import checkpoints, is_whole, run_trial
 
+os.fsync = lambda descriptor: None  # nothing here outlives a power cut
 LIVES = 3
 CHANGES = {"os.mkdir", "os.remove", "os.rename", "os.rmdir", "open"}
 config = TrialConfig.model_validate_json(sys.argv[2])
