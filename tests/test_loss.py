@@ -518,13 +518,8 @@ def test_float32_ranks_as_float64_does(data: st.DataObject, classes: int) -> Non
     row = data.draw(st.lists(numbers, min_size=classes, max_size=classes))
     label, k = data.draw(st.integers(0, classes - 1)), data.draw(st.integers(1, classes))
     teacher, labels = torch.tensor([row], dtype=torch.float64), torch.tensor([label])
-    options = {
-        "k": k,
-        "scale_top": 4.0,
-        "scale_last": 2.0,
-        "scale_gt": 8.0,
-        "shift": 0.0,
-    }  # no two ranks weigh the same
+    # No two ranks weigh the same.
+    options = {"k": k, "scale_top": 4.0, "scale_last": 2.0, "scale_gt": 8.0, "shift": 0.0}
     exact, scaled = top_k_scaling(teacher, labels, **options), top_k_scaling(teacher.float(), labels, **options)
     torch.testing.assert_close(scaled, exact.float(), rtol=3e-7, atol=0.0)
 
