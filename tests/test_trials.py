@@ -201,6 +201,74 @@ def test_an_existing_ledger_is_never_overwritten(path, ledger):
     assert path.read_bytes() == before
 
 
+def test_one_that_may_be_replaced_is_begun_anew_unless_a_process_drives_it(path):
+    with Ledger.create(path, **HEADER), pytest.raises(LedgerError, match="is being driven by"):
+        Ledger.create(path, lambda: None, lambda state: True, **HEADER)
+    Ledger.create(path, lambda: None, lambda state: not state.is_prepared, **HEADER | {"trials": 77}).close()
+    assert read_state(path).target == 77
+
+
+def test_what_is_done_before_the_first_line_is_done_by_the_owner_alone(path, ledger):
+    done = []
+    for may_replace in (lambda state: True, lambda state: False):
+        with pytest.raises(LedgerError):
+            Ledger.create(path, lambda: done.append(1), may_replace, **HEADER)
+    assert not done
+
+
+@pytest.mark.parametrize("left", [b"", b'{"seq":0,"ti'])
+def test_a_file_that_a_kill_left_without_a_whole_line_is_no_ledger(path, left):
+    path.write_bytes(left)
+    Ledger.create(path, **HEADER).close()
+    assert read_state(path).last_seq == 0
+
+
+def test_of_many_processes_that_begin_one_ledger_one_succeeds(path):
+    script = (
+        "import pathlib, sys\n"
+        "from tune_topkd.trials import Ledger, LedgerError\n"
+        "try:\n"
+        "    ledger = Ledger.create(pathlib.Path(sys.argv[1]), sweep=sys.argv[2], trials=1)\n"
+        "    print('mine', flush=True)\n"
+        "    sys.stdin.read()\n"
+        "except LedgerError as error:\n"
+        "    print(error, flush=True)\n"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(path), str(n)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for n in range(4)
+    ]
+    said = [process.stdout.readline().strip() for process in started]
+    for process in started:
+        process.communicate()
+    assert said.count("mine") == 1
+    assert all("exists already" in text or "is being driven" in text for text in said if text != "mine")
+    assert read_state(path).header["sweep"] == str(said.index("mine"))
+
+
+def test_what_was_prepared_and_where_files_are_now_is_in_the_state(path, ledger):
+    assert not ledger.state.is_prepared
+    ledger.append(
+        ("prepared", {"teacher_file": {"key": "t", "val_top1": 9.0}, "identities": {"data": "d"}, "share": [1, 0]}),
+        ("driver", {**driver_identity(), "trials": 3, "places": {"data.root": "a", "teacher.checkpoint": "t"}}),
+        ("driver", {**driver_identity(), "trials": 3, "places": {"data.root": "b"}}),
+    )
+    state = read_state(path)
+    assert state.is_prepared
+    assert state.teacher_file == {"key": "t", "val_top1": 9.0}
+    assert state.places == {"data.root": "b", "teacher.checkpoint": "t"}
+    with pytest.raises(LedgerError, match="a second `prepared` event"):
+        ledger.append(("prepared", {"identities": {}}))
+
+
+def test_a_sweep_of_an_older_version_counts_as_prepared(path):
+    path.write_bytes(line(0, "sweep", version=2, trials=3, teacher_file={"key": "t"}))
+    assert read_state(path).is_prepared
+    assert read_state(path).teacher_file == {"key": "t"}
+
+
 def test_a_missing_ledger_is_told(path):
     with pytest.raises(LedgerError, match="cannot be opened: No such file or directory"):
         Ledger.open(path)
@@ -291,10 +359,12 @@ def test_lines_that_do_not_follow_are_an_error_with_the_line(path, story, change
 
 
 def test_a_ledger_of_another_version_is_named_and_left_alone(path):
-    content = line(0, "sweep", version=3, trials=3) + b'{"torn'
+    content = line(0, "sweep", version=4, trials=3) + b'{"torn'
     path.write_bytes(content)
     for opened in (Ledger.open, read_state):
-        with pytest.raises(LedgerError, match="line 1: this is ledger version 3; this program reads versions 1 and 2"):
+        with pytest.raises(
+            LedgerError, match="line 1: this is ledger version 4; this program reads versions 1, 2 and 3"
+        ):
             opened(path)
     assert path.read_bytes() == content
 

@@ -227,7 +227,7 @@ def _evidence(config: SweepConfig, state: SweepState, best: TrialRecord, value: 
         sweep_id=header["id"],
         digest=header["digest"],
         space_digest=header["space_digest"],
-        teacher=dict(header["teacher_file"]),
+        teacher=dict(state.teacher_file),
         versions=dict(header["versions"]),
         git_commit=header.get("git_commit"),
     )

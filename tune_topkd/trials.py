@@ -10,13 +10,18 @@ that is not as it was written is a `LedgerError` with the line number. The event
 | event | keys | meaning |
 |---|---|---|
 | `sweep` | `version`, `sweep`, `id`, `seed`, `trials`, `baselines`, `epochs`, `metric`, `digest`, … | first line, once |
-| `driver` | `host`, `pid`, `trials` | a process began to drive the sweep, towards this number of trials |
+| `driver` | `host`, `pid`, `trials`, … | a process began to drive the sweep, towards this number of trials |
+| `prepared` | `teacher_file`, `identities`, `share` | what all trials share is there; once, before the first trial |
 | `suggest` | `arm`, `number`, `proposal`, `params` | a trial was made: what the sampler chose, what the trial is given |
 | `start` | `arm`, `number`, `attempt` | a worker began it, or went on from its checkpoint |
 | `report` | `arm`, `number`, `epoch`, `metrics`, `decision` | one epoch's metrics and what was decided on them |
 | `retry` | `arm`, `number`, `reason`, `error`, `share` | its worker was lost; it is to go on from its checkpoint |
 | `end` | `arm`, `number`, `status`, `reason`, `epoch`, `value` | the trial is over |
 | `stop` | `reason`, `error` | the driver let go: `finished`, `interrupted`, `time_budget`, `failed` or `trouble` |
+
+`identities` names by content what the results depend on besides the config: data, weights, a user's code. `places` of a
+`driver` event are config keys whose files have moved, with where they are. A ledger of version 2 has no `prepared`: its
+`teacher_file` stands in the `sweep` event, and it has no identities.
 
 A `retry` has the reason `crash`, `oom` or `node`; its `share` is the [CPUs, GPUs] of the next attempt where they are
 other than the sweep's.
@@ -35,6 +40,7 @@ import os
 import socket
 import time
 import zlib
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -49,8 +55,9 @@ from typing import Self
 
 from tune_topkd.config import Scalar
 
-LEDGER_VERSION = 2
-_READABLE_VERSIONS = (1, 2)  # 1 has no `retry`
+LEDGER_VERSION = 3
+_READABLE_VERSIONS = (1, 2, 3)  # 1 has no `retry`, 1 and 2 have no `prepared`
+_FIRST_WITH_PREPARED = 3
 LEDGER_FILE = "ledger.jsonl"
 SEARCH = "search"
 _LOCK_TRIES = 5
@@ -179,7 +186,22 @@ class SweepState:
         self.stop_reason = ""
         """Why the last driver let go; empty while one is at work, or when it was killed."""
         self.last_driver: Mapping[str, Any] = {}
+        self.prepared: Mapping[str, Any] = {}
+        """What all trials share, as the `prepared` event has it; empty before it."""
+        self.places: dict[str, str] = {}
+        """Where files that have moved are now, by config key."""
         self.last_seq = -1
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what all trials share is there; before that no trial can have begun."""
+        return bool(self.prepared) or bool(self.trials) or self.header["version"] < _FIRST_WITH_PREPARED
+
+    @property
+    def teacher_file(self) -> Mapping[str, Any]:
+        """The teacher's key and validation top-1; empty without a teacher, or before it is there."""
+        found: Mapping[str, Any] = self.prepared.get("teacher_file") or self.header.get("teacher_file") or {}
+        return found
 
     def apply(self, event: Event) -> None:
         """Take the next event into account.
@@ -196,6 +218,9 @@ class SweepState:
                 self._apply_header(event)
             case "driver":
                 self.last_driver, self.stop_reason, self.target = event.data, "", event.data["trials"]
+                self.places |= event.data.get("places", {})
+            case "prepared":
+                self._apply_prepared(event)
             case "stop":
                 self.stop_reason = event.data["reason"]
             case "suggest":
@@ -234,10 +259,15 @@ class SweepState:
         if event.seq != 0:
             raise LedgerError(f"line {event.seq + 1}: a second `sweep` event")
         if event.data["version"] not in _READABLE_VERSIONS:
-            known = " and ".join(map(str, _READABLE_VERSIONS))
+            known = f"{', '.join(map(str, _READABLE_VERSIONS[:-1]))} and {_READABLE_VERSIONS[-1]}"
             rule = f"this is ledger version {event.data['version']!r}; this program reads versions {known}"
             raise LedgerError(f"line 1: {rule}")
         self.header, self.started_at, self.target = event.data, event.time, event.data["trials"]
+
+    def _apply_prepared(self, event: Event) -> None:
+        if self.prepared:
+            raise LedgerError(f"line {event.seq + 1}: a second `prepared` event")
+        self.prepared = event.data
 
     def _apply_suggest(self, event: Event) -> None:
         key = event.key
@@ -285,27 +315,51 @@ class Ledger:
         self._broken = False
 
     @classmethod
-    def create(cls, path: Path, **header: Any) -> Self:
-        """Start a new ledger with its `sweep` event.
+    def create(
+        cls,
+        path: Path,
+        before: Callable[[], object] = lambda: None,
+        may_replace: Callable[[SweepState], bool] = lambda state: False,
+        /,
+        **header: Any,
+    ) -> Self:
+        """Start a new ledger with its `sweep` event. Of several processes that try at once, one succeeds.
+
+        A file without a whole line, which a kill has left, counts as none.
+
+        Args:
+            path: the file.
+            before: called once the file is this process's, before its first line is written.
+            may_replace: whether a ledger that is there, and that no process drives, may be begun anew.
+            header: of the `sweep` event.
 
         Raises:
-            LedgerError: the file exists.
-            OSError: the disk refused; no file is left.
+            LedgerError: the file exists, or another process is about to begin it.
+            OSError: the disk refused; a file that was not there before is not left.
         """
+        _refuse_begun(path, may_replace)
+        stream = _claimed(path)
+        was_there = True
         try:
-            stream = open(path, "x+b", buffering=0)
-        except FileExistsError as error:
-            raise LedgerError(f"{path}: exists already") from error
-        try:
-            _lock(stream, path)
+            was_there = _refuse_begun(path, may_replace)
+            before()
+            stream.truncate(0)
+            stream.seek(0)
             ledger = cls(path, SweepState(), stream)
             ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
             sync(path.parent)
         except BaseException:
-            path.unlink(missing_ok=True)
+            if not was_there:
+                path.unlink(missing_ok=True)
             stream.close()
             raise
         return ledger
+
+    def withdraw(self) -> None:
+        """Remove the file of a sweep that has not been prepared, as if it had never begun, and close it."""
+        assert not self.state.is_prepared, "what has begun stays"
+        self.path.unlink()
+        self.close()
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -441,6 +495,29 @@ def _lock(stream: Any, path: Path) -> None:
         if state.last_driver and not state.stop_reason:
             who = f"process {state.last_driver['pid']} on {state.last_driver['host']}"
     raise LedgerError(f"{path}: the sweep is being driven by {who}")
+
+
+def _refuse_begun(path: Path, may_replace: Callable[[SweepState], bool]) -> bool:
+    """Whether there is a ledger with a whole line, which must be one that may be replaced."""
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole and not may_replace(_replay(path, whole)):
+        raise LedgerError(f"{path}: exists already")
+    return bool(whole)
+
+
+def _claimed(path: Path) -> Any:
+    """The file, made if need be, locked by this process; never one that its last owner has just removed."""
+    while True:
+        stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            _lock(stream, path)
+            if os.path.exists(path) and os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
 
 
 def _replay(path: Path, content: bytes) -> SweepState:
