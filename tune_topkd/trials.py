@@ -33,7 +33,6 @@ each arm; the search's are the sweep's trials.
 import bisect
 import contextlib
 import enum
-import fcntl
 import json
 import math
 import os
@@ -54,6 +53,8 @@ from typing import Protocol
 from typing import Self
 
 from tune_topkd.config import Scalar
+from tune_topkd.storage import Lock
+from tune_topkd.storage import lock
 
 LEDGER_VERSION = 3
 _READABLE_VERSIONS = (1, 2, 3)  # 1 has no `retry`, 1 and 2 have no `prepared`
@@ -62,6 +63,7 @@ LEDGER_FILE = "ledger.jsonl"
 SEARCH = "search"
 _LOCK_TRIES = 5
 _LOCK_PAUSE = 0.02
+_LARGEST_CLOCK_STEP = 60.0
 
 
 class LedgerError(ValueError):
@@ -190,6 +192,7 @@ class SweepState:
         """What all trials share, as the `prepared` event has it; empty before it."""
         self.places: dict[str, str] = {}
         """Where files that have moved are now, by config key."""
+        self.driver_since = 0.0
         self.last_seq = -1
 
     @property
@@ -219,6 +222,7 @@ class SweepState:
             case "driver":
                 self.last_driver, self.stop_reason, self.target = event.data, "", event.data["trials"]
                 self.places |= event.data.get("places", {})
+                self.driver_since = event.time
             case "prepared":
                 self._apply_prepared(event)
             case "stop":
@@ -460,13 +464,16 @@ def read_state(path: Path) -> SweepState:
 
 
 def is_driven(path: Path) -> bool:
-    """Whether a process holds the ledger open for writing at this moment."""
+    """Whether a process holds the ledger open for writing at this moment.
+
+    Where files cannot be locked: whether the process of this machine that the ledger names is alive.
+    """
     with open(path, "rb") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        got = lock(stream, shared=True)
+    if got is Lock.NONE:
+        with contextlib.suppress(LedgerError):  # damaged: whoever reads it is told
+            return _has_living_driver(read_state(path))
+    return got is Lock.BUSY
 
 
 def driver_identity() -> dict[str, Any]:
@@ -484,11 +491,13 @@ def sync(path: Path) -> None:
 
 
 def _lock(stream: Any, path: Path) -> None:
+    """Lock the ledger's file; where files cannot be locked, refuse it if the driver it names is alive on this machine."""
     for _ in range(_LOCK_TRIES):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+        if (got := lock(stream)) is not Lock.BUSY:
+            break
         time.sleep(_LOCK_PAUSE)  # who only looks whether it is driven holds the lock for an instant
+    if got is Lock.TAKEN or (got is Lock.NONE and not is_driven(path)):
+        return
     who = "another process"
     with contextlib.suppress(LedgerError):
         state = read_state(path)
@@ -518,6 +527,20 @@ def _claimed(path: Path) -> Any:
             stream.close()
             raise
         stream.close()
+
+
+def _has_living_driver(state: SweepState) -> bool:
+    """Whether the ledger names another process of this machine as its driver, and that one is alive."""
+    driver = state.last_driver
+    if not driver or state.stop_reason or driver["host"] != socket.gethostname() or driver["pid"] == os.getpid():
+        return False
+    try:
+        ticks = int(Path(f"/proc/{driver['pid']}/stat").read_text().rpartition(")")[2].split()[19])
+        since_boot = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return False
+    began = time.time() - since_boot + ticks / os.sysconf("SC_CLK_TCK")
+    return began <= state.driver_since + _LARGEST_CLOCK_STEP  # else a later process has been given the number
 
 
 def _replay(path: Path, content: bytes) -> SweepState:

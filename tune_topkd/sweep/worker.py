@@ -11,7 +11,6 @@ and ends it if it can.
 import contextlib
 import errno
 import faulthandler
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,8 @@ from typing import Any
 from typing import Protocol
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.storage import Lock
+from tune_topkd.storage import lock
 from tune_topkd.trials import sync
 
 MESSAGE = "message"
@@ -209,7 +210,7 @@ def _only_worker(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK_FILE, "a+b") as stream:
         began = time.monotonic()
-        while not _locked(stream):
+        while lock(stream) is Lock.BUSY:
             waited = time.monotonic() - began
             if waited > LONGEST_WAIT_FOR_ANOTHER_WORKER:
                 raise FolderBusyError(f"{folder}: another worker is still at work there")
@@ -239,14 +240,6 @@ def _kill_holder(stream: Any) -> None:
         holder = json.loads(stream.read())
         if holder == _identity(holder[2]):
             os.kill(holder[2], signal.SIGKILL)
-
-
-def _locked(stream: Any) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

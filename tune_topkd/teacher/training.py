@@ -5,7 +5,6 @@ and holds the weights' SHA-256: a folder without it, or whose weights do not mat
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -38,6 +37,8 @@ from tune_topkd.models import build_configured
 from tune_topkd.models import load_weights
 from tune_topkd.models import save_weights
 from tune_topkd.models import write_atomically
+from tune_topkd.storage import Lock
+from tune_topkd.storage import lock
 
 WEIGHTS_NAME = "teacher.pt"
 RECORD_NAME = "teacher.json"
@@ -239,13 +240,11 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a teacher's folder, which is made; the system drops the lock of a process that dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        stream = (folder / ".lock").open("w")
     except OSError as error:
         raise ValueError(f"{folder}: teachers cannot be kept here: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with stream:
+        if lock(stream) is Lock.BUSY:
             _log.info("waiting for another process that trains the teacher %s", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(stream, waits=True)
         yield
