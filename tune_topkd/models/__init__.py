@@ -11,12 +11,13 @@ global generator: the caller seeds it. `build_model` knows these names:
 - `torchvision:NAME` and `timm:NAME`, the networks of these libraries;
 - `package.module:FACTORY`, any function that takes `num_classes` and gives a network.
 
-Inside: `building` finds and builds a network, `checkpoints` reads and writes its weights; `small`, `cifar` and
-`imagenet` are the networks, `initial_weights` how they start.
+Inside: `building` finds and builds a network, `checkpoints` reads and writes its weights, `fingerprint` tells whether
+it is still the same; `small`, `cifar` and `imagenet` are the networks, `initial_weights` how they start.
 """
 
 from tune_topkd.models.building import _REGISTRY as _REGISTRY
 from tune_topkd.models.building import ModelNameError
+from tune_topkd.models.building import OutputError
 from tune_topkd.models.building import build_configured
 from tune_topkd.models.building import build_model
 from tune_topkd.models.building import check_model
@@ -31,11 +32,13 @@ from tune_topkd.models.checkpoints import load_weights
 from tune_topkd.models.checkpoints import read_checkpoint
 from tune_topkd.models.checkpoints import save_weights
 from tune_topkd.models.checkpoints import write_atomically
+from tune_topkd.models.fingerprint import network_fingerprint
 from tune_topkd.models.small import SmallCNN
 
 __all__ = [
     "WEIGHTS_KEY",
     "ModelNameError",
+    "OutputError",
     "SmallCNN",
     "build_configured",
     "build_model",
@@ -47,6 +50,7 @@ __all__ = [
     "load_backbone",
     "load_weights",
     "model_names",
+    "network_fingerprint",
     "read_checkpoint",
     "save_weights",
     "write_atomically",

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
@@ -34,6 +35,10 @@ class ModelNameError(ValueError):
     """Nothing can be built under this name, whatever the arguments."""
 
 
+class OutputError(ValueError):
+    """What a network gives is no logits, nor holds them where they can be told from the rest."""
+
+
 def model_names() -> list[str]:
     """The names without a prefix that `build_model` knows."""
     return sorted(_REGISTRY)
@@ -60,7 +65,10 @@ def build_model(name: str, /, *, num_classes: int, **kwargs: Any) -> nn.Module:
 def build_configured(config: ModelConfig, *, num_classes: int) -> nn.Module:
     """The network of a config, for a dataset of `num_classes`; with an `image_size` it resizes its images to that side.
 
-    Resizing is bilinear with antialiasing, and no part of the state dict.
+    Resizing is bilinear with antialiasing, and no part of the state dict. The network gives its logits alone, also
+    where its own forward pass gives features besides, as those of mdistiller and many others do: of a tuple, a list or
+    a mapping the part named `logits`, or else the one tensor `(B, num_classes)`. Any other output is an `OutputError`
+    when the network is called.
 
     Raises:
         ValueError: as `build_model`; also if the kwargs set what the dataset decides.
@@ -133,6 +141,7 @@ def _configured(config: ModelConfig, factory: _Factory, num_classes: int) -> nn.
     network = _network(config.name, factory, num_classes, config.kwargs)
     if config.image_size is not None:
         network.register_forward_pre_hook(partial(_resize, config.image_size))
+    network.register_forward_hook(partial(_logits_alone, config.name, num_classes))
     return network
 
 
@@ -141,6 +150,32 @@ def _resize(side: int, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[
     if images.shape[-2:] != (side, side):
         images = functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return (images, *others)
+
+
+def _logits_alone(
+    name: str, num_classes: int, network: nn.Module, inputs: tuple[Tensor, ...], outputs: object
+) -> Tensor:
+    """The logits out of what the network gives: see `build_configured`."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    parts = list(outputs.values() if isinstance(outputs, Mapping) else outputs) if isinstance(outputs, Iterable) else []
+    shape = (len(inputs[0]), num_classes)
+    found = [part for part in parts if isinstance(part, Tensor) and part.shape == shape]
+    if len(found) == 1:
+        return found[0]
+    got = f"{type(outputs).__name__} of {', '.join(map(_described, parts)) or 'nothing'}"
+    many = f"{len(found)} tensors of" if found else "no tensor of"
+    raise OutputError(
+        f"model {name!r}: gives a {got}: {many} the shape {shape} of logits; it must give the logits, "
+        "or one such tensor beside others, or name them `logits`"
+    )
+
+
+def _described(part: object) -> str:
+    return f"a tensor {tuple(part.shape)}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
 
 
 def _network(name: str, factory: _Factory, num_classes: int, kwargs: Mapping[str, Any]) -> nn.Module:
