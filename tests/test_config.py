@@ -153,6 +153,15 @@ def test_milestones_below_one_follow_the_epochs():
     assert RecipeConfig(epochs=240, milestones=[100, 200]).milestone_epochs() == [100, 200]
 
 
+@pytest.mark.parametrize("shares", [[0.3, 0.6, 0.9], [0.625, 0.75, 0.875], [0.001]])
+def test_no_share_of_the_epochs_lies_before_the_end_of_the_first(shares):
+    for epochs in range(1, 301):
+        milestones = RecipeConfig(epochs=epochs, milestones=shares).milestone_epochs()
+        assert milestones == [max(1, round(share * epochs)) for share in shares]
+        assert sorted(milestones) == milestones
+        assert 1 <= milestones[0] <= milestones[-1] <= epochs
+
+
 def test_methods_are_those_of_the_losses():
     from tune_topkd import loss
 
@@ -220,6 +229,11 @@ BROKEN = {
         ["teacher.recipe.milestones = [4.0]", "epoch (4)"],
     ),
     "grace beyond the end": ({"sweep.asha": {"grace_epochs": 9}}, ["sweep.asha.grace_epochs = 9", "recipe.epochs = 8"]),
+    "a warm-up that never ends": ({"recipe.warmup_epochs": 8}, ["recipe.warmup_epochs = 8: must be below the epochs, 8"]),
+    "a distillation that never has its weight": (
+        {"recipe.distill_warmup": 9},
+        ["recipe.distill_warmup = 9: must be at most the epochs, 8"],
+    ),
     "two teachers": ({"teacher.checkpoint": "t.pt"}, ["teacher: exactly one of checkpoint and recipe"]),
     "no teacher": ({"teacher.recipe": GONE}, ["teacher: exactly one of checkpoint and recipe"]),
     "an empty space": ({"space": {}}, ["space: must have at least 1 item"]),

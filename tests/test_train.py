@@ -32,6 +32,7 @@ from tune_topkd.teacher import load_teacher
 from tune_topkd.train import CHECKPOINT_NAME
 from tune_topkd.train import CheckpointError
 from tune_topkd.train import _mixup as mixup
+from tune_topkd.train import _scheduler as scheduler_of
 from tune_topkd.train import checkpoint_metrics
 from tune_topkd.train import train
 
@@ -184,6 +185,22 @@ def test_schedules_by_epoch(recipe, rates):
     recorder = Recorder()
     train(trial(student=ModelConfig(name="digits_linear"), recipe={"lr": 0.4, **recipe}), recorder)
     assert [metrics["lr"] for metrics in recorder.metrics] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rates"),
+    [(1, [0.2]), (2, [0.2, 0.002]), (3, [0.2, 0.02, 0.002]), (4, [0.2, 0.02, 0.002, 0.002])],
+)
+def test_the_first_epoch_has_the_whole_learning_rate_however_short_a_training_is(epochs, rates):
+    recipe = RecipeConfig(epochs=epochs, lr=0.2, milestones=[0.3, 0.6, 0.9])  # ImageNet's
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    scheduler = scheduler_of(optimizer, recipe)
+    found = []
+    for _ in range(epochs):
+        found.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert found == pytest.approx(rates)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -98,6 +98,10 @@ def _recipe_problems(config: PairConfig) -> list[Problem]:
         if recipe and recipe.schedule == "step" and any(m >= recipe.epochs for m in recipe.milestones):
             rule = f"a milestone lies at or after the last epoch ({recipe.epochs}); shares below 1 follow the epochs"
             problems.append(Problem(key=f"{key}.milestones", rule=rule, value=recipe.milestones, has_value=True))
+        if recipe and (recipe.distill_warmup or 0) > recipe.epochs:
+            rule = f"must be at most the epochs, {recipe.epochs}: the distillation would never have its full weight"
+            value = recipe.distill_warmup
+            problems.append(Problem(key=f"{key}.distill_warmup", rule=rule, value=value, has_value=True))
     return problems
 
 
@@ -112,7 +116,10 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
         problems.append(Problem(key="baselines.methods", rule=rule))
     asha = config.sweep.asha
     if asha and asha.grace_epochs > config.recipe.epochs:
-        rule = f"must be at most recipe.epochs = {config.recipe.epochs}"
+        rule = (
+            f"must be at most recipe.epochs = {config.recipe.epochs}; "
+            "sweep.asha: null lets every trial run to the end"
+        )
         problems.append(Problem(key="sweep.asha.grace_epochs", rule=rule, value=asha.grace_epochs, has_value=True))
     return problems
 

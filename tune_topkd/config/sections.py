@@ -199,8 +199,8 @@ class RecipeConfig(_Section):
         return value
 
     def milestone_epochs(self) -> list[int]:
-        """The milestones as whole epochs, those that fall together counted once each."""
-        return [round(m * self.epochs) if m < 1 else int(m) for m in self.milestones]
+        """The milestones as whole epochs, none before the end of the first; those that fall together count once each."""
+        return [max(1, round(m * self.epochs)) if m < 1 else int(m) for m in self.milestones]
 
     def distill_share(self, epoch: int, method: str) -> float:
         """What the distillation terms of `method` are multiplied by in an epoch, from 1."""
