@@ -1,9 +1,18 @@
 import argparse
+import bz2
+import gzip
+import io
+import lzma
 import os
+import pickle
 import sys
+import tarfile
+import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +24,15 @@ from tune_topkd.models import load_weights
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import save_weights
 from tune_topkd.models import write_atomically
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads wait on one another for small images."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def moved(name: str = "resnet8", num_classes: int = 5) -> nn.Module:
@@ -197,6 +215,22 @@ LAYOUTS = {
         "model": prefixed("student.", net) | prefixed("teacher.", moved("resnet14")) | {"fuse.weight": torch.ones(2)},
     },
     "plain training": lambda net: {"model": prefixed("module.student.", net)},
+    "model_state_dict": lambda net: {"model_state_dict": net.state_dict(), "optimizer_state_dict": {"state": {}}},
+    "net": lambda net: {"net": nn.DataParallel(net).state_dict(), "acc": 93.1, "epoch": 7},
+    "any other name": lambda net: {"my_best_resnet": net.state_dict(), "loss": torch.tensor(0.3)},
+    "lightning": lambda net: {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5",
+        "state_dict": prefixed("model.", net) | {"criterion.weight": torch.ones(5)},
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "lightning of a compiled wrapper": lambda net: {"state_dict": prefixed("net._orig_mod.module.", net)},
+    "two levels": lambda net: {"checkpoint": {"state_dict": net.state_dict(), "epoch": 3}},
+    "average of torch's": lambda net: torch.optim.swa_utils.AveragedModel(net).state_dict(),
+    "a number among the weights": lambda net: {**net.state_dict(), "epoch": 3},
+    "the same twice": lambda net: {"model": net.state_dict(), "state_dict": net.state_dict()},
+    "another's average": lambda net: {"state_dict": net.state_dict(), "state_dict_ema": moved("resnet14").state_dict()},
+    "a training of ours": lambda net: {"model": net.state_dict(), "rng": {"cpu": torch.zeros(9)}, "epoch": 3},
     "wider floats": lambda net: {"model": {name: value.double() for name, value in net.state_dict().items()}},
 }
 
@@ -208,6 +242,206 @@ def test_each_published_layout_gives_the_same_logits(tmp_path: Path, layout, zip
     torch.save(LAYOUTS[layout](network), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     load_weights(loaded, tmp_path / "w.pth")
     assert_same_logits(loaded, network)
+
+
+AVERAGED = {
+    "state_dict_ema": lambda net, ema: {"state_dict": net.state_dict(), "state_dict_ema": ema.state_dict()},
+    "model_ema": lambda net, ema: {"model": net.state_dict(), "model_ema": prefixed("module.", ema)},
+    "ema": lambda net, ema: {"ema": {"module": ema.state_dict(), "decay": 0.99}, "model": net.state_dict()},
+    "state_dict.ema_model": lambda net, ema: {"state_dict": prefixed("model.", net) | prefixed("ema_model.", ema)},
+    "callbacks.EMA": lambda net, ema: {
+        "state_dict": prefixed("model.", net),
+        "callbacks": {"EMA": {"weights": ema.state_dict()}},
+    },
+}
+
+
+@pytest.mark.parametrize("key", AVERAGED)
+@pytest.mark.parametrize("load", [load_weights, load_backbone])
+def test_averaged_weights_beside_plain_ones_are_asked_about(tmp_path: Path, key, load):
+    network, averaged, loaded = moved(), moved(), build_model("resnet8", num_classes=5)
+    content = AVERAGED[key](network, averaged)
+    torch.save(content, tmp_path / "w.pth")
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    plain = "model" if "model" in content else "state_dict"
+    said = rf"w\.pth: holds several sets .* '{plain}[.\w]*'.*: checkpoint_key must name one"
+    with pytest.raises(ValueError, match=said) as caught:
+        load(loaded, tmp_path / "w.pth")
+    assert f"'{key}" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    load(loaded, tmp_path / "w.pth", key)
+    assert torch.equal(loaded.conv1.weight, averaged.conv1.weight)
+    if key != "state_dict.ema_model":
+        load(loaded, tmp_path / "w.pth", plain)
+        assert torch.equal(loaded.conv1.weight, network.conv1.weight)
+
+
+def test_a_key_that_leads_to_no_weights_is_told_with_those_that_do(tmp_path: Path):
+    network = moved()
+    torch.save({"model": network.state_dict(), "model_ema": network.state_dict(), "lr": 0.1}, tmp_path / "w.pth")
+    for key in ("ema", "lr", "mode"):
+        with pytest.raises(
+            ValueError, match=rf"checkpoint_key '{key}' leads to no weights; known: 'model', 'model_ema'"
+        ):
+            load_weights(network, tmp_path / "w.pth", key)
+
+
+def test_the_teacher_of_a_distiller_can_be_had_by_its_key(tmp_path: Path):
+    student, teacher, loaded = moved(), moved(), build_model("resnet8", num_classes=5)
+    torch.save(
+        {"model": prefixed("module.student.", student) | prefixed("module.teacher.", teacher)}, tmp_path / "w.pth"
+    )
+    load_weights(loaded, tmp_path / "w.pth", "model.module.teacher")
+    assert torch.equal(loaded.conv1.weight, teacher.conv1.weight)
+
+
+# --- what lies beside the weights -----------------------------------------------------------------------------------
+
+NUMBERS = [np.float64(72.25), np.float32(0.5), np.float16(-3), np.int64(-7), np.int32(7), np.uint8(255), np.bool_(True)]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpys_are_read_as_pythons(tmp_path: Path, zipped):
+    network, loaded = moved(), build_model("resnet8", num_classes=5)
+    content = {"model": network.state_dict(), "numbers": NUMBERS, "arch": np.str_("résnet8")}
+    content["big"] = np.array([1.5], dtype=">f8")[0]
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    read = read_checkpoint(tmp_path / "w.pth")
+    assert read["numbers"] == [number.item() for number in NUMBERS]
+    assert [type(number) for number in read["numbers"]] == [float, float, float, int, int, int, bool]
+    assert (read["arch"], read["big"]) == ("résnet8", 1.5)
+    load_weights(loaded, tmp_path / "w.pth")
+    assert_same_logits(loaded, network)
+    with pytest.raises(pickle.UnpicklingError):  # what was allowed is not, for others
+        torch.load(tmp_path / "w.pth", weights_only=True)
+
+
+def test_numbers_of_numpy_1_are_read_too(tmp_path: Path):
+    torch.save({"accuracy": np.float64(72.25)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "w.pth").read_bytes()
+    assert content.count(b"numpy._core.multiarray") == 1
+    (tmp_path / "w.pth").write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert read_checkpoint(tmp_path / "w.pth") == {"accuracy": 72.25}
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (np.zeros(3), "numpy._core.multiarray._reconstruct"),
+        (np.datetime64("2026-01-01"), "a value of numpy's that is no number"),
+        (np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f4")])[0], "a value of numpy's that is no number"),
+        (Path("data"), "pathlib"),
+    ],
+)
+def test_anything_else_of_numpys_is_refused_by_name(tmp_path: Path, value, named):
+    torch.save({"model": nn.Linear(2, 3).state_dict(), "value": value}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: is refused: ") as caught:
+        read_checkpoint(tmp_path / "w.pth")
+    assert named in str(caught.value)
+
+
+# --- what is no checkpoint ------------------------------------------------------------------------------------------
+
+
+def zipped(names):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+    return stream.getvalue()
+
+
+def tarred(compression):
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=f"w{compression}") as archive:
+        archive.addfile(tarfile.TarInfo("w.pth"), io.BytesIO(b""))
+    return stream.getvalue()
+
+
+def torchscript():
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 3), torch.zeros(1, 2)), stream)
+    return stream.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+FOREIGN = {
+    "git lfs": (lambda: POINTER, "a pointer of Git LFS: `git lfs pull`"),
+    "git-annex": (lambda: b"/annex/objects/SHA256E-s3--4d7a.pth\n", "git annex get"),
+    "gzip": (lambda: gzip.compress(b"weights"), "compressed by gzip: unpack it first, `gzip -dc"),
+    "bzip2": (lambda: bz2.compress(b"weights"), "compressed by bzip2"),
+    "xz": (lambda: lzma.compress(b"weights"), "compressed by xz"),
+    "html": (lambda: b"\n<!DOCTYPE html><html>Quota exceeded</html>", "a web page, as a download that failed leaves"),
+    "xml": (lambda: b"\xef\xbb\xbf<?xml version='1.0'?><Error>AccessDenied</Error>", "a web page"),
+    "json": (lambda: b'{"error": "not found"}', 'it is a text that begins with \'{"error"'),
+    "tar": (lambda: tarred(""), "a tar archive: unpack it"),
+    "tar.gz": (lambda: tarred(":gz"), "compressed by gzip"),
+    "zip": (
+        lambda: zipped(["a/w.pth", "a/x.txt", "b", "c"]),
+        "a zip archive of a/w.pth, a/x.txt, b and 1 more: unpack",
+    ),
+    "an empty zip": (lambda: zipped([]), "a zip archive of nothing"),
+    "torchscript": (torchscript, "a TorchScript archive, which holds code: write its weights"),
+    "hdf5": (lambda: b"\x89HDF\r\n\x1a\n" + bytes(500), "an HDF5 file"),
+    "npy": (lambda: b"\x93NUMPY\x01\x00", "an array of numpy's"),
+    "empty": (lambda: b"", "the file is empty"),
+    "zeros": (lambda: bytes(10_000), "it begins with zeros alone"),
+    "noise": (lambda: b"\xff\x01\x02" * 99, "of no known format"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_checkpoint_is_told_by_what_it_is(tmp_path: Path, kind, suffix):
+    make, said = FOREIGN[kind]
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(make())
+    with pytest.raises(ValueError, match=r"w\.\w+: is ") as caught:
+        load_weights(nn.Linear(2, 3), path)
+    assert "weights_only" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    if suffix == ".pth" or kind not in ("json", "empty", "zeros", "noise"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_is_cut_off_never_brings_torchs_advice(tmp_path: Path, cut, zipped):
+    torch.save({"model": nn.Linear(9, 99).state_dict()}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    content = (tmp_path / "w.pth").read_bytes()
+    (tmp_path / "w.pth").write_bytes(content[: int(cut * len(content))])
+    with pytest.raises(ValueError, match=r"w\.pth: is damaged or no checkpoint: ") as caught:
+        read_checkpoint(tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_pickle_of_anything_is_one_line_without_torchs_advice(tmp_path: Path):
+    for value in ({"a": object()}, [nn.Linear(2, 3)], {"f": print}, b"", "text", {1, 2}, 1 + 2j, 10**50):
+        (tmp_path / "w.pth").write_bytes(pickle.dumps(value))
+        with pytest.raises(ValueError, match=r"w\.pth: ") as caught:
+            read_checkpoint(tmp_path / "w.pth")
+        assert "weights_only" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("written", ["torch", "safetensors"])
+def test_what_a_file_holds_counts_not_its_name(tmp_path: Path, written):
+    safetensors = pytest.importorskip("safetensors.torch")
+    network, loaded = moved(), build_model("resnet8", num_classes=5)
+    path = tmp_path / ("w.safetensors" if written == "torch" else "w.pth")
+    if written == "torch":
+        torch.save(network.state_dict(), path)
+    else:
+        safetensors.save_file(network.state_dict(), path)
+    load_weights(loaded, path)
+    assert_same_logits(loaded, network)
+
+
+def test_a_folder_is_told(tmp_path: Path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory; name the file in it that holds the weights"):
+        read_checkpoint(tmp_path)
 
 
 def test_safetensors_give_the_same_logits(tmp_path: Path):

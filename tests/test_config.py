@@ -229,10 +229,18 @@ BROKEN = {
         ["teacher.recipe.milestones = [4.0]", "epoch (4)"],
     ),
     "grace beyond the end": ({"sweep.asha": {"grace_epochs": 9}}, ["sweep.asha.grace_epochs = 9", "recipe.epochs = 8"]),
-    "a warm-up that never ends": ({"recipe.warmup_epochs": 8}, ["recipe.warmup_epochs = 8: must be below the epochs, 8"]),
+    "a warm-up that never ends": (
+        {"recipe.warmup_epochs": 8},
+        ["recipe.warmup_epochs = 8: must be below the epochs, 8"],
+    ),
     "a distillation that never has its weight": (
         {"recipe.distill_warmup": 9},
         ["recipe.distill_warmup = 9: must be at most the epochs, 8"],
+    ),
+    "a key and no checkpoint": ({"teacher.checkpoint_key": "ema"}, ["teacher: checkpoint_key needs a checkpoint"]),
+    "a student's key": (
+        {"student": {"name": "s", "checkpoint_key": "ema"}},
+        ["student: checkpoint_key needs a checkpoint"],
     ),
     "two teachers": ({"teacher.checkpoint": "t.pt"}, ["teacher: exactly one of checkpoint and recipe"]),
     "no teacher": ({"teacher.recipe": GONE}, ["teacher: exactly one of checkpoint and recipe"]),

@@ -110,6 +110,18 @@ def test_key_of_a_checkpoint_is_its_content(tmp_path: Path):
     assert keys[0] == keys[1] != keys[2]
 
 
+def test_two_sets_of_weights_in_one_file_are_two_teachers(tmp_path: Path):
+    plain, averaged = (build_model("digits_linear", num_classes=10) for _ in range(2))
+    path = tmp_path / "w.pt"
+    torch.save({"model": plain.state_dict(), "model_ema": averaged.state_dict()}, path)
+    keys = {None: plain, "model": plain, "model_ema": averaged}
+    network = {"name": "digits_linear", "kwargs": {}, "checkpoint": str(path), "recipe": None}
+    configs = [sweep(teacher=network | {"checkpoint_key": key}) for key in keys]
+    assert len({teacher_key(config) for config in configs}) == 3
+    for config, expected in list(zip(configs, keys.values(), strict=True))[1:]:
+        assert torch.equal(load_teacher(config.teacher.model, path, num_classes=10)[1].weight, expected[1].weight)
+
+
 # --- trained --------------------------------------------------------------------------------------------------------
 
 

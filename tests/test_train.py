@@ -539,6 +539,16 @@ def test_the_students_checkpoint_may_move_but_not_change(pretrained, tmp_path):
         train(config, resume_from=tmp_path / "1")
 
 
+def test_the_students_averaged_weights_can_be_chosen(tmp_path):
+    plain, averaged = (build_configured(TINY, num_classes=7) for _ in range(2))
+    torch.save({"model": plain.state_dict(), "model_ema": averaged.state_dict()}, tmp_path / "w.pt")
+    student = {"name": TINY.name, "kwargs": TINY.kwargs, "checkpoint": str(tmp_path / "w.pt")}
+    chosen = trial(student=student | {"checkpoint_key": "model_ema"}, recipe={"lr": 1e-12, "epochs": 1})
+    assert torch.equal(train(chosen).model.features[0].weight, averaged.features[0].weight)
+    with pytest.raises(ValueError, match=r"at 'model' and 'model_ema': checkpoint_key must name one"):
+        train(trial(student=student))
+
+
 def test_the_best_test_epoch_is_named_so_and_trains_on_all_training_images(tmp_path):
     data = DIGITS.model_copy(update={"selection": "best_test_epoch"})
     seen = Recorder(tmp_path, save_at={2})

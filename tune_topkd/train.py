@@ -382,7 +382,7 @@ def _with_workers(split: AnySplit, config: TrialConfig) -> AnySplit:
 def _student(config: StudentConfig, num_classes: int) -> nn.Module:
     model = build_configured(config, num_classes=num_classes)
     if config.checkpoint is not None:
-        load_backbone(model, Path(config.checkpoint))
+        load_backbone(model, Path(config.checkpoint), config.checkpoint_key)
     if config.linear_probe:
         freeze_backbone(model)
     return model

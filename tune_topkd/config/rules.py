@@ -117,8 +117,7 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
     asha = config.sweep.asha
     if asha and asha.grace_epochs > config.recipe.epochs:
         rule = (
-            f"must be at most recipe.epochs = {config.recipe.epochs}; "
-            "sweep.asha: null lets every trial run to the end"
+            f"must be at most recipe.epochs = {config.recipe.epochs}; sweep.asha: null lets every trial run to the end"
         )
         problems.append(Problem(key="sweep.asha.grace_epochs", rule=rule, value=asha.grace_epochs, has_value=True))
     return problems

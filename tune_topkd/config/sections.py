@@ -140,6 +140,8 @@ class ModelConfig(_Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     image_size: int | None = Field(None, ge=1)
     """Side that images are resized to (bilinear, antialiased) before this network sees them."""
+    checkpoint_key: str | None = None
+    """Where in its checkpoint the weights lie, such as `state_dict_ema`; needed only where several sets of them fit."""
 
     @model_validator(mode="before")
     @classmethod
@@ -156,6 +158,12 @@ class StudentConfig(ModelConfig):
     """Weights to start from, all but those of the head, which starts fresh; relative to the working directory."""
     linear_probe: bool = False
     """Train the head alone: the other weights of `checkpoint`, and its batch norms' statistics, stay as they are."""
+
+    @model_validator(mode="after")
+    def _something_to_look_in(self) -> Self:
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError("checkpoint_key needs a checkpoint")
+        return self
 
     @model_validator(mode="after")
     def _something_to_probe(self) -> Self:
@@ -217,6 +225,8 @@ class TeacherConfig(_Section):
     kwargs: dict[str, Any] = Field(default_factory=dict)
     checkpoint: str | None = None
     """Path of a checkpoint to load; relative paths are relative to the working directory."""
+    checkpoint_key: str | None = None
+    """Where in it the weights lie, such as `state_dict_ema`; needed only where several sets of them fit."""
     recipe: RecipeConfig | None = None
     augment: AugmentConfig | None = None
     """The views that `recipe` trains it on; by default those of the data."""
@@ -230,12 +240,16 @@ class TeacherConfig(_Section):
     def _one_source(self) -> Self:
         if (self.checkpoint is None) == (self.recipe is None):
             raise ValueError("exactly one of checkpoint and recipe must be given")
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError("checkpoint_key needs a checkpoint")
         return self
 
     @property
     def model(self) -> ModelConfig:
-        """The network without where its weights come from."""
-        return ModelConfig(name=self.name, kwargs=self.kwargs, image_size=self.image_size)
+        """The network without the file that its weights come from."""
+        return ModelConfig(
+            name=self.name, kwargs=self.kwargs, image_size=self.image_size, checkpoint_key=self.checkpoint_key
+        )
 
 
 class ParameterRange(_Section):

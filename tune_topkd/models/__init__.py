@@ -11,8 +11,9 @@ global generator: the caller seeds it. `build_model` knows these names:
 - `torchvision:NAME` and `timm:NAME`, the networks of these libraries;
 - `package.module:FACTORY`, any function that takes `num_classes` and gives a network.
 
-Inside: `building` finds and builds a network, `checkpoints` reads and writes its weights, `fingerprint` tells whether
-it is still the same; `small`, `cifar` and `imagenet` are the networks, `initial_weights` how they start.
+Inside: `building` finds and builds a network, `checkpoints` reads and writes its weights, `reading` looks at the bytes
+of such files, `fingerprint` tells whether a network is still the same; `small`, `cifar` and `imagenet` are the
+networks, `initial_weights` how they start.
 """
 
 from tune_topkd.models.building import _REGISTRY as _REGISTRY
@@ -29,10 +30,10 @@ from tune_topkd.models.building import model_names
 from tune_topkd.models.checkpoints import WEIGHTS_KEY
 from tune_topkd.models.checkpoints import load_backbone
 from tune_topkd.models.checkpoints import load_weights
-from tune_topkd.models.checkpoints import read_checkpoint
 from tune_topkd.models.checkpoints import save_weights
 from tune_topkd.models.checkpoints import write_atomically
 from tune_topkd.models.fingerprint import network_fingerprint
+from tune_topkd.models.reading import read_checkpoint
 from tune_topkd.models.small import SmallCNN
 
 __all__ = [

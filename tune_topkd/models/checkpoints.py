@@ -1,29 +1,31 @@
 """The files that weights are kept in: ours, and those that the distillation field has published."""
 
 import os
-import re
 import uuid
-import zipfile
+from collections import Counter
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import IO
 from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch import nn
 
 from tune_topkd.models.building import find_head
+from tune_topkd.models.reading import read_checkpoint
 
 WEIGHTS_KEY = "model"
 """Where the state dict lies in a file of weights, as the distillation field has it."""
 
-_WEIGHTS_KEYS = (WEIGHTS_KEY, "state_dict", "model_state")
-_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
-_STUDENT = "student."
+_STUDENT = "student"
 _COUNTER = ".num_batches_tracked"
+_DEEPEST = 3
+"""Mappings within one another in which weights are looked for."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -32,55 +34,38 @@ def save_weights(model: nn.Module, path: Path) -> None:
     write_atomically(path, lambda file: torch.save({WEIGHTS_KEY: state}, file))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
     """Fill `model` with the weights of a file; the model is unchanged if that fails.
 
-    The file is one of torch's, zip or legacy, or ends in `.safetensors`. The state dict is the file's content or lies
-    under `model`, `state_dict` or `model_state`; what else the file has is not looked at. `module.` before all keys is
-    dropped. Of a whole distiller, keys `student.…` and `teacher.…`, the student is taken: it is what was trained. Keys
-    and shapes must be the network's; only counters `num_batches_tracked`, which old files lack, may be missing.
+    The file is one of torch's, zip or legacy, or of safetensors. The state dict is its content, or lies under any key
+    or keys of it (`model`, `state_dict`, `model_state_dict`, `net`, …); its names may have anything before the
+    network's, as `module.` or Lightning's `model.`, and what has another prefix is not looked at. Keys and shapes
+    below one prefix must be the network's; only counters `num_batches_tracked`, which old files lack, may be missing.
+
+    Of a whole distiller, keys `student.…` and `teacher.…`, the student is taken: it is what was trained. Where several
+    sets of weights fit, such as those of a training and their moving average (EMA), `key` must say which.
+
+    Args:
+        model: what to fill.
+        path: of the file.
+        key: where in the file the weights lie, such as `state_dict_ema`, or the first words of it; a dot leads into a
+            mapping, or to a prefix of the names.
 
     Raises:
-        ValueError: names the path and the reason: missing, unreadable, another layout, another number of classes, or
-            other keys or shapes.
+        ValueError: names the path and the reason: missing, unreadable, another layout, another number of classes,
+            other keys or shapes, or several sets of weights to choose from.
     """
-    _fill(model, path, _state(path, model))
+    _load(model, path, key, {})
 
 
-def load_backbone(model: nn.Module, path: Path) -> None:
+def load_backbone(model: nn.Module, path: Path, key: str | None = None) -> None:
     """As `load_weights`, but for the head, `find_head(model)`: it stays as it is, whatever the file has for it.
 
     Raises:
         ValueError: as `load_weights`; also if the network has no head.
     """
     head, _ = find_head(model)
-    given = _state(path, model)
-    own = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] == head}
-    _fill(model, path, {name: value for name, value in given.items() if name.rpartition(".")[0] != head} | own)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a file of torch's or, named so, of safetensors; tensors on the CPU; runs no code from the file.
-
-    Raises:
-        ValueError: the file is missing, damaged (checksums are compared where there are any), or holds anything but
-            a dict of plain data and tensors.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
-    with file:
-        try:
-            content = _safetensors(file) if path.suffix == ".safetensors" else _checked_content(file)
-        except _Refused as error:
-            raise ValueError(f"{path}: {error}") from error
-        except Exception as error:  # a damaged file can raise anything
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path}: is damaged or no checkpoint: {type(error).__name__}: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a dict, but holds a {type(content).__name__}")
-    return content
+    _load(model, path, key, {n: value for n, value in model.state_dict().items() if n.rpartition(".")[0] == head})
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -107,73 +92,101 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# --- the bytes ------------------------------------------------------------------------------------------------------
-
-
-class _Refused(Exception):  # noqa: N818 (no error of the file's)
-    """The file may be whole, but it is not read."""
-
-
-def _checked_content(file: IO[bytes]) -> object:
-    # torch.load does not look at the checksums: it would take flipped bits for weights.
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-    else:
-        file.seek(0)
-        if file.read(4) == b"PK\x03\x04":
-            raise ValueError("the file is cut off: a zip archive without its end")
-    file.seek(0)
-    try:
-        content: object = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error)):
-            raise _Refused(
-                f"is refused: it asks for {wanted[1]}, and only tensors and plain data are read, since unpickling "
-                f"anything else can run code; write the weights to a file of their own, {{{WEIGHTS_KEY!r}: state dict}}"
-            ) from error
-        raise
-    return content
-
-
-def _safetensors(file: IO[bytes]) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load
-    except ModuleNotFoundError as error:
-        raise _Refused("reading it needs safetensors: pip install safetensors") from error
-    return load(file.read())
-
-
 # --- the state dict -------------------------------------------------------------------------------------------------
 
 
-def _state(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The state dict in a file, its keys as in `model`'s as far as wrappers go."""
-    content = read_checkpoint(path)
-    held = next((content[key] for key in _WEIGHTS_KEYS if isinstance(content.get(key), Mapping)), content)
-    if not held or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held.items()):
-        places = " or ".join(map(repr, _WEIGHTS_KEYS))
-        shown = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
-        raise ValueError(f"{path}: must hold a state dict, by itself or under {places}, but holds {shown}")
-    state, own = dict(held), model.state_dict().keys()
-    while not own & state.keys():
-        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in state)), None)
-        if wrapper is None and any(name.startswith(_STUDENT) for name in state):
-            wrapper = _STUDENT
-        if wrapper is None:
-            break
-        state = {name.removeprefix(wrapper): value for name, value in state.items() if name.startswith(wrapper)}
-    return state
+class _Found(NamedTuple):
+    """Some tensors of a file by the network's names: `place` is where they lie."""
+
+    place: str
+    state: dict[str, Tensor]
 
 
-def _fill(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+def _load(model: nn.Module, path: Path, key: str | None, kept: Mapping[str, Tensor]) -> None:
+    """Fill the model, but for the entries to be `kept`, which are all of a layer or of none."""
     own = model.state_dict()
-    complete = {name: value for name, value in own.items() if name.endswith(_COUNTER)} | dict(state)
-    if differences := _differences(complete, own):
-        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
-        raise ValueError(f"{path}: the weights do not fit the network: {_classes(model, complete, own) or shown}")
-    model.load_state_dict(complete)
+    layers = {name.rpartition(".")[0] for name in kept}
+    counters = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
+    candidates = [
+        _Found(place, counters | {n: v for n, v in state.items() if n.rpartition(".")[0] not in layers} | dict(kept))
+        for place, state in _named(path, _candidates(path, own), key)
+    ]
+    fitting = [found for found in candidates if not _differences(found.state, own)]
+    if not fitting:
+        nearest = max(candidates, key=lambda found: len(found.state.keys() & own.keys()))
+        raise ValueError(f"{path}: the weights do not fit the network: {_misfit(model, nearest, own)}")
+    model.load_state_dict(_only(path, fitting).state)
+
+
+def _named(path: Path, candidates: Sequence[_Found], key: str | None) -> Sequence[_Found]:
+    """Those that lie at a key or below it."""
+    if key is None:
+        return candidates
+    named = [found for found in candidates if f"{found.place}.".startswith(f"{key}.")]
+    if not named:
+        places = ", ".join(sorted({repr(found.place) for found in candidates if found.place})[:5]) or "no key"
+        raise ValueError(f"{path}: checkpoint_key {key!r} leads to no weights; known: {places}")
+    return named
+
+
+def _only(path: Path, fitting: Sequence[_Found]) -> _Found:
+    """The one set of weights that is meant."""
+    if len(fitting) > 1:
+        students = [found for found in fitting if found.place.rpartition(".")[2] == _STUDENT]
+        fitting = students if len(students) == 1 else fitting
+    first = fitting[0]
+    if all(torch.equal(value, first.state[n]) for found in fitting[1:] for n, value in found.state.items()):
+        return first
+    places = " and ".join(repr(found.place or "the file itself") for found in fitting)
+    raise ValueError(
+        f"{path}: holds several sets of weights that fit the network, at {places}: checkpoint_key must name one of "
+        "them (an average over the training, EMA, is often the better one)"
+    )
+
+
+def _candidates(path: Path, own: Mapping[str, Tensor]) -> list[_Found]:
+    """All tensors of a file that have names of the network's after some prefix; if there are none, all its tensors."""
+    content = read_checkpoint(path)
+    mappings = list(_mappings(content))
+    if not mappings:
+        shown = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
+        raise ValueError(
+            f"{path}: must hold a state dict, by itself or under a key such as {WEIGHTS_KEY!r}, but holds {shown}"
+        )
+    found = [part for place, held in mappings for part in _unwrapped(place, held, own)]
+    return found or [_Found(place, held) for place, held in mappings]
+
+
+def _mappings(content: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of a mapping and of the mappings in it, each with the keys that lead to them."""
+    named = {name: value for name, value in content.items() if isinstance(name, str)}
+    if held := {name: value for name, value in named.items() if isinstance(value, Tensor)}:
+        yield ".".join(place), held
+    if len(place) < _DEEPEST:
+        for name, value in named.items():
+            if isinstance(value, Mapping):
+                yield from _mappings(value, (*place, name))
+
+
+def _unwrapped(place: str, held: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[_Found]:
+    """The tensors below each prefix after which names of the network's follow, but for those that few follow."""
+    prefixes: Counter[str] = Counter()
+    for name in held:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in own:
+                prefixes[".".join([*parts[:start], ""])] += 1
+    most = max(prefixes.values(), default=0)
+    for prefix in (prefix for prefix, count in prefixes.items() if 2 * count >= most):
+        state = {name.removeprefix(prefix): value for name, value in held.items() if name.startswith(prefix)}
+        yield _Found(".".join(filter(None, (place, prefix.removesuffix(".")))), state)
+
+
+def _misfit(model: nn.Module, found: _Found, own: Mapping[str, Tensor]) -> str:
+    """What is wrong, in a few words."""
+    differences = _differences(found.state, own)
+    shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+    return _classes(model, found.state, own) or shown
 
 
 def _differences(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

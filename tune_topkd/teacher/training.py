@@ -97,7 +97,10 @@ def teacher_key(config: PairConfig) -> str:
     """
     given = _given(config)
     if given.checkpoint is not None:
-        return file_hash(Path(given.checkpoint))[:16]
+        content = file_hash(Path(given.checkpoint))
+        if given.checkpoint_key is not None:  # of several sets of weights in one file
+            content = hashlib.sha256(f"{content} {given.checkpoint_key}".encode()).hexdigest()
+        return content[:16]
     text = json.dumps(_inputs(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -139,7 +142,7 @@ def load_teacher(model: ModelConfig, checkpoint: Path, *, num_classes: int) -> n
         ValueError: an unknown network, or a checkpoint that is missing, damaged or of another network or class count.
     """
     network = build_configured(model, num_classes=num_classes)
-    load_weights(network, checkpoint)
+    load_weights(network, checkpoint, model.checkpoint_key)
     return network.eval().requires_grad_(False)
 
 
