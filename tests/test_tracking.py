@@ -169,8 +169,11 @@ def test_baselines_are_metrics_of_the_parent(ledger, uri):
     points = {(n, step): value for n, step, value, _ in rows(uri, parent)}
     for method in ("ce", "kd"):
         for record in ledger.state.arm(method):
-            assert points[f"baseline_{method}_val_top1", record.key.number] == record.value
-            assert points[f"baseline_{method}_lr", record.key.number] == record.params["lr"]
+            assert points[f"grid_{method}_val_top1", record.key.number] == record.value
+            assert points[f"grid_{method}_lr", record.key.number] == record.params["lr"]
+        best = ledger.state.best(method)
+        assert parent.data.metrics[f"baseline_{method}_val_top1"] == best.value
+        assert parent.data.metrics[f"baseline_{method}_lr"] == best.params["lr"]
 
 
 def test_catching_up_again_changes_nothing(ledger, uri):

@@ -19,8 +19,8 @@ takes no end back.
 from tune_topkd.tracking.comparing import disagreements
 from tune_topkd.tracking.following import MlflowTracker
 from tune_topkd.tracking.following import catch_up
-from tune_topkd.tracking.following import log_training
 from tune_topkd.tracking.masking import masked
+from tune_topkd.tracking.sending import log_training
 from tune_topkd.tracking.store import EXPERIMENT
 from tune_topkd.tracking.store import TrackingError
 from tune_topkd.tracking.store import check_uri

@@ -1,26 +1,32 @@
 """Writing to MLflow: beside a sweep on a thread that follows its ledger, or once, afterwards."""
 
 import logging
-import math
 import threading
 import time
 import traceback
-from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
+from tune_topkd.tracking.reading import NOTE_TAG
 from tune_topkd.tracking.reading import PARENT_TAG
 from tune_topkd.tracking.reading import Batch
 from tune_topkd.tracking.reading import Reading
+from tune_topkd.tracking.reading import Row
 from tune_topkd.tracking.reading import milliseconds
+from tune_topkd.tracking.reading import run_name
+from tune_topkd.tracking.sending import KnownRun
+from tune_topkd.tracking.sending import entities
+from tune_topkd.tracking.sending import log_entities
+from tune_topkd.tracking.sending import rows_lacking
 from tune_topkd.tracking.store import Client
 from tune_topkd.tracking.store import client_of
 from tune_topkd.tracking.store import experiment_id
 from tune_topkd.tracking.store import masked_errors
 from tune_topkd.tracking.store import runs_by_trial
+from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Event
 from tune_topkd.trials import read_events
 
@@ -125,54 +131,12 @@ def catch_up(ledger: Path, uri: str, *, abandoned: bool = False) -> None:
             follower.abandon()
 
 
-def log_training(
-    uri: str,
-    name: str,
-    *,
-    params: Mapping[str, Any],
-    tags: Mapping[str, str],
-    history: Sequence[tuple[int, float, Mapping[str, float]]],
-    started: float,
-    status: str,
-) -> str:
-    """Write one training that belongs to no sweep as a run of its own.
-
-    Args:
-        uri: MLflow's tracking URI.
-        name: the run's.
-        params: the run's, by dotted key.
-        tags: the run's.
-        history: (epoch, Unix seconds, metrics) of each epoch; values that are not finite are left out.
-        started: Unix seconds.
-        status: MLflow's: FINISHED, FAILED or KILLED.
-
-    Returns:
-        What went wrong, in one line without credentials, or nothing: observing may fail, the training is done.
-    """
-    try:
-        from mlflow.entities import Metric
-        from mlflow.entities import Param
-
-        client = client_of(uri)
-        run = client.create_run(experiment_id(client, uri), milliseconds(started), dict(tags), name).info.run_id
-        points = [
-            Metric(n, v, milliseconds(at), epoch)
-            for epoch, at, metrics in history
-            for n, v in metrics.items()
-            if math.isfinite(v)
-        ]
-        client.log_batch(run, metrics=points, params=[Param(n, str(v)) for n, v in params.items()])
-        client.set_terminated(run, status)
-    except Exception as error:  # noqa: BLE001 (observing may fail; the caller says so)
-        return reason_of(error, uri)
-    return ""
-
-
 class _Follower:
     """Where MLflow is in the ledger. The place moves on only when MLflow has taken what lies before it.
 
     **Memory.** While MLflow is down one chunk of events waits, as the batch it made, and the ledger is not read on. While
-    it catches up, the events that lie behind are in memory once; what they bring is sent chunk by chunk.
+    it catches up, the events that lie behind are in memory once; what they bring is sent chunk by chunk. Tags and states
+    that later chunks may change are held until the last one, so that they are sent once.
     """
 
     def __init__(self, ledger: Path, uri: str) -> None:
@@ -182,8 +146,9 @@ class _Follower:
         self._uri = uri
         self._client: Client | None = None
         self._experiment = ""
-        self._runs: dict[str, str] = {}
-        """Run ids by trial number, the parent's under ""."""
+        self._runs: dict[str, KnownRun] = {}
+        """By trial number, the parent under ""."""
+        self._said: set[str] = set()
         self._begin()
 
     def _begin(self) -> None:
@@ -192,6 +157,7 @@ class _Follower:
         self._taken = 0
         """How many events from the offset on are in MLflow or in the unsent batch."""
         self._unsent: Batch | None = None
+        self._held = Batch()
 
     def catch_up(self) -> None:
         """Write what the ledger has beyond the last time."""
@@ -201,14 +167,23 @@ class _Follower:
             self._deliver()
         events, end = read_events(self._ledger, self._offset)
         while self._taken < len(events):
-            self._unsent = Batch()
-            for event in events[self._taken : self._taken + EVENTS_PER_CHUNK]:
-                self._reading.take(event, self._unsent)
-                self._taken += 1
-            if self._client is None:
-                self._connect()
+            self._take(events[self._taken : self._taken + EVENTS_PER_CHUNK], len(events))
+            if self._client is None and self._connect():
+                return self.catch_up()
             self._deliver()
         self._offset, self._taken = end, 0
+        for known in self._runs.values():
+            known.found = None
+        return None
+
+    def _take(self, chunk: Sequence[Event], known: int) -> None:
+        """Make the unsent batch of some of the `known` events."""
+        self._unsent = self._held
+        for event in chunk:
+            self._reading.take(event, self._unsent)
+            self._taken += 1
+        under_way = [str(record.key.number) for record in self._reading.state.running() if record.key.arm == SEARCH]
+        self._held = self._unsent.put_off(["", *under_way]) if self._taken < known else Batch()
 
     def abandon(self) -> None:
         """Show what is running as interrupted, as a `stop` event would have."""
@@ -217,21 +192,27 @@ class _Follower:
             self._reading.abandon(self._unsent)
             self._deliver()
 
-    def _connect(self) -> None:
-        """Find the sweep's runs, also those whose making was never answered. Doubled ones are deleted."""
+    def _connect(self) -> bool:
+        """Find the sweep's runs, also those whose making was never answered. Doubled ones are deleted.
+
+        Returns:
+            Whether a run was deleted meanwhile, so that the follower is back at the ledger's beginning.
+        """
         client = client_of(self._uri)
         self._experiment = experiment_id(client, self._uri)
-        known = set(self._runs.values())
+        before = {run: known.id for run, known in self._runs.items()}
         runs = {}
         for run, copies in runs_by_trial(client, self._experiment, self._reading.state.header["id"]).items():
-            kept, *others = sorted(copies, key=lambda copy: (copy.info.run_id not in known, *_age(copy)))
+            kept, *others = sorted(copies, key=lambda copy: (copy.info.run_id not in before.values(), *_age(copy)))
             for other in others:
                 client.delete_run(other.info.run_id)
-            runs[run] = kept.info.run_id
-        if not self._runs.items() <= runs.items():
-            self._begin()  # a run was deleted meanwhile: what was in it has to be written again
+            runs[run] = KnownRun.of(kept)
+        is_back = not before.items() <= {run: known.id for run, known in runs.items()}.items()
+        if is_back:
+            self._begin()
         self._client, self._runs = client, runs
         self.answers += 1
+        return is_back
 
     def _deliver(self) -> None:
         if self._unsent is None:
@@ -244,38 +225,65 @@ class _Follower:
         self._unsent = None
 
     def _send(self, batch: "Batch") -> None:
-        from mlflow.entities import Metric
-        from mlflow.entities import Param
-        from mlflow.entities import RunTag
-
         assert self._client is not None, "connected before sending"
-        for run, opening in batch.opened.items():
-            if run not in self._runs:
-                tags = opening.tags | self._parent(run)
-                created = self._client.create_run(self._experiment, milliseconds(opening.time), tags, opening.name)
-                self._runs[run] = created.info.run_id
-                self.answers += 1
+        for (run, _), note in batch.notes.items():
+            self._say(f"{run_name(run) if run else 'the sweep'}: {note}", note)
         for run in batch.touched():
-            opened = batch.opened.get(run)
-            self._client.log_batch(
-                self._runs[run],
-                metrics=[Metric(name, value, at, step) for name, step, value, at in batch.points[run]],
-                params=[Param(name, text) for name, text in opened.params.items()] if opened else [],
-                tags=[
-                    RunTag(name, text)
-                    for name, text in (batch.tags[run] | (self._parent(run) if opened else {})).items()
-                ],
-            )
+            if run not in self._runs:
+                self._runs[run] = self._created(batch, run)
+        lacking = rows_lacking(self._client, batch, self._runs)
+        for run in batch.touched():
+            self._log(run, batch, lacking.get(run, []))
+            if run in batch.status:
+                self._set_status(self._runs[run], *batch.status[run])
+
+    def _created(self, batch: "Batch", run: str) -> KnownRun:
+        assert self._client is not None, "connected before sending"
+        opening = batch.opened[run]
+        tags = opening.tags | batch.tags[run] | self._parent(run)
+        note = {NOTE_TAG: opening.note} if opening.note else {}
+        created = self._client.create_run(self._experiment, milliseconds(opening.time), tags | note, opening.name)
+        self.answers += 1
+        return KnownRun(created.info.run_id, tags)
+
+    def _log(self, run: str, batch: "Batch", rows: Sequence[Row]) -> None:
+        assert self._client is not None, "connected before sending"
+        known, opening = self._runs[run], batch.opened.get(run)
+        tags = (self._parent(run) if opening else {}) | batch.tags.get(run, {})
+        tags = {name: text for name, text in tags.items() if known.tags.get(name) != text}
+        wanted = opening.params if opening else {}
+        params = {name: text for name, text in wanted.items() if name not in known.params}
+        for name in wanted.keys() & known.params.keys():
+            if known.params[name] != wanted[name]:
+                self._say(
+                    f"{run_name(run) if run else 'the sweep'}: parameter {name} is another one in MLflow, for good"
+                )
+        if sent := entities(rows, params, tags):
+            log_entities(self._client, known.id, sent, self._say)
+            known.params |= params
+            known.tags |= tags
             self.answers += 1
-        for run, (status, ended) in batch.status.items():
-            if ended is None:
-                self._client.update_run(self._runs[run], status)
-            else:  # sets any status together with the time, in one request
-                self._client.set_terminated(self._runs[run], status, milliseconds(ended))
-            self.answers += 1
+
+    def _set_status(self, known: KnownRun, status: str, ended: float | None) -> None:
+        assert self._client is not None, "connected before sending"
+        end = known.ended if ended is None else milliseconds(ended)
+        if (known.status, known.ended) == (status, end):
+            return
+        if ended is None:
+            self._client.update_run(known.id, status)
+        else:  # sets any status together with the time, in one request
+            self._client.set_terminated(known.id, status, end)
+        known.status, known.ended = status, end
+        self.answers += 1
+
+    def _say(self, text: str, once: str = "") -> None:
+        """Say what is not in MLflow as it is in the ledger, once for all runs that it is true of."""
+        if (once or text) not in self._said:
+            self._said.add(once or text)
+            _log.warning("%s", masked(text, self._uri))
 
     def _parent(self, run: str) -> dict[str, str]:
-        return {PARENT_TAG: self._runs[""]} if run else {}
+        return {PARENT_TAG: self._runs[""].id} if run else {}
 
 
 def _age(run: Any) -> tuple[int, int, str]:

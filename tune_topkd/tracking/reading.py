@@ -6,10 +6,19 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from typing import NamedTuple
 
+from tune_topkd.tracking.cleaning import LONGEST_NAME
+from tune_topkd.tracking.cleaning import LONGEST_PARAM
+from tune_topkd.tracking.cleaning import LONGEST_TAG
+from tune_topkd.tracking.cleaning import clean_name
+from tune_topkd.tracking.cleaning import clean_number
+from tune_topkd.tracking.cleaning import clean_text
+from tune_topkd.tracking.cleaning import is_step
 from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Event
 from tune_topkd.trials import SweepState
+from tune_topkd.trials import TrialRecord
 from tune_topkd.trials import TrialStatus
 
 _MLFLOW_STATUS = {
@@ -19,17 +28,31 @@ _MLFLOW_STATUS = {
 }
 _MLFLOW_END = {"finished": "FINISHED", "time_budget": "FINISHED", "failed": "FAILED"}
 PARENT_TAG = "mlflow.parentRunId"
-_LONGEST_TAG = 5000
+NOTE_TAG = "mlflow.note.content"
+
+
+SWEEP_NOTE = """One sweep; its trials are the nested runs.
+
+- `best_val_top1`, `best_trial`: the best trial so far that reached the full budget of epochs. The step is the ledger's line.
+- `baseline_<method>_…`: the best run so far of a baseline. `grid_<method>_…`: each of its runs; the step is its number.
+- `trial_status` of a trial: completed (full budget), pruned (stopped early by ASHA), failed, interrupted, running.
+"""
 
 
 class Reading:
-    """The ledger in MLflow's terms: takes the events in order, and enters into a batch what each one brings."""
+    """The ledger in MLflow's terms: takes the events in order, and enters into a batch what each one brings.
+
+    **Steps.** MLflow shows a metric's value at its highest step. A trial's metrics have their epoch as the step. What is
+    best so far has the ledger's line: lines only grow, in whatever order trials end, so what is shown is the newest.
+    """
 
     def __init__(self) -> None:
         self.state = SweepState()
         """At the last event taken; trials that have ended are without their reports, so that it stays small."""
         self._now = 0.0
-        self._best = -math.inf
+        self._best: dict[str, TrialRecord] = {}
+        """The best trial so far of each arm."""
+        self._older_best = -math.inf
 
     def take(self, event: Event, batch: "Batch") -> None:
         """Take the next event."""
@@ -37,14 +60,16 @@ class Reading:
         self.state.apply(event)
         match event.name:
             case "sweep":
-                batch.open("", event, _sweep_params(event.data), self._tags())
+                header = self.state.header
+                batch.open("", header["sweep"], event.time, _sweep_params(header), self._tags(), SWEEP_NOTE)
             case "driver":
                 self._enter_work("running", "running", "RUNNING", "RUNNING", before if was_driven else None, batch)
             case "suggest" if event.key.arm == SEARCH:
                 tags = self._tags() | {"trial_number": str(event.key.number), "trial_status": "running"}
-                batch.open(str(event.key.number), event, event.data["params"], tags)
+                run = str(event.key.number)
+                batch.open(run, run_name(run), event.time, event.data["params"], tags)
             case "report" if event.key.arm == SEARCH:
-                batch.metrics(str(event.key.number), event, event.data["metrics"], step=event.data["epoch"])
+                batch.metrics(str(event.key.number), event.time, event.data["metrics"], step=event.data["epoch"])
             case "end":
                 self._enter_end(event, batch)
                 self.state.trials[event.key].reports.clear()
@@ -61,29 +86,48 @@ class Reading:
         self, state: str, trial_status: str, parent: str, child: str, ended: float | None, batch: "Batch"
     ) -> None:
         """Work on the sweep begins, goes on or ends: the parent's state, and that of the trials under way."""
-        batch.tags[""]["state"] = state
+        batch.tag("", {"state": state})
         batch.status[""] = (parent, ended)
         for record in self.state.running():
             if record.key.arm == SEARCH:
-                batch.tags[str(record.key.number)]["trial_status"] = trial_status
+                batch.tag(str(record.key.number), {"trial_status": trial_status})
                 batch.status[str(record.key.number)] = (child, ended)
 
     def _enter_end(self, event: Event, batch: "Batch") -> None:
         key, status = event.key, TrialStatus(event.data["status"])
-        if key.arm != SEARCH:
-            if status is TrialStatus.COMPLETED:
-                record = self.state.trials[key]
-                values = {"val_top1": event.data["value"], **record.params}
-                named = {f"baseline_{key.arm}_{n}": v for n, v in values.items() if not isinstance(v, str | bool)}
-                batch.metrics("", event, named, step=key.number)
+        record = self.state.trials[key]
+        if key.arm == SEARCH:
+            tags = {"trial_status": status.value, "reason": record.reason, "error": record.error}
+            batch.tag(str(key.number), {name: text for name, text in tags.items() if text})
+            batch.status[str(key.number)] = (_MLFLOW_STATUS[status], event.time)
+        if status is not TrialStatus.COMPLETED or record.value is None or not math.isfinite(record.value):
             return
-        trial = str(key.number)
-        tags = {"trial_status": status.value, "reason": event.data["reason"], "error": event.data.get("error", "")}
-        batch.tags[trial] |= {name: text[:_LONGEST_TAG] for name, text in tags.items() if text}
-        batch.status[trial] = (_MLFLOW_STATUS[status], event.time)
-        if status is TrialStatus.COMPLETED and event.data["value"] > self._best:
-            self._best = event.data["value"]
-            batch.metrics("", event, {"best_val_top1": self._best}, step=key.number)
+        self._enter_superseded(event, record, batch)
+        if key.arm != SEARCH:
+            each = {f"grid_{key.arm}_{name}": value for name, value in _outcome(record).items()}
+            batch.metrics("", event.time, each, step=key.number)
+        best = self._best.get(key.arm)
+        if best is None or _rank(record) > _rank(best):
+            self._best[key.arm] = record
+            batch.metrics("", event.time, _best_metrics(record), step=event.seq)
+
+    def _enter_superseded(self, event: Event, record: TrialRecord, batch: "Batch") -> None:
+        """What earlier versions wrote of an end: with the trial's number as the step, which a later end may have lower."""
+        if record.key.arm != SEARCH:
+            rows = {f"baseline_{record.key.arm}_{name}": value for name, value in _outcome(record).items()}
+        elif (value := record.value or 0.0) > self._older_best:
+            self._older_best, rows = value, {"best_val_top1": value}
+        else:
+            return
+        batch.superseded |= {
+            Row(name, record.key.number, value, milliseconds(event.time)) for name, value in rows.items()
+        }
+
+    def summary(self) -> dict[str, float]:
+        """What the sweep's run is to show of its arms at this point of the ledger."""
+        arms = sorted({key.arm for key in self.state.trials})
+        best = [record for arm in arms if (record := self.state.best(arm)) is not None]
+        return {name: value for record in best for name, value in _best_metrics(record).items()}
 
     def _tags(self) -> dict[str, str]:
         return {"sweep": self.state.header["sweep"], "sweep_id": self.state.header["id"]}
@@ -97,33 +141,85 @@ class Opening:
     time: float
     params: dict[str, str]
     tags: dict[str, str]
+    note: str
+    """Written when the run is made, and the user's from then on."""
+
+
+class Row(NamedTuple):
+    """A row of a run's metrics."""
+
+    name: str
+    step: int
+    value: float
+    at: int
+    """Milliseconds since 1970."""
 
 
 class Batch:
-    """What some events of the ledger bring for each run ("" is the parent), to be sent in few requests."""
+    """What some events of the ledger bring for each run ("" is the parent), to be sent in few requests.
+
+    All of it is such as every store takes; what had to be changed or left out for that is told in `notes`.
+    """
 
     def __init__(self) -> None:
         self.opened: dict[str, Opening] = {}
-        self.points: dict[str, list[tuple[str, int, float, int]]] = defaultdict(list)
-        """Metric rows: name, step, value, milliseconds since 1970."""
+        self.points: dict[str, list[Row]] = defaultdict(list)
         self.tags: dict[str, dict[str, str]] = defaultdict(dict)
         self.status: dict[str, tuple[str, float | None]] = {}
         """MLflow's word, and the end in Unix seconds."""
+        self.superseded: set[Row] = set()
+        """Rows of the parent that earlier versions wrote and that nothing takes back."""
+        self.notes: dict[tuple[str, str], str] = {}
+        """What is not as the ledger has it, by run and name."""
 
-    def open(self, run: str, event: Event, params: Mapping[str, Any], tags: dict[str, str]) -> None:
-        """A run begins."""
-        name = run_name(run) if run else tags["sweep"]
-        self.opened[run] = Opening(name, event.time, {n: str(v) for n, v in params.items()}, tags)
-        self.tags[run] |= tags
+    def open(
+        self, run: str, name: str, at: float, params: Mapping[str, Any], tags: Mapping[str, str], note: str = ""
+    ) -> None:
+        """A run begins, at a Unix time."""
+        self.tag(run, tags)
+        cleaned = {self._name(run, n): self._text(run, n, str(v), LONGEST_PARAM) for n, v in params.items()}
+        self.opened[run] = Opening(clean_text(name, LONGEST_NAME), at, cleaned, dict(self.tags[run]), note)
 
-    def metrics(self, run: str, event: Event, values: Mapping[str, float | str], *, step: int) -> None:
-        """A run has metrics at a step."""
-        points = [(n, step, float(v), milliseconds(event.time)) for n, v in values.items()]
-        self.points[run] += [p for p in points if math.isfinite(p[2])]  # stores disagree on NaN; the ledger has it
+    def tag(self, run: str, tags: Mapping[str, str]) -> None:
+        """A run has tags."""
+        self.tags[run] |= {name: self._text(run, name, text, LONGEST_TAG) for name, text in tags.items()}
+
+    def metrics(self, run: str, at: float, values: Mapping[str, Any], *, step: int) -> None:
+        """A run has metrics at a step, measured at a Unix time."""
+        for name, value in values.items():
+            number = clean_number(value)
+            if number is not None and is_step(step):
+                self.points[run].append(Row(self._name(run, name), step, number, milliseconds(at)))
+            elif not isinstance(value, str):  # NaN and infinities are texts in a ledger
+                self.notes[run, name] = (
+                    f"metric {name!r} is left out: {str(value)[:40]} at step {step} does not fit a float"
+                )
+
+    def put_off(self, runs: Iterable[str]) -> "Batch":
+        """Move the tags and states of these runs into a batch of their own, as they may change again."""
+        later = Batch()
+        for run in runs:
+            if run in self.tags:
+                later.tags[run] = self.tags.pop(run)
+            if run in self.status:
+                later.status[run] = self.status.pop(run)
+        return later
 
     def touched(self) -> Iterable[str]:
-        """The runs that have something new besides their status."""
-        return [run for run in {**self.tags, **self.points} if self.tags[run] or self.points[run]]
+        """The runs that have something new, the parent first."""
+        return sorted({*self.opened, *self.tags, *self.points, *self.status}, key=lambda run: int(run or -1))
+
+    def _name(self, run: str, name: str) -> str:
+        cleaned = clean_name(name)
+        if cleaned != name:
+            self.notes[run, name] = f"{name!r} is called {cleaned!r}"
+        return cleaned
+
+    def _text(self, run: str, name: str, text: str, limit: int) -> str:
+        cleaned = clean_text(text, limit)
+        if cleaned != text:
+            self.notes[run, name] = f"{name!r} is not quite the ledger's: a sign that MLflow cannot hold, or too long"
+        return cleaned
 
 
 def run_name(run: str) -> str:
@@ -134,6 +230,23 @@ def run_name(run: str) -> str:
 def _sweep_params(header: Mapping[str, Any]) -> dict[str, Any]:
     names = ("dataset", "teacher", "student", "method", "trials", "epochs", "seed", "digest", "git_commit")
     return {name: header[name] for name in names if header.get(name) is not None}
+
+
+def _outcome(record: TrialRecord) -> dict[str, float]:
+    """A completed trial's value and those of its parameters that are numbers."""
+    values = {name: None if isinstance(v, bool | str) else clean_number(v) for name, v in record.params.items()}
+    return {"val_top1": record.value or 0.0} | {name: value for name, value in values.items() if value is not None}
+
+
+def _best_metrics(record: TrialRecord) -> dict[str, float]:
+    if record.key.arm != SEARCH:
+        return {f"baseline_{record.key.arm}_{name}": value for name, value in _outcome(record).items()}
+    return {"best_val_top1": record.value or 0.0, "best_trial": float(record.key.number)}
+
+
+def _rank(record: TrialRecord) -> tuple[float, int]:
+    """Sorts completed trials; of equals the one suggested first is the better."""
+    return record.value or 0.0, -record.key.number
 
 
 def milliseconds(seconds: float) -> int:

@@ -3,12 +3,19 @@
 import contextlib
 import logging
 import os
+import re
+import shlex
+from collections import Counter
 from collections import defaultdict
+from collections.abc import Iterable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from typing import Protocol
 
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Problem
 from tune_topkd.tracking.masking import mask_record
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
@@ -23,6 +30,12 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 EXPERIMENT = "tune_topkd"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"  # MLflow's page then opens on runs, not on traces
+_PERCENT_CODE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
+_RUNS_PER_QUERY = 500
+_ALL_ROWS = 2**31 - 1
+
+_Row = tuple[str, int, float, int]
 
 
 class TrackingError(RuntimeError):
@@ -34,11 +47,12 @@ class Client(Protocol):
 
     def search_experiments(self, *, max_results: int) -> Any: ...  # noqa: D102
     def get_experiment_by_name(self, name: str) -> Any: ...  # noqa: D102
-    def create_experiment(self, name: str, artifact_location: str | None = None) -> str: ...  # noqa: D102
+    def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str: ...  # noqa: D102
     def search_runs(  # noqa: D102
         self, experiment_ids: list[str], filter_string: str, *, max_results: int, page_token: Any
     ) -> Any: ...
     def create_run(self, experiment_id: str, start_time: int, tags: dict[str, str], run_name: str) -> Any: ...  # noqa: D102
+    def get_run(self, run_id: str) -> Any: ...  # noqa: D102
     def delete_run(self, run_id: str) -> None: ...  # noqa: D102
     def log_batch(self, run_id: str, metrics: Any = (), params: Any = (), tags: Any = ()) -> Any: ...  # noqa: D102
     def set_terminated(self, run_id: str, status: str, end_time: int | None = None) -> None: ...  # noqa: D102
@@ -50,6 +64,7 @@ def client_of(uri: str) -> Client:
     """A client of the store at a URI; what it logs is masked.
 
     Raises:
+        TrackingError: the database is of another version of MLflow.
         Exception: a database that is down; MLflow itself would try for minutes before it says so.
     """
     from mlflow import MlflowClient  # costs seconds: only where MLflow is used
@@ -60,8 +75,27 @@ def client_of(uri: str) -> Client:
         import sqlalchemy
 
         sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
-    client: Client = MlflowClient(tracking_uri=uri)
+    try:
+        client: Client = MlflowClient(tracking_uri=uri)
+    except Exception as error:
+        if found := re.search(r"database schema \(found version (\w+)", str(error)):
+            raise TrackingError(_other_schema(found[1], uri)) from None
+        raise
     return client
+
+
+def _other_schema(found: str, uri: str) -> str:
+    """What to do about a database of another version of MLflow; MLflow itself takes each for an older one."""
+    import mlflow
+
+    versions = Path(mlflow.__file__).parent / "store" / "db_migrations" / "versions"
+    if any(versions.glob(f"{found}_*.py")):
+        command = f"mlflow db upgrade {shlex.quote(masked(uri))}"
+        return f"the database was made by an older MLflow than this one ({mlflow.__version__}): back it up, then `{command}`"
+    return (
+        f"the database was made by a newer MLflow than this one ({mlflow.__version__}; its schema {found} is not known "
+        "here): `pip install --upgrade mlflow`, or give another --mlflow-uri"
+    )
 
 
 def check_uri(uri: str) -> None:
@@ -94,15 +128,81 @@ def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
-def experiment_id(client: Client, uri: str) -> str:
-    """The id of the experiment, which is created if need be."""
+def find_experiment(client: Client, uri: str) -> Any:
+    """The experiment, or none if there was never one.
+
+    Raises:
+        TrackingError: it was deleted; with what brings it back.
+    """
     experiment = client.get_experiment_by_name(experiment_name())
-    if experiment:
+    if experiment is not None and experiment.lifecycle_stage != "active":
+        command = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        raise TrackingError(
+            f"the experiment {experiment_name()!r} was deleted in MLflow. `MLFLOW_TRACKING_URI={shlex.quote(masked(uri))} "
+            f"{command}` brings it back with its runs; MLFLOW_EXPERIMENT_NAME=<another name> leaves it deleted"
+        )
+    return experiment
+
+
+def experiment_id(client: Client, uri: str) -> str:
+    """The id of the experiment, which is created if need be.
+
+    Raises:
+        TrackingError: it was deleted, or cannot have this name.
+    """
+    experiment = find_experiment(client, uri)
+    if experiment is not None:
         return str(experiment.experiment_id)
-    location = None
-    if uri.startswith("sqlite:///"):  # by default artifacts would go to the working directory
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
-    return client.create_experiment(experiment_name(), artifact_location=location)
+    name = experiment_name()
+    if uri.startswith("databricks") and not name.startswith("/"):
+        rule = f"there is no experiment {name!r}, and Databricks takes absolute paths as names only"
+        raise TrackingError(f"{rule}: set MLFLOW_EXPERIMENT_NAME=/Users/<you>/{name}")
+    file = sqlite_file(uri)  # by default artifacts would go to the working directory
+    location = (file.resolve().parent / "mlartifacts").as_uri() if file is not None else None
+    return client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of an SQLite database, whatever signs its path has.
+
+    SQLAlchemy takes what follows a ? for options, and from 2.1 on decodes %20 and the like. MLflow itself makes the folder
+    that the URI names, so nothing is encoded that need not be.
+
+    Raises:
+        ConfigError: there is no such URI for the installed SQLAlchemy.
+    """
+    plain = f"sqlite:///{file}"
+    if not re.search(r"[%?]", plain):
+        return plain  # without an import
+    encoded = f"sqlite:///{_PERCENT_CODE.sub('%25', str(file)).replace('?', '%3F')}"
+    for uri in (plain, encoded):
+        if sqlite_file(uri) == file:
+            return uri
+    rule = "the installed SQLAlchemy cannot name a database below a folder with ? in its path; choose another folder"
+    raise ConfigError("--runs-dir", [Problem(key=str(file.parent), rule=rule)])
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite URI; none for another store, or for a database in memory."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database
+    return Path(database) if database and database != ":memory:" else None
+
+
+def rows_in_bulk(client: Client, run_ids: Sequence[str], names: Iterable[str]) -> "dict[str, Counter[_Row]] | None":
+    """All metric rows of these names by run id; none where the store gives them only run by run, as a server does."""
+    read = getattr(getattr(getattr(client, "_tracking_client", None), "store", None), "get_metric_history_bulk", None)
+    if read is None:
+        return None
+    rows: dict[str, Counter[_Row]] = {run_id: Counter() for run_id in run_ids}
+    for name in names:
+        for start in range(0, len(run_ids), _RUNS_PER_QUERY):
+            for point in read(run_ids[start : start + _RUNS_PER_QUERY], name, _ALL_ROWS):
+                rows[point.run_id][point.key, point.step, point.value, point.timestamp] += 1
+    return rows
 
 
 def runs_by_trial(client: Client, experiment: str, sweep_id: str) -> dict[str, list[Any]]:
