@@ -28,7 +28,7 @@ def clean_text(text: str, limit: int) -> str:
 def clean_name(name: str) -> str:
     """A name that MLflow takes for a parameter, metric or tag; one that was changed ends with a checksum of what it was."""
     cleaned = posixpath.normpath(_FORBIDDEN.sub("_", clean_text(name, len(name) * 10 + 1))).strip("./")
-    if cleaned == name and len(name) <= LONGEST_NAME:
+    if name and cleaned == name and len(name) <= LONGEST_NAME:
         return name
     mark = f"_{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
     return cleaned[: LONGEST_NAME - len(mark)] + mark

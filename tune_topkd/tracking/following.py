@@ -19,6 +19,7 @@ from tune_topkd.tracking.reading import milliseconds
 from tune_topkd.tracking.reading import run_name
 from tune_topkd.tracking.sending import KnownRun
 from tune_topkd.tracking.sending import entities
+from tune_topkd.tracking.sending import is_refusal
 from tune_topkd.tracking.sending import log_entities
 from tune_topkd.tracking.sending import rows_lacking
 from tune_topkd.tracking.store import Client
@@ -240,9 +241,16 @@ class _Follower:
     def _created(self, batch: "Batch", run: str) -> KnownRun:
         assert self._client is not None, "connected before sending"
         opening = batch.opened[run]
-        tags = opening.tags | batch.tags[run] | self._parent(run)
-        note = {NOTE_TAG: opening.note} if opening.note else {}
-        created = self._client.create_run(self._experiment, milliseconds(opening.time), tags | note, opening.name)
+        made_with = (self._experiment, milliseconds(opening.time))
+        least = opening.tags | self._parent(run)
+        tags = least | batch.tags[run] | ({NOTE_TAG: opening.note} if opening.note else {})
+        try:
+            created = self._client.create_run(*made_with, tags, opening.name)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            tags = least  # what is refused of the others is found out tag by tag
+            created = self._client.create_run(*made_with, tags, opening.name)
         self.answers += 1
         return KnownRun(created.info.run_id, tags)
 

@@ -86,7 +86,7 @@ def log_entities(client: Client, run_id: str, sent: Sequence[Any], say: Callable
     try:
         _log_batch(client, run_id, sent)
     except Exception as error:
-        if not _is_refusal(error) or client.get_run(run_id).info.lifecycle_stage != "active":
+        if not is_refusal(error) or client.get_run(run_id).info.lifecycle_stage != "active":
             raise
         if len(sent) == 1:
             say(f"MLflow does not take {_described(sent[0])}: {reason_of(error, '')}")
@@ -102,7 +102,7 @@ def _log_halves(client: Client, run_id: str, sent: Sequence[Any], say: Callable[
             _log_batch(client, run_id, half)
             taken += len(half)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             if len(half) > 1:
                 taken += _log_halves(client, run_id, half, say)
@@ -118,7 +118,7 @@ def _log_batch(client: Client, run_id: str, sent: Sequence[Any]) -> None:
     client.log_batch(run_id, metrics=by_kind["Metric"], params=by_kind["Param"], tags=by_kind["RunTag"])
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether MLflow has understood the request and will refuse it again."""
     return getattr(error, "error_code", None) in _REFUSALS
 
