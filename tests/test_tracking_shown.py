@@ -129,10 +129,10 @@ def test_mlflow_shows_what_the_ledger_says_after_every_event(seed, was_followed_
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(following, "client_of", lambda uri: store),
-        mock.patch.object(comparing, "client_of", lambda uri: store),
+        mock.patch.object(following, "client_of", return_value=store),
+        mock.patch.object(comparing, "client_of", return_value=store),
         mock.patch.object(following, "EVENTS_PER_CHUNK", random.choice([1, 3, 2000])),
-        mock.patch.object(trials.time, "time", lambda: clock[0]),
+        mock.patch.object(trials.time, "time", side_effect=lambda: clock[0]),
         begin(Path(folder)) as ledger,
     ):
         follower = following._Follower(ledger.path, "memory")

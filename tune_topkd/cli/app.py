@@ -376,8 +376,10 @@ def _number(text: str | None) -> float | str | None:
 
 
 def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> running.Place:
+    from tune_topkd.tracking import sqlite_uri
+
     runs = runs_dir.expanduser().absolute()
-    uri = mlflow_uri or f"sqlite:///{runs / 'mlflow.db'}"
+    uri = mlflow_uri or sqlite_uri(runs / "mlflow.db")
     preflight.check_mlflow_uri(uri)
     if address is not None:
         from tune_topkd.sweep import check_address

@@ -128,20 +128,16 @@ def check_writable(folder: Path) -> None:
         raise ConfigError("--runs-dir", [_problem(str(folder), rule)]) from error
 
 
-MLFLOW_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "file", "databricks")
-
-
 def check_mlflow_uri(uri: str) -> None:
     """Check the form of a tracking URI; whether anything answers there is the tracker's to find out.
 
     Raises:
-        ConfigError: MLflow would not know what to do with it.
+        ConfigError: MLflow would keep no runs there.
     """
-    scheme = re.match(r"(\w+)(\+\w+)?://", uri)
-    if scheme is None or scheme[1] not in MLFLOW_SCHEMES:
-        from tune_topkd.tracking import masked
+    from tune_topkd.tracking import masked
+    from tune_topkd.tracking import uri_problem
 
-        rule = f"must be a tracking URI scheme://…; known: {', '.join(MLFLOW_SCHEMES)}"
+    if rule := uri_problem(uri):
         raise ConfigError("--mlflow-uri", [_problem(masked(uri), rule)])
 
 

@@ -485,6 +485,8 @@ def _trackers(
 
 def _finish(config: SweepConfig, state: SweepState, place: Place, console: Console) -> None:
     """Write the answer and say what was found, where it lies and what to do next."""
+    from tune_topkd.tracking import ui_command
+
     name = state.header["sweep"]
     folder = place.folder(name)
     counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
@@ -502,7 +504,7 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
     console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", highlight=False)
     console.print(f"  the answer   {folder / TUNED_FILE}", highlight=False, soft_wrap=True)
     console.print(f"  the truth    {folder / LEDGER_FILE}", highlight=False, soft_wrap=True)
-    console.print(f"  MLflow       mlflow ui --backend-store-uri {_shown(place.mlflow_uri)}", soft_wrap=True)
+    console.print(f"  MLflow       {ui_command(place.mlflow_uri)}", highlight=False, soft_wrap=True, markup=False)
     console.print("  the analysis analysis/sweep.ipynb", highlight=False)
     if state.stop_reason == "finished":
         console.print(f"next: python launch.py export {name} --format python", style="bold", soft_wrap=True)
@@ -555,12 +557,6 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _shown(uri: str) -> str:
-    from tune_topkd.tracking import masked
-
-    return masked(uri)
 
 
 @contextlib.contextmanager

@@ -7,10 +7,15 @@ same function tells what MLflow should have, which `disagreements` compares with
 
 In MLflow (experiment `tune_topkd`, or `MLFLOW_EXPERIMENT_NAME`):
 
-- the parent: tags `sweep`, `sweep_id`, `state`; params of the sweep; metrics `best_val_top1` and
-  `baseline_<method>_<metric>`, their step the trial's number;
+- the parent: tags `sweep`, `sweep_id`, `state`; params of the sweep; metrics of what is best so far, `best_val_top1`,
+  `best_trial`, and `baseline_<method>_val_top1` with its parameters, their step the line of the ledger, so that what
+  MLflow shows is always what the ledger says; `grid_<method>_…` of each run of a baseline, the step its number;
 - a child: tags `sweep`, `sweep_id`, `trial_number`, `trial_status` (completed | pruned | failed; running and interrupted
   while it has no end), `reason`; its parameters; its metrics by epoch.
+
+What MLflow or a database cannot hold is changed in the same way each time, and said: a lone surrogate and NUL are escaped,
+long texts cut, forbidden signs in names replaced; metrics that are not finite are left out. What a store refuses all the
+same is left out and said, and does not hold up the rest.
 
 A run that was interrupted and goes on keeps the time of the interruption as its end until it has another one: MLflow
 takes no end back.
@@ -24,6 +29,10 @@ from tune_topkd.tracking.sending import log_training
 from tune_topkd.tracking.store import EXPERIMENT
 from tune_topkd.tracking.store import TrackingError
 from tune_topkd.tracking.store import check_uri
+from tune_topkd.tracking.store import sqlite_file
+from tune_topkd.tracking.store import sqlite_uri
+from tune_topkd.tracking.store import ui_command
+from tune_topkd.tracking.store import uri_problem
 
 __all__ = [
     "EXPERIMENT",
@@ -34,4 +43,8 @@ __all__ = [
     "disagreements",
     "log_training",
     "masked",
+    "sqlite_file",
+    "sqlite_uri",
+    "ui_command",
+    "uri_problem",
 ]

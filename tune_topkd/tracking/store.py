@@ -10,9 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
@@ -33,6 +35,8 @@ EXPERIMENT = "tune_topkd"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"  # MLflow's page then opens on runs, not on traces
 _PERCENT_CODE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
 _RUNS_PER_QUERY = 500
+_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
+_MODEL_REGISTRIES = ("databricks-uc", "uc")
 _ALL_ROWS = 2**31 - 1
 
 _Row = tuple[str, int, float, int]
@@ -96,6 +100,57 @@ def _other_schema(found: str, uri: str) -> str:
         f"the database was made by a newer MLflow than this one ({mlflow.__version__}; its schema {found} is not known "
         "here): `pip install --upgrade mlflow`, or give another --mlflow-uri"
     )
+
+
+def uri_problem(uri: str) -> str:
+    """Why MLflow could keep no runs at a tracking URI of this form, and what to do; nothing if it could."""
+    scheme, is_whole = urlsplit(uri).scheme, "://" in uri
+    family = scheme.partition("+")[0]
+    plugins = {entry.name for entry in entry_points(group="mlflow.tracking_store")}
+    if uri == "databricks" or (is_whole and family in _SCHEMES) or (scheme or uri) in plugins:
+        return _in_memory_problem(uri) if family == "sqlite" else ""
+    if uri in _MODEL_REGISTRIES or scheme in _MODEL_REGISTRIES:
+        return "is a registry of models and keeps no runs: `databricks` or `databricks://<profile>` does"
+    if not scheme or scheme == "file":
+        return _file_problem(uri)
+    known = ", ".join([*(f"{name}://" for name in _SCHEMES), "databricks", *sorted(plugins)])
+    renamed = "; SQLAlchemy calls it postgresql://" if family == "postgres" else ""
+    return f"must be a tracking URI scheme://…{renamed}; known: {known}"
+
+
+def _in_memory_problem(uri: str) -> str:
+    is_file = uri.removeprefix("sqlite://").strip("/").partition("?")[0] not in ("", ":memory:")
+    return (
+        ""
+        if is_file
+        else "is a database in memory, which is gone with the process: sqlite:///<folder>/mlflow.db is kept"
+    )
+
+
+def _file_problem(uri: str) -> str:
+    """MLflow refuses to keep runs in plain files since it does not develop that any further, unless it is told to."""
+    try:
+        from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
+    except ImportError:  # an MLflow from before that
+        return ""
+    with contextlib.suppress(ValueError):
+        if MLFLOW_ALLOW_FILE_STORE.get():
+            return ""
+    folder = uri.removeprefix("file:").removeprefix("//") or "mlruns"
+    return (
+        "is a folder of plain files, in which the installed MLflow keeps no runs: must be a tracking URI such as "
+        f"sqlite:///{folder}/mlflow.db. `mlflow migrate-filestore` moves what is there into a database; "
+        "MLFLOW_ALLOW_FILE_STORE=true lets MLflow use the folder"
+    )
+
+
+def ui_command(uri: str) -> str:
+    """How to open MLflow's pages on a store: a command for a shell, or where to look."""
+    if uri.startswith("databricks"):
+        return "the page Experiments of the Databricks workspace"
+    if uri.startswith(("http://", "https://")):
+        return masked(uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(masked(uri))}"
 
 
 def check_uri(uri: str) -> None:
