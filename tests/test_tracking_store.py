@@ -1,4 +1,4 @@
-"""Which MLflow is meant, where its database lies, what to do when it is not as it should be, and how little is asked of it."""
+"""Which MLflow is meant, where its database lies, what to do when something is wrong there, how little is asked of it."""
 
 import os
 import shlex
