@@ -1,8 +1,10 @@
 """The losses against plain loops written from the method's description, hand-made numbers, and their promises."""
 
 import copy
+import functools
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -747,7 +749,9 @@ def test_autocast_changes_nothing_in_the_functions(normalize: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64]
+)
 def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     student, teacher, labels = random_case(4, 6)
     for method in METHODS:
@@ -1051,6 +1055,78 @@ def test_functions_refuse_input_of_the_wrong_kind() -> None:
         top_k_decoupled_loss(student, teacher[:3], k=2, alpha=1.0, beta=1.0)
     with refused("`student_logits` and `teacher_logits` must have the same shape, but got (4, 6) and (3, 6)"):
         contrastive_loss(student, teacher[:3], temperature=0.1, normalize=True)
+
+
+NO_LABELS = {
+    "numpy": (lambda y: y.numpy(), "a torch.Tensor, but got numpy.ndarray; torch.as_tensor(labels) makes one"),
+    "list": (lambda y: y.tolist(), "a torch.Tensor, but got list; torch.as_tensor(labels) makes one"),
+    "none": (lambda y: None, "a torch.Tensor, but got NoneType"),
+    "number": (lambda y: 3, "a torch.Tensor, but got int"),
+    "one-hot": (
+        lambda y: torch.eye(6, dtype=torch.int64)[y],
+        "shape (4,), but got (4, 6); the classes of one-hot rows are labels.argmax(1)",
+    ),
+    "soft": (
+        lambda y: torch.eye(6)[y],
+        "integers, but got torch.float32; the classes of one-hot rows are labels.argmax(1)",
+    ),
+    "unsigned out of range": (lambda y: (y * 0 + 6).to(torch.uint16), "from 0 to 5, but got 6"),
+    "elsewhere": (lambda y: y.to("meta"), "where the other logits are, on cpu, but is on meta"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+def test_labels_that_are_none_are_told_what_came(kind: str) -> None:
+    student, teacher, labels = random_case(4, 6)
+    make, told = NO_LABELS[kind]
+    for call in (
+        *(functools.partial(build(method), student, teacher) for method in METHODS),
+        lambda labels: top_k_scaling(teacher, labels, k=2, **SCALING),
+    ):
+        with pytest.raises(ValueError, match=f"`labels` must (be|have the) {re.escape(told)}$"):
+            call(make(labels))
+
+
+NO_LOGITS = {
+    "numpy": (lambda z: z.numpy(), "a torch.Tensor, but got numpy.ndarray"),
+    "list": (lambda z: z.tolist(), "a torch.Tensor, but got list"),
+    "none": (lambda z: None, "a torch.Tensor, but got NoneType"),
+    "with features": (
+        lambda z: (z, [z]),
+        "a torch.Tensor, but got tuple; of what a network returns, hand over the logits alone",
+    ),
+    "8 bits": (
+        lambda z: z.to(torch.float8_e4m3fn),
+        "16 bits or more, but got torch.float8_e4m3fn; {}.float() has 32",
+    ),
+    "sparse": (lambda z: z.to_sparse(), "dense, but got torch.sparse_coo"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LOGITS)
+def test_logits_that_are_none_are_told_what_came(kind: str) -> None:
+    student, teacher, labels = random_case(4, 6)
+    make, told = NO_LOGITS[kind]
+
+    def refused_by(call: Callable[..., object], name: str) -> None:
+        with pytest.raises(ValueError, match=f"^`{name}` must (be|have) {re.escape(told.format(name))}$"):
+            call()
+
+    for method in METHODS:
+        refused_by(lambda method=method: build(method)(make(student), teacher, labels), "student_logits")
+        if method != "ce":
+            refused_by(lambda method=method: build(method)(student, make(teacher), labels), "teacher_logits")
+    refused_by(lambda: top_k_scaling(make(teacher), labels, k=2, **SCALING), "teacher_logits")
+    refused_by(lambda: top_k_decoupled_loss(student, make(teacher), k=2, alpha=1.0, beta=1.0), "scaled_teacher_logits")
+    refused_by(lambda: contrastive_loss(make(student), teacher, temperature=0.1, normalize=True), "student_logits")
+
+
+def test_logits_on_two_devices_are_refused() -> None:
+    student, teacher, labels = random_case(4, 6)
+    with refused("`teacher_logits` must be where the other logits are, on cpu, but is on meta"):
+        TopKDLoss()(student, teacher.to("meta"), labels)
+    with refused("`scaled_teacher_logits` must be where the other logits are, on cpu, but is on meta"):
+        top_k_decoupled_loss(student, teacher.to("meta"), k=2, alpha=1.0, beta=1.0)
 
 
 def test_more_than_all_classes_are_refused() -> None:
