@@ -1,7 +1,9 @@
 """What a search-space YAML may say, and how each thing it may not is told."""
 
 import copy
+import functools
 import math
+import tracemalloc
 
 import pytest
 import yaml
@@ -685,6 +687,69 @@ def test_options_win_over_parents(tmp_path):
     path = family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": PARENT})
     recipe = load_config(path, [parse_set("recipe.epochs=3")]).recipe
     assert (recipe.epochs, recipe.lr) == (3, 0.5)
+
+
+def nested(opening, link, count):
+    """A YAML of so many anchors, each of which holds the one before it as often as `link` says."""
+    return opening + "".join(link.format(own=n, last=n - 1) for n in range(1, count))
+
+
+BOMBS = {
+    "lists": nested("a0: &a0 [x, x]\n", "a{own}: &a{own} [*a{last}, *a{last}, *a{last}, *a{last}]\n", 40),
+    "mappings": nested("a0: &a0 {x: 1}\n", "a{own}: &a{own} {{x: *a{last}, y: *a{last}}}\n", 40),
+    "merges": nested("a0: &a0 {x: 1}\n", "a{own}: &a{own} {{<<: [*a{last}, *a{last}, *a{last}], y{own}: 1}}\n", 40),
+    "plain": "a: [" + "1, " * 10_001 + "]",
+}
+DEPTHS = {
+    "lists": "a: " + "[" * 2000 + "]" * 2000,
+    "mappings": "a: " + "{b: " * 2000 + "1" + "}" * 2000,
+    "blocks": "".join(f"{' ' * level}a:\n" for level in range(200)),
+    "aliases": nested("a0: &a0 [x]\n", "a{own}: &a{own} [*a{last}]\n", 900),
+    "keys": "? " * 900 + "a",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_yaml_that_stands_for_too_much_is_refused_before_it_is_spelt_out(tmp_path, name):
+    (tmp_path / "bomb.yaml").write_text(BOMBS[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=r"bomb\.yaml: is no valid YAML: line .* more than 10,000 values"):
+            read_yaml(tmp_path / "bomb.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_yaml_that_goes_too_deep_is_refused(tmp_path, name):
+    (tmp_path / "deep.yaml").write_text(DEPTHS[name])
+    with pytest.raises(ConfigError, match=r"deep\.yaml: is no valid YAML: line .*: goes more than 64 levels deep"):
+        read_yaml(tmp_path / "deep.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "a: &a {<<: *a}", "a: &a [1, {b: [*a]}]"])
+def test_a_yaml_that_holds_itself_is_refused(tmp_path, text):
+    (tmp_path / "self.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"self\.yaml: .*the alias 'a' lies within what it stands for"):
+        read_yaml(tmp_path / "self.yaml")
+
+
+def test_a_yaml_within_the_bounds_is_read(tmp_path):
+    content = {"list": list(range(2000)), "deep": functools.reduce(lambda inner, _: [inner], range(60), 1)}
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(content))
+    assert read_yaml(tmp_path / "large.yaml") == content
+
+
+def test_what_is_too_large_for_a_config_is_not_read_to_its_end():
+    with pytest.raises(ConfigError, match=r"^/dev/zero: is no config: it has more than 1,048,576 bytes$"):
+        read_yaml("/dev/zero")
+
+
+@pytest.mark.parametrize("value", ["[" * 900, BOMBS["plain"].removeprefix("a: "), "[&a [*a]]"])
+def test_a_value_of_set_has_the_same_bounds(value):
+    with pytest.raises(ConfigError, match=r"--set: .*the value is no YAML: "):
+        parse_set(f"loss.k={value}")
 
 
 def test_an_alias_is_a_copy_and_an_override_changes_one_place(tmp_path):

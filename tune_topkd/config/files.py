@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from typing import NoReturn
 
 import yaml
 from pydantic import BaseModel
@@ -20,6 +21,13 @@ from tune_topkd.config.validation import validated_sweep
 
 EXTENDS = "extends"
 
+MOST_BYTES = 2**20
+"""Of a YAML that is read: the largest config is a hundredth of it."""
+MOST_VALUES = 10_000
+"""In a YAML, each alias counted as all that it stands for: a few lines of aliases can stand for billions."""
+MOST_LEVELS = 64
+"""Of mappings and lists within one another."""
+
 
 def parse_set(text: str) -> Override:
     """Turn `key=value` of `--set` into an `Override`; the value is read as YAML.
@@ -31,7 +39,7 @@ def parse_set(text: str) -> Override:
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key.strip()):
         raise ConfigError("--set", [Problem(key=text, rule="must read key=value, the key dotted: recipe.epochs=10")])
     try:
-        return Override(key.strip(), yaml.load(value, Loader=_Loader), f"--set {text}")  # noqa: S506 (a SafeLoader)
+        return Override(key.strip(), _parsed(value), f"--set {text}")
     except yaml.YAMLError as error:
         raise ConfigError("--set", [Problem(key=text, rule=f"the value is no YAML: {_one_line(error)}")]) from error
 
@@ -94,19 +102,31 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         ConfigError: names the file and what is wrong with it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        text = content.decode("utf-8") if len(content) <= MOST_BYTES else ""
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         known = _known_spaces() if isinstance(error, FileNotFoundError) else ""
         raise ConfigError(str(path), [Problem(key="", rule=f"cannot be read: {reason}{known}")]) from error
+    if len(content) > MOST_BYTES:
+        raise ConfigError(str(path), [Problem(key="", rule=f"is no config: it has more than {MOST_BYTES:,} bytes")])
     try:
-        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        raw = _parsed(text)
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [Problem(key="", rule=f"is no valid YAML: {_one_line(error)}")]) from error
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
         raise ConfigError(str(path), [Problem(key="", rule="must be a mapping of keys to values")])
-    content: dict[str, Any] = _unshared(raw)
-    return content
+    return raw
+
+
+def _parsed(text: str) -> Any:
+    """What a YAML says, in bounds of size and depth, each value its own object.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or beyond the bounds.
+    """
+    return _unshared(yaml.load(text, Loader=_Loader))  # noqa: S506 (a SafeLoader)
 
 
 def _unshared(value: Any) -> Any:
@@ -117,7 +137,47 @@ def _unshared(value: Any) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number (YAML 1.2, and what people mean) and refuses a key written twice."""
+    """SafeLoader that reads 1e-3 as a number (YAML 1.2, and what people mean) and refuses a key written twice.
+
+    It keeps to `MOST_VALUES` and `MOST_LEVELS`, and knows so before anything is copied out of an alias.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._level = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # of each composed node: its values and its levels
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose as ever; a node is refused as soon as it, or all nodes so far, are beyond the bounds."""
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        self._check(len(self._extents), self._level, event)
+        self._level += 1
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        assert node is not None, "compose_node gives a node wherever there is an event"
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._extents:  # it is not composed to its end
+                self._refuse(f"the alias {event.anchor!r} lies within what it stands for", event)
+        else:
+            self._extents[id(node)] = self._extent(node)
+        self._check(*self._extents[id(node)], event)
+        return node
+
+    def _extent(self, node: yaml.Node) -> tuple[int, int]:
+        if isinstance(node, yaml.ScalarNode):
+            return 1, 0
+        inner = [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+        extents = [self._extents[id(n)] for n in inner]
+        return 1 + sum(values for values, _ in extents), 1 + max((levels for _, levels in extents), default=0)
+
+    def _check(self, values: int, levels: int, event: yaml.Event) -> None:
+        if values > MOST_VALUES:
+            self._refuse(f"stands for more than {MOST_VALUES:,} values, aliases counted as what they stand for", event)
+        if levels > MOST_LEVELS:
+            self._refuse(f"goes more than {MOST_LEVELS} levels deep", event)
+
+    def _refuse(self, problem: str, event: Any) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
