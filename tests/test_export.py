@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+from tune_topkd.config import METHODS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
 from tune_topkd.export import SCHEMA_VERSION
@@ -286,6 +288,69 @@ def test_the_loss_can_be_built_from_it(tmp_path, tuned):
     assert torch.isfinite(value)
     assert torch.equal(value, build_loss(again.method, again.loss)(student, teacher, labels))
     assert not torch.equal(value, TopKDLoss()(student, teacher, labels))
+
+
+USERS = """
+import torch
+
+class Offset(torch.nn.Module):
+    def __init__(self, power=2, scale=1.5):
+        super().__init__()
+        self.power, self.scale = power, scale
+
+    def forward(self, student, teacher, labels):
+        return self.scale * (student - teacher).abs().pow(self.power).mean()
+"""
+CHANGED = {"k": 3, "temperature": 2.5, "beta": 3.0, "ce_weight": 0.7, "base_temperature": 3.5, "scale": 0.25}
+"""What a sweep found, for the methods that have it."""
+
+
+def used_as_it_says(format_, text, folder):
+    """The loss that comes of doing what the text of an export says."""
+    from tune_topkd.loss import build_loss
+
+    path = folder / "tuned.yaml"
+    path.write_text(text)
+    if format_ == "json":  # has no room for words: the README's
+        tuned = load_tuned_config(path)
+        return build_loss(tuned.method, tuned.loss)
+    names = {}
+    if format_ == "python":
+        exec(compile(text, "tuned.py", "exec"), names)
+        lines = [line.strip() for line in names["__doc__"].splitlines() if line.startswith("    ")]
+    else:
+        lines = [line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# ")]
+    exec("\n".join(lines), names)
+    return names["criterion"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "users_export:Offset", "users_export:Offset+topkd"])
+@pytest.mark.parametrize("format_", WRITERS)
+def test_what_an_export_says_gives_the_loss_of_the_sweep(tmp_path, monkeypatch, tuned, format_, method):
+    import torch
+
+    from tune_topkd.loss import build_loss
+    from tune_topkd.loss import loss_parameters
+
+    (tmp_path / "users_export.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    known = loss_parameters(method)
+    found = {name: value for name, value in CHANGED.items() if name in known}
+    answer = tuned.model_copy(update={"method": method, "loss": known | found})
+    criterion = used_as_it_says(format_, WRITERS[format_](answer), tmp_path)
+    logits = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0)).unbind()
+    labels = torch.arange(8)
+    assert found
+    assert torch.equal(criterion(*logits, labels), build_loss(method, found)(*logits, labels))
+    assert not torch.equal(criterion(*logits, labels), build_loss(method, {})(*logits, labels))
+
+
+@pytest.mark.parametrize("place", ["README.md", "analysis/sweep.ipynb", "tune_topkd/export.py"])
+def test_what_is_told_of_an_answer_holds_for_every_method(place):
+    text = (Path(__file__).parents[1] / place).read_text()
+    assert "build_loss(tuned.method, tuned.loss)" in text
+    assert "TopKDLoss(**" not in text
 
 
 HEAVY = ["ray", "optuna", "mlflow", "pandas", "torchvision", "sklearn", "typer", "rich", "matplotlib"]

@@ -3,10 +3,10 @@
 Other projects need only this and `tune_topkd.loss`:
 
     from tune_topkd.export import load_tuned_config
-    from tune_topkd.loss import TopKDLoss
+    from tune_topkd.loss import build_loss
 
     tuned = load_tuned_config("tuned.yaml")
-    criterion = TopKDLoss(**tuned.loss)
+    criterion = build_loss(tuned.method, tuned.loss)
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class TunedConfig(_Part):
     schema_version: Literal[1] = 1
     method: Method
     loss: dict[str, Scalar]
-    """Every parameter of the loss, the weights absolute: `TopKDLoss(**loss)` for the method `topkd`."""
+    """Every parameter of the loss, the weights absolute: `tune_topkd.loss.build_loss(method, loss)` is the loss."""
     recipe: RecipeConfig
     data: DataConfig
     teacher: ModelConfig | None
@@ -173,13 +173,16 @@ def as_yaml(tuned: TunedConfig) -> str:
     opening = (
         f"# {tuned.method} for {_pair(tuned)} on {tuned.data.name}: "
         f"validation top-1 {evidence.val_top1:.2f} % (trial {evidence.trial} of sweep {evidence.sweep}).\n"
-        "# from tune_topkd.export import load_tuned_config; TopKDLoss(**load_tuned_config(this).loss)\n"
+        "# from tune_topkd.export import load_tuned_config\n"
+        "# from tune_topkd.loss import build_loss\n"
+        f'# tuned = load_tuned_config("{TUNED_FILE}")\n'
+        f"# criterion = build_loss(tuned.method, tuned.loss)  # {_CALLED}{_its_module(tuned)}\n"
     )
     return opening + dump_config(tuned)
 
 
 def as_json(tuned: TunedConfig) -> str:
-    """The tuned config as JSON; `load_tuned_config` reads it too."""
+    """The tuned config as JSON, which has no comments; `load_tuned_config` reads it too."""
     return json.dumps(tuned.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -192,12 +195,23 @@ def as_python(tuned: TunedConfig) -> str:
         f'"""{tuned.method} tuned for {_pair(tuned)} on {tuned.data.name}.',
         "",
         f"Validation top-1 {evidence.val_top1:.2f} %, trial {evidence.trial} of sweep {evidence.sweep}.",
-        "Use: `from tune_topkd.loss import build_loss; criterion = build_loss(METHOD, LOSS)`.",
+        "",
+        "    from tune_topkd.loss import build_loss",
+        f"    criterion = build_loss(METHOD, LOSS)  # {_CALLED}{_its_module(tuned)}",
         '"""',
         "",
         *(f"{name} = {pformat(content[key], sort_dicts=False, width=100)}" for name, key in constants),
     ]
     return "\n".join(lines) + "\n"
+
+
+_CALLED = "criterion(student_logits, teacher_logits, labels)"
+
+
+def _its_module(tuned: TunedConfig) -> str:
+    """What the loss needs besides this project, if it is the user's."""
+    module, is_users, _ = tuned.method.partition(":")
+    return f"; imports {module}" if is_users else ""
 
 
 def _pair(tuned: TunedConfig) -> str:
