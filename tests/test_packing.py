@@ -24,6 +24,7 @@ from tune_topkd.cli import running
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
+from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
 from tune_topkd.speed import Probe
 from tune_topkd.sweep import ResourceError
@@ -390,6 +391,14 @@ REFUSED = {
     ),
     "gpus: less": (["--gpus-per-trial=-0.5"], "gpus_per_trial (from --gpus-per-trial) = -0.5: must be greater than or"),
     "gpus: endless": (["--gpus-per-trial", "inf"], "gpus_per_trial (from --gpus-per-trial) = inf: must be a finite"),
+    "gpus: more than a trial uses": (
+        ["--gpus-per-trial", "4"],
+        "gpus_per_trial = 4.0: must be at most 1: a trial trains",
+    ),
+    "gpus: two": (
+        ["--set", "sweep.gpus_per_trial=2"],
+        "gpus_per_trial = 2.0: must be at most 1: a trial trains on one",
+    ),
     "gpus: a list": (
         ["--set", "sweep.gpus_per_trial=[1]"],
         "gpus_per_trial (from --set sweep.gpus_per_trial=[1]) = [1]: must be a number or",
@@ -405,6 +414,17 @@ def test_another_share_is_one_error_with_its_key(space, tmp_path, inside, case):
     assert len(done.stderr.splitlines()) == 1
     assert f"sweep.{words}" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_that_was_begun_with_more_gpus_may_go_on(tmp_path):
+    config = formulas.sweep_config(sweep={"gpus_per_trial": 2.0})
+    (tmp_path / "sweep.yaml").write_text(dump_config(config))
+    assert running.saved_config(tmp_path).sweep.gpus_per_trial == 2.0
+
+
+@pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_shipped_space_asks_for_gpus_that_would_idle(path):
+    assert not list(preflight._idle_problems(load_config(path)))
 
 
 def test_sharing_a_gpu_that_is_not_there_is_refused_before_ray_starts(space, tmp_path, inside, monkeypatch):
