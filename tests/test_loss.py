@@ -22,6 +22,7 @@ from tune_topkd.loss import CELoss
 from tune_topkd.loss import DKDLoss
 from tune_topkd.loss import KDLoss
 from tune_topkd.loss import LogitStandardKDLoss
+from tune_topkd.loss import LossState
 from tune_topkd.loss import TopKDLoss
 from tune_topkd.loss import TopKDPlugin
 from tune_topkd.loss import build_loss
@@ -1224,6 +1225,60 @@ class Warm(KDLoss):
     def __init__(self, *, ce_weight=0.5, temperature=8.0):
         super().__init__(ce_weight=ce_weight, temperature=temperature)
 
+class Hidden:
+    def __init__(self):
+        self.map = torch.nn.Linear(9, 9)
+
+class Listed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.maps = {"a": [torch.nn.Linear(9, 9)]}
+
+class Lazy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.LazyLinear(9)
+
+shared = torch.nn.Linear(9, 9)
+one = torch.nn.BatchNorm1d(9)
+
+def closed(student, teacher, labels):
+    return shared(student).mean()
+
+class Momentum(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(9))
+
+    def forward(self, student, teacher, labels):
+        self.centre += teacher.mean(0)
+        return (student - teacher + self.centre).square().mean()
+
+instance = Momentum()
+
+class ByMethod(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.map = torch.nn.Linear(9, 9)
+        self.distances = [self.far, torch.nn.functional.mse_loss]
+
+    def far(self, student, teacher):
+        return (self.map(student) - teacher).abs().mean()
+
+    def forward(self, student, teacher, labels):
+        return sum(distance(student, teacher) for distance in self.distances)
+
+class TwoTerms(KDLoss):
+    def _terms(self, student, teacher, labels):
+        return super()._terms(student, teacher, labels) | {"kd": student}
+
+class Untold(KDLoss):
+    def _terms(self, student, teacher, labels):
+        return {"ce": student.sum()}
+
+def told(student, teacher, labels):
+    return {"loss": student.mean()}
+
 number = 3
 """
 
@@ -1283,6 +1338,12 @@ def test_a_loss_of_the_users_is_the_base_of_the_plug_in(users: str) -> None:
         ("{}:squared", {"gamma": 1.0}, "unknown parameters of method .*: 'gamma'; known parameters: weight, power"),
         ("{}:Scaled", {"scale": -1.0}, "scale must be positive"),
         ("{}:Scaled", {"scale": "x"}, "cannot be constructed: TypeError"),
+        ("{}:Hidden", {}, "its map holds what asks for a gradient, which is not trained there: derive the loss from"),
+        ("{}:Hidden+topkd", {}, "its map holds what asks for a gradient"),
+        ("{}:Listed", {}, "its maps holds what asks for a gradient"),
+        ("{}:closed", {}, "its shared holds what asks for a gradient"),
+        ("{}:Lazy", {}, r"its parameter map\.weight has no shape before the first call"),
+        ("{}:one", {}, "is one object, and what it learns begins with no seed; name its class instead"),
     ],
 )
 def test_what_is_wrong_with_a_users_loss_is_told(users: str, method: str, parameters: dict, told: str) -> None:
@@ -1295,3 +1356,46 @@ def test_a_users_loss_must_return_a_scalar(users: str) -> None:
         ValueError, match=rf"{users}:shapeless must return a scalar tensor, but returned shape \(6, 9\)"
     ):
         build_loss(f"{users}:shapeless", {})(*pair())
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("told", "told must return a scalar tensor, but returned dict"),
+        ("TwoTerms", r"term 'kd' must be a scalar tensor, but is of shape \(6, 9\)"),
+        ("Untold", "`terms` must have exactly the keys ce, kd, but got ce"),
+    ],
+)
+def test_what_a_users_loss_returns_is_checked(users: str, method: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        build_loss(f"{users}:{method}", {})(*pair())
+
+
+def test_an_object_of_the_users_is_new_for_every_training(users: str) -> None:
+    first, second = (float(build_loss(f"{users}:instance", {})(*pair())) for _ in range(2))
+    assert first == second
+
+
+def test_what_a_loss_refers_to_is_not_taken_for_what_it_keeps(users: str) -> None:
+    loss = build_loss(f"{users}:ByMethod", {})
+    state = LossState(loss, torch.device("cpu"))
+    loss(*pair()).backward()
+    with torch.no_grad():
+        loss.loss.map.weight += 1
+    assert state.state().keys() == {"tensors"}
+
+
+def test_the_state_of_a_loss_follows_it_to_its_device(users: str) -> None:
+    loss = build_loss(f"{users}:Momentum", {})
+    loss.loss.other = [torch.zeros(2)]
+    LossState(loss, torch.device("meta"))
+    assert (loss.loss.centre.device.type, loss.loss.other[0].device.type) == ("meta", "meta")
+
+
+def test_a_buffer_may_grow(users: str) -> None:
+    losses = [build_loss(f"{users}:Momentum", {}) for _ in range(2)]
+    states = [LossState(loss, torch.device("cpu")) for loss in losses]
+    losses[0].loss.centre = torch.ones(4, 9)
+    states[1].restore(states[0].state())
+    assert torch.equal(losses[1].loss.centre, torch.ones(4, 9))
+    assert losses[1].state_dict().keys() == {"loss.centre"}

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from tune_topkd.models import save_weights
 from tune_topkd.teacher import load_teacher
 from tune_topkd.train import CHECKPOINT_NAME
 from tune_topkd.train import CheckpointError
+from tune_topkd.train import _lr_factor as lr_factor
 from tune_topkd.train import _mixup as mixup
+from tune_topkd.train import _optimizer as optimizer_of
 from tune_topkd.train import _scheduler as scheduler_of
 from tune_topkd.train import checkpoint_metrics
 from tune_topkd.train import train
@@ -428,6 +431,79 @@ def test_warm_up_is_a_ramp_times_the_schedule():
     assert rates(schedule="constant", **warm) == pytest.approx([0.08 * r for r in ramp])
 
 
+def test_adamw_warms_up_to_its_rate_before_the_schedule():
+    """As timm's CosineLRScheduler with `warmup_t=3`, `t_initial=6`."""
+    ramp = [0.08 * (0.1 + 0.9 * e / 3) for e in range(3)]
+    cosine = [0.02 + 0.06 * (1 + math.cos(math.pi * e / 6)) / 2 for e in range(3, 6)]
+    warm = {"optimizer": "adamw", "warmup_epochs": 3, "warmup_start": 0.1}
+    assert rates(schedule="cosine", min_lr=0.02, **warm) == pytest.approx(ramp + cosine)
+
+
+def test_the_rates_of_the_vision_transformers_are_those_of_their_public_code():
+    timm = pytest.importorskip("timm.scheduler.cosine_lr")
+    recipe = load_config("search_spaces/cifar100-resnet56-deit_tiny.yaml").recipe
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=5e-4)
+    published = timm.CosineLRScheduler(optimizer, t_initial=300, lr_min=5e-6, warmup_t=20, warmup_lr_init=1e-3 * 5e-4)
+    for epoch in range(300):
+        assert recipe.lr * lr_factor(epoch, recipe) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        published.step(epoch + 1)
+
+
+class Embedded(nn.Module):
+    """Says itself what does not decay."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.ones(2, 3))
+
+    def no_weight_decay(self):
+        return {"places"}
+
+
+def test_adamw_spares_tokens_and_positions():
+    network = nn.Module()
+    network.encoder = nn.Linear(3, 3)
+    network.encoder.pos_embedding = nn.Parameter(torch.ones(1, 2, 3))
+    network.class_token = nn.Parameter(torch.ones(1, 1, 3))
+    network.table = nn.Module()
+    network.table.relative_position_bias_table = nn.Parameter(torch.ones(4, 2))
+    network.embedded = Embedded()
+    network.norm = nn.LayerNorm(3)
+    recipe = RecipeConfig(epochs=1, optimizer="adamw", weight_decay=0.3)
+    decaying, spared = optimizer_of([network], recipe, torch.device("cpu")).param_groups
+    assert (decaying["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    assert [w is network.encoder.weight for w in decaying["params"]] == [True]
+    assert len(spared["params"]) == 7
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "torchvision:swin_t", "timm:pit_ti_224", "timm:pvt_v2_b0"])
+def test_only_matrices_of_a_vision_transformer_decay(name):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    network = build_model(name, num_classes=3)
+    recipe = RecipeConfig(epochs=1, optimizer="adamw")
+    decaying = set(map(id, optimizer_of([network], recipe, torch.device("cpu")).param_groups[0]["params"]))
+    assert {n.rpartition(".")[2] for n, w in network.named_parameters() if id(w) in decaying} <= {
+        "weight",
+        "in_proj_weight",
+    }
+    assert all(id(m.weight) in decaying for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+
+
+def test_an_adamw_checkpoint_of_other_rules_is_refused(tmp_path):
+    config = trial(recipe={"optimizer": "adamw", "epochs": 1}, threads=1)
+    train(config, Recorder(tmp_path, save_at=[1]))
+    path = tmp_path / "1" / CHECKPOINT_NAME
+    content = torch.load(path, weights_only=True)
+    identity = json.loads(content["config"])
+    del identity["adamw"]
+    torch.save(content | {"config": json.dumps(identity)}, path)
+    with pytest.raises(
+        ValueError, match="of another config: adamw was None and is now 'tokens and positions do not decay"
+    ):
+        train(config, resume_from=tmp_path / "1")
+
+
 def test_a_cosine_ends_at_its_floor():
     assert rates(schedule="cosine", min_lr=0.02) == pytest.approx(
         [0.02 + 0.06 * (1 + math.cos(math.pi * e / 6)) / 2 for e in range(6)]
@@ -605,6 +681,186 @@ def test_a_users_loss_trains(teacher, tmp_path, monkeypatch):
     seen = Recorder()
     train(trial("a_users_loss:pull", **teacher, loss={"strength": 0.5}, recipe={"lr": 0.01}), seen)
     assert seen.metrics[-1]["train_loss"] < seen.metrics[0]["train_loss"]
+
+
+USERS = """
+import torch
+from torch import nn
+from tune_topkd.loss import KDLoss
+
+class Learnt(nn.Module):
+    # Learns a map and a scale, keeps a centre as DINO does, and counts its calls.
+    def __init__(self, speed=0.9):
+        super().__init__()
+        self.map = nn.Linear(10, 10)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.still = nn.Parameter(torch.ones(10), requires_grad=False)
+        self.register_buffer("centre", torch.zeros(10))
+        self.register_buffer("seen", torch.zeros(3), persistent=False)
+        self.speed, self.calls, self.largest = speed, 0, [0.0]
+
+    def forward(self, student, teacher, labels):
+        centred = teacher - self.centre
+        if self.training:
+            self.centre = self.speed * self.centre + (1 - self.speed) * teacher.mean(0)
+            self.seen += 1
+            self.calls += 1
+            self.largest.append(float(teacher.max()))
+        pulled = (self.map(student) - self.scale * centred) * self.still
+        return pulled.square().mean() * (1 + 0.1 * self.calls) + 0.1 * student.square().mean()
+
+class Terms(KDLoss):
+    def __init__(self, *, kd_weight=0.9):
+        super().__init__(kd_weight=kd_weight)
+        self.map = nn.Linear(10, 10)
+
+    def _terms(self, student, teacher, labels):
+        self.kd_weight = self.kd_weight * 0.99
+        return super()._terms(student, teacher + self.map(teacher), labels)
+
+class Plain:
+    def __init__(self, speed=0.9):
+        self.centre, self.speed, self.calls = torch.zeros(10), speed, 0
+
+    def __call__(self, student, teacher, labels):
+        self.calls += 1
+        self.centre = self.speed * self.centre + (1 - self.speed) * teacher.mean(0)
+        return (student - teacher + self.centre).square().mean() / self.calls
+
+class Recurrent(nn.Module):
+    # torch keeps a list of its weights beside them.
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRU(10, 10)
+
+    def forward(self, student, teacher, labels):
+        return (self.cell(student[None])[0][0] - teacher).square().mean()
+
+class Late(nn.Module):
+    def forward(self, student, teacher, labels):
+        if not hasattr(self, "map"):
+            self.map = nn.Linear(10, 10)
+        return self.map(student).square().mean()
+
+class Unkept:
+    def __init__(self):
+        import random
+        self.draws = random.Random(0)
+
+    def __call__(self, student, teacher, labels):
+        return (student - teacher).square().mean() * self.draws.random()
+
+def cut_off(student, teacher, labels):
+    return (student.detach() - teacher).square().mean()
+
+class CutOff(Learnt):
+    def forward(self, student, teacher, labels):
+        return super().forward(student.detach(), teacher, labels)
+"""
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch) -> str:
+    """The name of a module with losses of a user's."""
+    name = f"users_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def kept(folder: Path) -> dict:
+    return torch.load(folder / CHECKPOINT_NAME, weights_only=True).get("loss", {})
+
+
+def quick(method: str, **changes) -> TrialConfig:
+    """A trial of two epochs of two steps."""
+    recipe = {"lr": 0.01, "epochs": 2, "batch_size": 128} | changes.pop("recipe", {})
+    return trial(method, recipe=recipe, threads=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("Learnt", "sgd"), ("Learnt+topkd", "adamw"), ("Terms", "sgd"), ("Plain+topkd", "sgd"), ("Recurrent", "sgd")],
+)
+def test_what_a_users_loss_keeps_is_that_of_an_uninterrupted_training(teacher, users, tmp_path, method, optimizer):
+    config = quick(f"{users}:{method}", **teacher, seed=2, recipe={"optimizer": optimizer})
+    whole = train(config, Recorder(tmp_path / "whole", save_at=[1, 2]))
+    rest = train(config, Recorder(tmp_path / "rest", save_at=[2]), resume_from=tmp_path / "whole" / "1")
+    assert same_weights(whole.model, rest.model)
+    assert without_times(whole.metrics) == without_times(rest.metrics)
+    half, *ends = (
+        {name: torch.as_tensor(value) for held in kept(tmp_path / folder).values() for name, value in held.items()}
+        for folder in ("whole/1", "whole/2", "rest/2")
+    )
+    assert ends[0].keys() == ends[1].keys() != set()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert not all(torch.equal(value, half[name]) for name, value in ends[0].items())
+
+
+def test_what_a_loss_learns_is_trained_as_the_networks_weights_are(teacher, users, tmp_path):
+    config = quick(f"{users}:Learnt", **teacher, recipe={"weight_decay": 0.5})
+    train(config, Recorder(tmp_path, save_at=[1, 2]))
+    first, second = (kept(tmp_path / epoch)["tensors"] for epoch in "12")
+    for name in ("map.weight", "map.bias", "scale", "centre", "seen"):
+        assert not torch.equal(first[f"loss.{name}"], second[f"loss.{name}"]), name
+    assert torch.equal(first["loss.still"], second["loss.still"])
+    groups = torch.load(tmp_path / "1" / CHECKPOINT_NAME, weights_only=True)["optimizer"]["param_groups"]
+    student = len(list(build_configured(TINY, num_classes=10).parameters()))
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(student + 3, 0.5)]
+    adamw = quick(f"{users}:Learnt", **teacher, recipe={"optimizer": "adamw", "epochs": 1})
+    train(adamw, Recorder(tmp_path / "adamw", save_at=[1]))
+    groups = torch.load(tmp_path / "adamw" / "1" / CHECKPOINT_NAME, weights_only=True)["optimizer"]["param_groups"]
+    matrices = sum(w.ndim > 1 for w in build_configured(TINY, num_classes=10).parameters())
+    assert [len(group["params"]) for group in groups] == [matrices + 1, student - matrices + 2]
+
+
+def test_what_a_loss_learns_begins_with_the_seed(teacher, users, tmp_path):
+    maps = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.rand(3)
+        config = quick(f"{users}:Learnt", **teacher, seed=seed, recipe={"lr": 1e-30, "epochs": 1})
+        train(config, Recorder(tmp_path / str(number), save_at=[1]))
+        maps.append(kept(tmp_path / str(number) / "1")["tensors"]["loss.map.weight"])
+    assert torch.equal(maps[0], maps[1])
+    assert not torch.equal(maps[0], maps[2])
+
+
+@pytest.mark.parametrize("method", ["ce", "topkd", "dkd+topkd"])
+def test_a_loss_that_keeps_nothing_leaves_nothing_in_a_checkpoint(teacher, tmp_path, method):
+    train(quick(method, **(teacher if method != "ce" else {})), Recorder(tmp_path, save_at=[1]))
+    content = torch.load(tmp_path / "1" / CHECKPOINT_NAME, weights_only=True)
+    assert content.keys() == {"model", "optimizer", "scheduler", "rng", "epoch", "metrics", "config"}
+
+
+def test_a_checkpoint_without_what_the_loss_had_learnt_is_refused(teacher, users, tmp_path):
+    config = quick(f"{users}:Learnt", **teacher)
+    train(config, Recorder(tmp_path, save_at=[1]))
+    path = tmp_path / "1" / CHECKPOINT_NAME
+    content = torch.load(path, weights_only=True)
+    del content["loss"]
+    torch.save(content, path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt: cannot be gone on with: the loss has the state loss\.centre, loss\.map"
+    ):
+        train(config, resume_from=tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (
+            "Late",
+            r"got a parameter at a call, which is not trained: loss\.map\.bias, loss\.map\.weight; make it in the",
+        ),
+        ("Late+topkd", r"got a parameter at a call, which is not trained: base\.loss\.map\.bias"),
+        ("Unkept", r"attribute loss\.draws, a Random, is changed by its calls and cannot be kept in a checkpoint"),
+        ("cut_off", "its loss has no gradient, so nothing can be learnt from it"),
+        ("CutOff", "its loss has no gradient for the student"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_with_is_told(teacher, users, tmp_path, method, told):
+    with pytest.raises(ValueError, match=told):
+        train(quick(f"{users}:{method}", **teacher), Recorder(tmp_path, save_at=[1]))
 
 
 # --- the shipped search spaces --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
 from tune_topkd.loss import CELoss
+from tune_topkd.loss import LossState
 from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
 from tune_topkd.models import build_configured
@@ -79,6 +81,8 @@ IMAGES_PER_SECOND = "images_per_second"
 """Training images by `epoch_seconds`."""
 
 CHECKPOINT_NAME = "checkpoint.pt"
+LOSS_KEY = "loss"
+"""In a checkpoint: what the loss keeps, where it keeps something."""
 
 GPU_PART = 0.95
 """Of its share of a GPU's memory, what a training may allocate; the rest is for the CUDA context, which is not counted."""
@@ -236,9 +240,10 @@ class Training:
         student = _student(config.student, self.dataset.num_classes).to(device)
         self.model = laid_out(student, self.train_split.batch_shape[0])
         self.loss = build_loss(config.method, config.loss)
+        self.loss_state = LossState(self.loss, device)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
         self.identity = _identity(config)
-        self.optimizer = _optimizer(self.model, config.recipe, device)
+        self.optimizer = _optimizer([self.model, self.loss], config.recipe, device)
         self.scheduler = _scheduler(self.optimizer, config.recipe)
         self.epoch = 0
         self.metrics: dict[str, float] = {}
@@ -254,6 +259,7 @@ class Training:
         started = time.perf_counter()
         rate = self.scheduler.get_last_lr()[0]
         names, means, images = self.train_epoch()
+        self.loss_state.check_parameters()
         with self._autocast():
             hits = count_hits(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
         values: list[float] = torch.cat([means, 100 * hits.double() / len(self.val_split)]).tolist()
@@ -264,7 +270,7 @@ class Training:
         on_test = self.config.data.selection == "best_test_epoch"
         top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
         best = self.metrics.get(BEST_TEST_TOP1, 0.0)
-        self.metrics = dict(zip([*names, top1, top5], values, strict=True))
+        self.metrics = dict(zip([*names, top1, top5], values, strict=True)) | {TRAIN_LOSS: values[0]}
         if self.dataset.num_classes <= 5:
             del self.metrics[top5]
         if on_test:
@@ -282,6 +288,8 @@ class Training:
             "metrics": self.metrics,
             "config": self.identity,
         }
+        if loss := self.loss_state.state():
+            content[LOSS_KEY] = loss
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CHECKPOINT_NAME, lambda file: torch.save(content, file))
 
@@ -291,6 +299,10 @@ class Training:
         if changed := _changed(json.loads(content["config"]), json.loads(self.identity)):
             raise ValueError(f"{folder / CHECKPOINT_NAME}: is of another config: {'; '.join(changed)}")
         self.model.load_state_dict(content[WEIGHTS_KEY])
+        try:
+            self.loss_state.restore(content.get(LOSS_KEY, {}))
+        except ValueError as error:
+            raise ValueError(f"{folder / CHECKPOINT_NAME}: cannot be gone on with: {error}") from error
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         self.epoch, self.metrics, self.rng = content["epoch"], content["metrics"], content["rng"]
@@ -315,6 +327,7 @@ class Training:
     def steps(self) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
         """Train the epoch after `epoch` step by step: how many images, the loss and its unweighted terms, on the device."""
         self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
+        self.loss.train()
         batches = batches_of(self.config, self.dataset, self.train_split, self.epoch + 1)
         if self.teacher is not None:
             self.teacher.begin(self.epoch + 1)
@@ -336,8 +349,14 @@ class Training:
             terms = self._terms(logits, self._taught(batch.images, number), batch.labels)
         strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
         total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
+        if not total.requires_grad:
+            raise ValueError(
+                f"method {self.config.method!r}: its loss has no gradient, so nothing can be learnt from it"
+            )
         self.optimizer.zero_grad()
         torch.autograd.backward(total)
+        if number == 0 and all(weight.grad is None for weight in self.model.parameters()):
+            raise ValueError(f"method {self.config.method!r}: its loss has no gradient for the student")
         self.optimizer.step()
         return total, terms
 
@@ -397,6 +416,10 @@ def _mixup(size: int, alpha: float, key: tuple[int, ...]) -> tuple[float, Tensor
     return share, torch.tensor(others)
 
 
+_ADAMW = "tokens and positions do not decay, the warm-up comes before the schedule"
+"""In the identity, as these rules have not always been so."""
+
+
 def _identity(config: TrialConfig) -> str:
     """The config as JSON, the files it names by content: their folder may have moved."""
     content = config.model_dump(mode="json")
@@ -407,18 +430,22 @@ def _identity(config: TrialConfig) -> str:
         del content["data"][name]
     for name in ("teacher_bank", "dataset_file", "threads", "gpu_share"):
         del content[name]
+    if config.recipe.optimizer == "adamw":
+        content["adamw"] = _ADAMW
     return json.dumps(content, sort_keys=True)
 
 
-def _optimizer(model: nn.Module, recipe: RecipeConfig, device: torch.device) -> Optimizer:
+def _optimizer(modules: Sequence[nn.Module], recipe: RecipeConfig, device: torch.device) -> Optimizer:
+    """The optimiser of a student and its loss, whose weights are treated alike."""
     fused = device.type == "cuda"  # one kernel for all weights; on the CPU it gains nothing
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
     if recipe.optimizer == "adamw":
-        # As vision transformers are trained: biases, norms and other vectors do not decay.
-        decaying = {"params": [w for w in weights if w.ndim > 1], "weight_decay": recipe.weight_decay}
-        return AdamW(
-            [decaying, {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0}], lr=recipe.lr, fused=fused
-        )
+        spared = {id(weight) for module in modules for weight in _undecayed(module)}
+        groups = [
+            {"params": [w for w in weights if id(w) not in spared], "weight_decay": recipe.weight_decay},
+            {"params": [w for w in weights if id(w) in spared], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=recipe.lr, fused=fused)
     return SGD(
         weights,
         lr=recipe.lr,
@@ -427,6 +454,27 @@ def _optimizer(model: nn.Module, recipe: RecipeConfig, device: torch.device) -> 
         weight_decay=recipe.weight_decay,
         fused=fused,
     )
+
+
+_TOKENS = ("cls_token", "class_token", "dist_token", "distill_token", "reg_token")
+_POSITIONS = ("pos_embed", "pos_embedding", "relative_position_bias_table")
+
+
+def _undecayed(module: nn.Module) -> Iterator[Tensor]:
+    """What does not decay as vision transformers are trained: vectors, biases, tokens and embeddings of positions.
+
+    A network, or a part of one, can name more of its own: `no_weight_decay()`, as timm's do.
+    """
+    own = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        if callable(names := getattr(part, "no_weight_decay", None))
+        for name in names()
+    }
+    for name, weight in module.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if weight.ndim <= 1 or leaf in ("bias", *_TOKENS, *_POSITIONS) or name in own:
+            yield weight
 
 
 def _scheduler(optimizer: Optimizer, recipe: RecipeConfig) -> LRScheduler:
@@ -439,7 +487,12 @@ def _scheduler(optimizer: Optimizer, recipe: RecipeConfig) -> LRScheduler:
 
 
 def _lr_factor(done: int, recipe: RecipeConfig) -> float:
-    """The learning rate after so many epochs, in units of the recipe's: the schedule's times the warm-up's ramp."""
+    """The learning rate after so many epochs, in units of the recipe's: the schedule's times the warm-up's ramp.
+
+    AdamW's warm-up ends at the recipe's rate, as timm has it: the schedule, whose epochs count on, has its say after it.
+    """
+    if recipe.optimizer == "adamw" and done < recipe.warmup_epochs:
+        return recipe.warmup_start + (1 - recipe.warmup_start) * done / recipe.warmup_epochs
     factor = 1.0
     if recipe.schedule == "cosine":
         floor = recipe.min_lr / recipe.lr

@@ -183,6 +183,7 @@ class RecipeConfig(_Section):
     """Of SGD; AdamW has its usual betas, 0.9 and 0.999."""
     nesterov: bool = False
     weight_decay: float = Field(5e-4, ge=0)
+    """Of all weights with SGD, a loss's own too; AdamW spares vectors, biases, tokens and embeddings of positions."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     milestones: list[float] = Field(default_factory=lambda: [0.625, 0.75, 0.875])
     """Epochs after which the learning rate is multiplied by `gamma`; below 1 they are shares of `epochs`.
@@ -191,7 +192,8 @@ class RecipeConfig(_Section):
     min_lr: float = Field(0.0, ge=0)
     """Where the cosine ends."""
     warmup_epochs: int = Field(0, ge=0)
-    """Epochs in which the learning rate rises linearly from `warmup_start` times what the schedule says."""
+    """Epochs in which the learning rate rises linearly, from `warmup_start` times `lr`: with SGD as a factor of what the
+    schedule says, with AdamW to `lr`, and the schedule comes after, its epochs counted from the first."""
     warmup_start: float = Field(0.001, gt=0, le=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's layers, where it is safe (torch's autocast); weights, loss and the teacher's logits stay float32."""

@@ -21,7 +21,8 @@ Docstrings mark a formula as **paper** where it is reported of the named paper a
 public text leaves a gap that this project fills.
 
 Inside: `parts` are the formulas of TopKD and `topkd` its losses, `baselines` the losses it is compared with,
-`methods` finds a loss by name. Below them lie `interface`, which all losses share, `precision` and `checks`.
+`methods` finds a loss by name, `state` is what a user's loss keeps between calls. Below them lie `interface`,
+which all losses share, `precision` and `checks`.
 """
 
 from tune_topkd.loss.baselines import CELoss
@@ -35,6 +36,7 @@ from tune_topkd.loss.methods import loss_parameters
 from tune_topkd.loss.parts import contrastive_loss
 from tune_topkd.loss.parts import top_k_decoupled_loss
 from tune_topkd.loss.parts import top_k_scaling
+from tune_topkd.loss.state import LossState
 from tune_topkd.loss.topkd import TopKDLoss
 from tune_topkd.loss.topkd import TopKDPlugin
 
@@ -45,6 +47,7 @@ __all__ = [
     "DistillationLoss",
     "KDLoss",
     "LogitStandardKDLoss",
+    "LossState",
     "TopKDLoss",
     "TopKDPlugin",
     "build_loss",

@@ -20,7 +20,8 @@ class DistillationLoss(nn.Module):
     """What all losses here share: a weighted sum of named terms. Subclasses say which.
 
     The constructor's parameters are attributes of the same names and are read at every call, so that a
-    trainer may move a weight during training. Nothing is learnt and nothing is kept between calls.
+    trainer may move a weight during training. None of the losses here learns or keeps anything between calls; a
+    subclass may, see `build_loss`.
     """
 
     _weight_of: ClassVar[Mapping[str, str]]  # name of a term -> name of the attribute that weighs it
@@ -51,6 +52,10 @@ class DistillationLoss(nn.Module):
         if terms.keys() != self._weight_of.keys():
             known, got = ", ".join(self._weight_of), ", ".join(terms)
             raise ValueError(f"`terms` must have exactly the keys {known}, but got {got or 'none'}")
+        for name, term in terms.items():
+            if not isinstance(term, Tensor) or term.ndim != 0:
+                got = f"of shape {tuple(term.shape)}" if isinstance(term, Tensor) else f"a {type(term).__name__}"
+                raise ValueError(f"term {name!r} must be a scalar tensor, but is {got}")
         weights: dict[str, float] = {name: getattr(self, weight) for name, weight in self._weight_of.items()}
         weighted: list[Tensor] = [weights[name] * terms[name] for name in weights]
         return functools.reduce(torch.add, weighted)

@@ -1,5 +1,6 @@
 """The losses by name, and a user's own by `package.module:loss`."""
 
+import copy
 import functools
 import inspect
 import pkgutil
@@ -10,6 +11,7 @@ from typing import ClassVar
 from typing import cast
 
 from torch import Tensor
+from torch import nn
 
 from tune_topkd.loss.baselines import CELoss
 from tune_topkd.loss.baselines import DKDLoss
@@ -17,6 +19,7 @@ from tune_topkd.loss.baselines import KDLoss
 from tune_topkd.loss.baselines import LogitStandardKDLoss
 from tune_topkd.loss.interface import DistillationLoss
 from tune_topkd.loss.interface import defaults
+from tune_topkd.loss.state import check_made
 from tune_topkd.loss.topkd import TopKDLoss
 from tune_topkd.loss.topkd import TopKDPlugin
 
@@ -101,7 +104,9 @@ def build_loss(method: str, parameters: Mapping[str, object]) -> DistillationLos
 
     ``package.module:loss`` is a function of (student logits, teacher logits, labels) that returns a scalar and
     takes its parameters as keywords with defaults, or a class that is constructed with them and is then called
-    so: a `DistillationLoss` keeps its named terms, anything else has the one term ``loss``.
+    so: a `DistillationLoss` keeps its named terms, anything else has the one term ``loss``. What a class derived
+    from ``torch.nn.Module`` has as parameters is trained with the student, by the same optimiser and with the same
+    weight decay; its buffers and what its calls change in attributes are carried on by a resumed training.
     ``package.module:loss+topkd`` makes it the base of `TopKDPlugin`.
 
     Raises:
@@ -148,16 +153,25 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 def _user_loss(method: str, parameters: Mapping[str, object]) -> DistillationLoss:
     found = _resolved(method)
-    if not inspect.isclass(found):
+    label = f"method {method!r}"
+    if inspect.isroutine(found):
+        check_made(found, label)
         return CallableLoss(functools.partial(found, **parameters), method)
+    if not inspect.isclass(found):  # an object: what it keeps of one training is not the next one's
+        if isinstance(found, nn.Module) and any(True for _ in found.parameters()):
+            raise ValueError(f"{label}: is one object, and what it learns begins with no seed; name its class instead")
+        found = copy.deepcopy(found)
+        check_made(found, label)
+        return CallableLoss(functools.partial(found, **parameters) if parameters else found, method)
     try:
         loss = found(**parameters)
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"method {method!r} cannot be constructed: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{label} cannot be constructed: {type(error).__name__}: {error}") from error
+    check_made(loss, label)
     if isinstance(loss, DistillationLoss):
         return loss
     if not callable(loss):
-        raise ValueError(f"method {method!r}: its objects must be callable with (student, teacher, labels)")
+        raise ValueError(f"{label}: its objects must be callable with (student, teacher, labels)")
     return CallableLoss(loss, method)
