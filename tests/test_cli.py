@@ -21,8 +21,8 @@ import yaml
 from mlflow import MlflowClient
 from PIL import Image
 
-from tune_topkd.cli import app
 from tune_topkd.cli import main
+from tune_topkd.cli.app import app
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import read_yaml
 from tune_topkd.config import validated

@@ -465,7 +465,12 @@ def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path, in
 
     def drive(config, ledger, *rest):
         driven.append((config.sweep.cpus_per_trial, config.sweep.gpus_per_trial))
-        return running.Outcome(config, ledger.state, "finished", running.DONE)
+        one = {"arm": "search", "number": 0}
+        if not ledger.state.trials:
+            ledger.append(("suggest", {**one, "proposal": {}, "params": {}}))
+            ledger.append(("end", {**one, "status": "completed", "reason": "full budget", "epoch": 4, "value": 50.0}))
+        ledger.append(("stop", {"reason": "finished", "error": ""}))
+        return "finished", ""
 
     monkeypatch.setattr(sweep, "pack", made_up)
     monkeypatch.setattr(sweep.Cluster, "attached", lambda address: contextlib.nullcontext())

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import tune_topkd.train as training
 from tune_topkd.cli import running
+from tune_topkd.cli.interruption import Interruption
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
@@ -174,7 +175,7 @@ def test_every_trial_of_a_sweep_is_told_of_the_dataset_file(tmp_path: Path, monk
     """Between the sweep's ledger and its trials, without Ray."""
     told = []
 
-    def search(config, ledger, place, files, trackers, terminal):
+    def search(config, ledger, place, files, *rest):
         told.append((files.dataset_file, Path(files.dataset_file).is_file()))
         return "interrupted"
 
@@ -183,10 +184,9 @@ def test_every_trial_of_a_sweep_is_told_of_the_dataset_file(tmp_path: Path, monk
     config = SWEEP.model_copy(update={"teacher": None, "method": "ce"})
     monkeypatch.setattr(running, "_search", search)
     monkeypatch.setattr(running, "_trackers", lambda *arguments: contextlib.nullcontext([tracker]))
-    monkeypatch.setattr(running, "_finish", lambda *arguments: None)
     (tmp_path / "s").mkdir()
     with Ledger.create(tmp_path / "s" / "ledger.jsonl", sweep="s", id="s", seed=0, trials=12, first=[]) as ledger:
-        running._drive(config, ledger, place, Console(quiet=True), NO_FILES)
+        running._drive(config, ledger, place, Console(quiet=True), NO_FILES, Interruption())
     path = tmp_path / "s" / "dataset.pt"
     assert told == [(str(path), True)]
     assert not path.exists()

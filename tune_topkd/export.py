@@ -12,6 +12,7 @@ Other projects need only this and `tune_topkd.loss`:
 import contextlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
@@ -152,7 +153,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk refused; what was at `path` is still there.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as stream:
             stream.write(text)

@@ -1,6 +1,22 @@
 """The command line: the composition root, the only place that knows all rooms."""
 
-from tune_topkd.cli.app import app
-from tune_topkd.cli.app import main
+import sys
 
-__all__ = ["app", "main"]
+from tune_topkd.cli.interruption import listening
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line and exit with its code. A signal ends it cleanly, also while it is still being imported."""
+    with listening() as interruption:
+        try:
+            from tune_topkd.cli.app import main as run
+
+            run()
+        except KeyboardInterrupt:
+            sys.exit(interruption.exit_code)
+        except SystemExit as ended:
+            if interruption.is_asked and ended.code == 130:  # typer's, for whichever signal it was
+                sys.exit(interruption.exit_code)
+            raise

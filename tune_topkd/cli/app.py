@@ -1,13 +1,16 @@
 """The commands. Output for people goes to stderr, results for programs to stdout.
 
 Exit codes: 0 done; 1 an audit found something; 2 the input is wrong or the machine in the way (one message, no traceback);
-3 the sweep ended without one successful trial; 130 interrupted, and `resume` goes on.
+3 the sweep ended without one successful trial, or with an error that all further trials would make; 130 interrupted (129
+if the terminal was closed), and `resume` goes on.
 """
 
 import dataclasses
 import json
 import os
 import sys
+from collections.abc import Mapping
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -25,10 +28,8 @@ from tune_topkd.config import Problem
 from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.export import WRITERS
-from tune_topkd.export import NoAnswerError
 from tune_topkd.export import write_text
 from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import LedgerError
 from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_state
 
@@ -70,17 +71,22 @@ def main() -> None:
         sys.path.append(os.getcwd())  # where package.module:loss of a user's project is found
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _stderr().print("interrupted")
-        sys.exit(running.INTERRUPTED)
-    except (ConfigError, LedgerError, NoAnswerError) as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}")
-    except ValueError as error:
-        if type(error).__module__.partition(".")[0] != "tune_topkd":
-            raise
-        _fail(str(error))
+    except Exception as error:  # noqa: BLE001 (what is not for the user is raised again)
+        _tell(_told(error))
+        sys.exit(running.USER_ERROR)
+
+
+def _told(error: Exception) -> str:
+    """What a person is told of an error that is theirs or their machine's.
+
+    Raises:
+        Exception: the error itself, if it is neither: a fault of ours.
+    """
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the disk'}: {error.strerror or error}"
+    if isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "tune_topkd":
+        return str(error)
+    raise error
 
 
 @app.command()
@@ -124,13 +130,30 @@ def run(
             preflight.check_machine(checked.config, checked.source)
     warm = {s: running.warm_starts(warm_start, place, c.config) if warm_start else [] for s, c in sweeps.items()}
     preflight.check_writable(place.runs)
-    outcomes = []
+    _conclude(_each_run(sweeps, warm, place, console), console)
+
+
+def _each_run(
+    sweeps: Mapping[str, preflight.Checked],
+    warm: Mapping[str, Sequence[dict[str, Any]]],
+    place: running.Place,
+    console: Console,
+) -> dict[str, running.Outcome | str]:
+    """How each sweep ended, or what kept it from running; after an interruption the rest is not begun."""
+    outcomes: dict[str, running.Outcome | str] = {}
     for sweep, checked in sweeps.items():
         console.print(f"sweep {sweep}: {checked.source}", style="bold", highlight=False)
-        outcomes.append(running.start(checked, sweep, place, console, warm[sweep]))
-        if outcomes[-1].exit_code == running.INTERRUPTED:
+        try:
+            outcomes[sweep] = outcome = running.start(checked, sweep, place, console, warm[sweep])
+        except Exception as error:
+            if len(sweeps) == 1:
+                raise
+            outcomes[sweep] = told = _told(error)
+            _tell(told)
+            continue
+        if outcome.is_interrupted:
             break
-    _conclude(outcomes, console)
+    return outcomes
 
 
 @app.command()
@@ -161,10 +184,15 @@ def resume(
     runs_dir: RunsDir = Path("runs"),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
+    ] = None,
 ) -> None:
     """Go on with a sweep after any interruption; finished trials are not run again."""
     place = _place(runs_dir, mlflow_uri, address)
-    _conclude([running.go_on(sweep, place, _stderr(), trials, time_budget)], _stderr())
+    moved = [parse_set(text) for text in set_ or []]
+    _conclude({sweep: running.resume(sweep, place, _stderr(), trials, time_budget, moved)}, _stderr())
 
 
 @app.command()
@@ -232,7 +260,8 @@ def export(
     """Write a sweep's tuned config for other projects."""
     place = _place(runs_dir, None, None)
     folder = place.existing(sweep)
-    tuned = running.answer(running.saved_config(folder), read_state(folder / LEDGER_FILE))
+    state = read_state(folder / LEDGER_FILE)
+    tuned = running.answer(running.begun_config(folder, state), state)
     text = WRITERS[format_.value](tuned)
     if output is None:
         typer.echo(text, nl=False)
@@ -354,16 +383,21 @@ def _named(checked: list[preflight.Checked], name: str | None) -> dict[str, pref
     return dict(zip(names, checked, strict=True))
 
 
-def _conclude(outcomes: list[running.Outcome], console: Console) -> None:
+def _conclude(outcomes: Mapping[str, running.Outcome | str], console: Console) -> None:
+    """Tell of several sweeps in a table, of those that could not be run as well; exit with the highest code."""
     from tune_topkd.cli.display import summary_table
 
+    ended = {sweep: outcome for sweep, outcome in outcomes.items() if isinstance(outcome, running.Outcome)}
     if len(outcomes) > 1:
-        console.print(summary_table([(o.config, o.state) for o in outcomes]))
-    for outcome in outcomes:
-        if outcome.exit_code == running.INTERRUPTED:
-            sweep = outcome.state.header["sweep"]
+        console.print(summary_table([(o.config, o.state) for o in ended.values()]))
+        for sweep, error in outcomes.items():
+            if isinstance(error, str):
+                console.print(f"{sweep}: not run: {error}", style="red", soft_wrap=True, highlight=False)
+    for sweep, outcome in ended.items():
+        if outcome.is_interrupted:
             console.print(f"interrupted; `python launch.py resume {sweep}` goes on", style="bold")
-    codes = [outcome.exit_code for outcome in outcomes]
+    codes = [outcome.exit_code for outcome in ended.values()]
+    codes += [running.USER_ERROR for _ in outcomes.keys() - ended.keys()]
     raise typer.Exit(max(codes, default=0))
 
 
@@ -393,6 +427,5 @@ def _stderr() -> Console:
     return Console(stderr=True, width=width)
 
 
-def _fail(message: str) -> None:
+def _tell(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
-    sys.exit(running.USER_ERROR)

@@ -57,6 +57,24 @@ def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
     return Checked(config, str(path), tuple(_warnings(config)))
 
 
+def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
+    """Check the frozen config of a sweep against the rooms it names, as they are now.
+
+    Args:
+        config: with its files where they are now.
+        source: stands in the error.
+        begun_in: the working directory that the sweep was last driven from: a user's modules may lie there.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems = list(_problems(config))
+    if problems and begun_in is not None and begun_in != os.getcwd():
+        problems.append(_problem("", f"the sweep was driven from {begun_in}: what it imports may be found there only"))
+    if problems:
+        raise ConfigError(source, problems)
+
+
 def load_checked_pair(source: str, overrides: Sequence[Override] = ()) -> PairConfig:
     """Read a search space for a single training and check it, as `load_checked` does for a sweep.
 

@@ -1,17 +1,17 @@
 """A sweep from a checked config to the exported answer: the folder, the teacher, the ledger, Ray, the trackers."""
 
 import contextlib
+import functools
 import logging
 import os
-import signal
 import subprocess
 import uuid
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 from typing import Any
 from typing import TextIO
@@ -20,11 +20,15 @@ from rich.console import Console
 
 from tune_topkd import __version__
 from tune_topkd.cli import display
+from tune_topkd.cli import identity
 from tune_topkd.cli import preflight
+from tune_topkd.cli.interruption import Interruption
+from tune_topkd.cli.interruption import listening
 from tune_topkd.config import AUTO
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
+from tune_topkd.config import Override
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
 from tune_topkd.config import SharedFiles
@@ -42,7 +46,10 @@ from tune_topkd.export import write_text
 from tune_topkd.space import Space
 from tune_topkd.space import digest
 from tune_topkd.trials import LEDGER_FILE
+from tune_topkd.trials import LEDGER_VERSION
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import LedgerError
+from tune_topkd.trials import Share
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import driver_identity
 from tune_topkd.trials import is_driven
@@ -54,7 +61,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "sweep.yaml"
 DATASET_FILE = "dataset.pt"
 LOG_FILE = "sweep.log"
-DONE, USER_ERROR, NO_SUCCESS, INTERRUPTED = 0, 2, 3, 130
+DONE, USER_ERROR, NO_SUCCESS = 0, 2, 3
+_FIRST_WITHOUT_PLACES = 3  # the ledger version whose digest leaves out where files are
 WARM_STARTS = 3
 """How many of another sweep's best trials `--warm-start` tries first."""
 
@@ -111,33 +119,55 @@ class Outcome:
     reason: str
     exit_code: int
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a person, or the machine, ended it early."""
+        return self.reason == "interrupted"
 
-def saved_config(folder: Path) -> SweepConfig:
-    """The frozen config of a sweep that has begun.
 
-    Raises:
-        ConfigError: it has been changed by hand into something invalid, or is gone.
+PLACES = ("data.root", "data.download", "data.workers", "teacher.checkpoint", "student.checkpoint")
+"""Keys that say where a sweep's files are and how they are read, not what they are: `resume --set` may change them."""
+
+
+def _digest(content: Mapping[str, Any], version: int = LEDGER_VERSION) -> str:
+    """Of a frozen config as its file has it: of all that a sweep depends on.
+
+    What the file does not name does not count, so a later version may have keys that this one has not.
     """
-    path = folder / CONFIG_FILE
-    return config_from(read_yaml(path), str(path))
-
-
-def _digest(config: SweepConfig) -> str:
-    """Of all that a sweep depends on."""
-    return digest(config.model_dump(mode="json", exclude={"description"}))
+    content = {key: value for key, value in content.items() if key != "description"}
+    if version >= _FIRST_WITHOUT_PLACES:
+        for place in PLACES:
+            section, _, key = place.partition(".")
+            if isinstance(content.get(section), dict):
+                left = {k: v for k, v in content[section].items() if k != key}
+                is_given = {"has_checkpoint": content[section].get(key) is not None} if key == "checkpoint" else {}
+                content[section] = left | is_given
+    return digest(content)
 
 
 def begun_config(folder: Path, state: SweepState) -> SweepConfig:
-    """The frozen config, which must still be the one that the sweep was begun with.
+    """The frozen config, which must still be the one that the sweep was begun with, with its files where they are now.
 
     Raises:
         ConfigError: it has been changed by hand, or is gone.
     """
-    config = saved_config(folder)
-    if _digest(config) != state.header["digest"]:
+    path = folder / CONFIG_FILE
+    content = read_yaml(path)
+    known = (state.header["digest"], state.prepared.get("digest"))  # a kill may have come before the second was written
+    if _digest(content, state.header["version"]) not in known:
         rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
-        raise ConfigError(str(folder / CONFIG_FILE), [Problem(key="", rule=rule)])
-    return config
+        raise ConfigError(str(path), [Problem(key="", rule=rule)])
+    for key, value in state.places.items():
+        section, _, name = key.partition(".")
+        content[section][name] = value
+    config = config_from(content, str(path))
+    share = state.prepared.get("share")
+    return config if share is None else _with_share(config, Share(*share))
+
+
+def _with_share(config: SweepConfig, share: Share) -> SweepConfig:
+    shares = {"cpus_per_trial": share.cpus, "gpus_per_trial": share.gpus}
+    return config.model_copy(update={"sweep": config.sweep.model_copy(update=shares)})
 
 
 def sweep_state_name(folder: Path, state: SweepState) -> str:
@@ -156,32 +186,70 @@ def check_name(name: str, place: Place) -> None:
     if not SWEEP_NAME.fullmatch(name) or name in ("teachers", "trained", "mlartifacts"):
         rule = "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and be no other folder's there"
         raise ConfigError("--name", [Problem(key=name, rule=rule)])
-    if place.has_begun(name):
-        state = read_state(place.folder(name) / LEDGER_FILE)
-        what = sweep_state_name(place.folder(name), state)
-        rule = (
-            f"{place.folder(name)} holds a sweep of this name ({what}, {len(state.arm('search'))} of {state.target} "
-            f"trials); `resume {name}` goes on with it, --name gives the new one another name"
-        )
-        raise ConfigError("--name", [Problem(key=name, rule=rule)])
+    if not place.has_begun(name):
+        return
+    folder = place.folder(name)
+    state = read_state(folder / LEDGER_FILE)
+    what = sweep_state_name(folder, state)
+    if _may_begin_again(state) and what != "running":
+        return
+    rule = (
+        f"{folder} holds a sweep of this name ({what}, {len(state.arm('search'))} of {state.target} "
+        f"trials); `resume {name}` goes on with it, --name gives the new one another name"
+    )
+    raise ConfigError("--name", [Problem(key=name, rule=rule)])
+
+
+def _may_begin_again(state: SweepState) -> bool:
+    """Whether nothing is lost if a sweep is begun anew: it ended before its teacher was there."""
+    return not state.is_prepared
 
 
 def start(
     checked: preflight.Checked, name: str, place: Place, console: Console, warm: Sequence[dict[str, Any]] = ()
 ) -> Outcome:
-    """Run a new sweep to its end, an interruption or its time budget."""
-    from tune_topkd.data import dataset_info
+    """Run a new sweep to its end, an interruption or its time budget.
 
-    folder = place.folder(name)
+    The sweep exists from the first: its ledger is claimed before the teacher is trained, and nothing of another sweep of
+    this name is touched. What is refused before the first trial leaves nothing behind.
+
+    Raises:
+        ConfigError: the data or the teacher cannot be had as the config says.
+        LedgerError: another process has begun a sweep of this name.
+    """
+    folder, config = place.folder(name), checked.config
     for warning in checked.warnings:
         console.print(f"note: {warning}", style="yellow", soft_wrap=True)
-    ready_data(checked.config)
-    teacher = _teacher(checked.config, place, console)
-    files = _files_of(teacher, checked.config, place, console, checked.config.sweep.seed)
-    config = _packed(checked.config, files, place, console)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG_FILE, dump_config(config))
-    header = {
+    text = dump_config(config)
+    header = _header(checked, name, warm, _digest(config.model_dump(mode="json")))
+
+    def freeze() -> None:
+        write_text(folder / CONFIG_FILE, text)
+
+    with (
+        listening() as interruption,
+        Ledger.create(folder / LEDGER_FILE, freeze, _may_begin_again, **header) as ledger,
+    ):
+        try:
+            return _carried_on(config, ledger, place, console, interruption)
+        except ValueError:
+            if not ledger.state.is_prepared:
+                (folder / CONFIG_FILE).unlink(missing_ok=True)
+                ledger.withdraw()
+                with contextlib.suppress(OSError):  # it holds something of the user's
+                    folder.rmdir()
+            raise
+
+
+def _header(
+    checked: preflight.Checked, name: str, warm: Sequence[dict[str, Any]], config_digest: str
+) -> dict[str, Any]:
+    """What the ledger's first line says of a new sweep."""
+    from tune_topkd.data import dataset_info
+
+    config = checked.config
+    return {
         "sweep": name,
         "id": uuid.uuid4().hex,
         "seed": config.sweep.seed,
@@ -194,41 +262,239 @@ def start(
         "teacher": config.teacher.name if config.teacher else None,
         "student": config.student.name,
         "method": config.method,
-        "digest": _digest(config),
+        "digest": config_digest,
         "space_digest": Space.of(config).digest(),
-        "teacher_file": {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {},
         "first": [*preflight.first_proposals(config), *warm],
         "versions": versions(),
         "git_commit": git_commit(),
     }
-    if not place.has_begun(name):
-        (folder / LEDGER_FILE).unlink(missing_ok=True)
-    with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
-        ledger.append(_driver(config))
-        return _drive(config, ledger, place, console, files)
 
 
-def go_on(name: str, place: Place, console: Console, trials: int | None, time_budget: float | None) -> Outcome:
-    """Run what is left of a sweep; `trials` and `time_budget` may be changed, the space never is.
+def resume(
+    name: str,
+    place: Place,
+    console: Console,
+    trials: int | None = None,
+    time_budget: float | None = None,
+    moved: Sequence[Override] = (),
+) -> Outcome:
+    """Run what is left of a sweep.
+
+    Args:
+        name: the sweep's.
+        place: where it lies.
+        console: for what a person is told.
+        trials: instead of the number that it was to have.
+        time_budget: in seconds; it had its own, if any.
+        moved: where its files are now, of `PLACES`; the space never changes.
 
     Raises:
-        ConfigError: the sweep or its config is not as it must be, or fewer trials are asked for than there are.
+        ConfigError: the sweep, its config or what it depends on is not as it was when it began, or an argument is not as
+            it must be. Nothing has then been written.
         LedgerError: the ledger is damaged, or another process drives the sweep.
     """
     folder = place.existing(name)
-    with Ledger.open(folder / LEDGER_FILE) as ledger:
+    with listening() as interruption, Ledger.open(folder / LEDGER_FILE) as ledger:
         state = ledger.state
+        places = _moved(moved)
         config = begun_config(folder, state)
-        if trials is not None and trials < len(state.arm("search")):
-            rule = f"must be at least {len(state.arm('search'))}, the trials there are"
-            raise ConfigError("--trials", [Problem(key=name, rule=rule, value=trials, has_value=True)])
-        settings = {"trials": trials or state.target, "time_budget": time_budget}
-        config = config.model_copy(update={"sweep": config.sweep.model_copy(update=settings)})
-        ready_data(config)
-        ledger.append(_driver(config))
-        teacher = _teacher(config, place, Console(quiet=True))
-        files = _files_of(teacher, config, place, console, config.sweep.seed)
-        return _drive(config, ledger, place, console, files)
+        config = _resumed(config, str(folder / CONFIG_FILE), places, state, trials, time_budget)
+        preflight.check_again(config, str(folder / CONFIG_FILE), state.last_driver.get("folder"))
+        _check_unchanged(config, state, place, console)
+        return _carried_on(config, ledger, place, console, interruption, places)
+
+
+def _moved(overrides: Sequence[Override]) -> dict[str, Any]:
+    """Where files are now, by key."""
+    for override in overrides:
+        if override.key not in PLACES:
+            rule = f"a sweep that has begun keeps its config; only where its files are may change: {', '.join(PLACES)}"
+            raise ConfigError("--set", [Problem(key=override.key, rule=rule)])
+    files = {o.key for o in overrides if isinstance(o.value, str)}
+    return {o.key: str(Path(str(o.value)).expanduser().absolute()) if o.key in files else o.value for o in overrides}
+
+
+def _resumed(
+    config: SweepConfig,
+    source: str,
+    places: Mapping[str, Any],
+    state: SweepState,
+    trials: int | None,
+    time_budget: float | None,
+) -> SweepConfig:
+    """The config with what a resume may change, checked as `run` checks it."""
+    overrides = [Override(key, value, f"--set {key}") for key, value in places.items()]
+    overrides += [
+        Override("sweep.trials", state.target if trials is None else trials, "--trials"),
+        Override("sweep.time_budget", time_budget, "--time-budget"),
+    ]
+    resumed = config_from(config.model_dump(mode="json"), source, overrides)
+    if trials is not None and trials < len(state.arm("search")):
+        rule = f"must be at least {len(state.arm('search'))}, the trials there are"
+        name = state.header["sweep"]
+        raise ConfigError("--trials", [Problem(key=name, rule=rule, value=trials, has_value=True)])
+    return resumed
+
+
+def _check_unchanged(config: SweepConfig, state: SweepState, place: Place, console: Console) -> None:
+    """Compare what the sweep's results depend on with what it was when the sweep was prepared.
+
+    Raises:
+        ConfigError: something has changed; names each.
+    """
+    if problems := list(changed_since(config, state, place)):
+        raise ConfigError(state.header["sweep"], problems)
+    now = versions()
+    for package, before in state.header.get("versions", {}).items():
+        if now.get(package, before) != before:
+            console.print(f"note: the sweep began with {package} {before}, this is {now[package]}", style="yellow")
+
+
+def changed_since(config: SweepConfig, state: SweepState, place: Place) -> Iterator[Problem]:
+    """What the sweep's results depend on and is no longer what it was when the sweep was prepared.
+
+    A teacher that was trained here and is gone is not compared: it will be trained again.
+
+    Raises:
+        ConfigError: something cannot be read.
+    """
+    before: Mapping[str, str] = state.prepared.get("identities", {})
+    weights = _teacher_weights(config, state, place)
+    if not before:
+        key = state.teacher_file.get("key")
+        if key and weights is not None and config.teacher is not None and config.teacher.checkpoint is not None:
+            from tune_topkd.teacher import file_hash
+
+            before, now = {identity.TEACHER: key}, {identity.TEACHER: file_hash(weights)[:16]}
+            yield from identity.changes(before, now, config)
+        return
+    try:
+        now = identity.identities(config, weights)
+    except ValueError as error:
+        raise ConfigError(state.header["sweep"], [Problem(key="", rule=str(error))]) from error
+    if state.prepared["identity_version"] == identity.VERSION:
+        yield from identity.changes(before, now, config)
+
+
+def _teacher_weights(config: SweepConfig, state: SweepState, place: Place) -> Path | None:
+    """The file of the teacher's weights, if there is one."""
+    if config.teacher is None:
+        return None
+    if config.teacher.checkpoint is not None:
+        return Path(config.teacher.checkpoint)
+    from tune_topkd.teacher import WEIGHTS_NAME
+
+    path = place.runs / "teachers" / str(state.teacher_file.get("key")) / WEIGHTS_NAME
+    return path if path.exists() else None
+
+
+def _carried_on(
+    config: SweepConfig,
+    ledger: Ledger,
+    place: Place,
+    console: Console,
+    interruption: Interruption,
+    places: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """From the ledger's `driver` event to its `stop` and the answer, whatever comes between."""
+    name = ledger.state.header["sweep"]
+    interruption.advice = f"; `resume {name}` goes on"
+    ledger.append(_driver(config, places or {}))
+    try:
+        reason, trouble = _conducted(config, ledger, place, console, interruption)
+    except KeyboardInterrupt:
+        reason, trouble = _stopped(ledger, "interrupted"), ""
+    except BaseException as error:
+        with contextlib.suppress(OSError, LedgerError):  # they may be what went wrong
+            _stopped(ledger, "trouble", " ".join(str(error).split()) or type(error).__name__)
+        raise
+    config = begun_config(ledger.path.parent, ledger.state)
+    _finish(config, ledger.state, place, console)
+    if trouble:
+        console.print(f"note: MLflow has not got all of this sweep ({trouble})", style="yellow", soft_wrap=True)
+    return Outcome(config, ledger.state, reason, _exit_code(reason, ledger.state, interruption))
+
+
+def _stopped(ledger: Ledger, reason: str, error: str = "") -> str:
+    """See that the ledger has a `stop` line; the reason of it."""
+    if not ledger.state.stop_reason:
+        ledger.append(("stop", {"reason": reason, "error": error}))
+    return ledger.state.stop_reason
+
+
+def _exit_code(reason: str, state: SweepState, interruption: Interruption) -> int:
+    if reason == "interrupted":
+        return interruption.exit_code
+    return DONE if state.best() and reason != "failed" else NO_SUCCESS
+
+
+def _conducted(
+    config: SweepConfig, ledger: Ledger, place: Place, console: Console, interruption: Interruption
+) -> tuple[str, str]:
+    """Prepare what trials share, and run them; why the sweep stopped, and what MLflow lacks."""
+    config, files = _prepared(config, ledger, place, console)
+    return _drive(config, ledger, place, console, files, interruption)
+
+
+def _drive(
+    config: SweepConfig,
+    ledger: Ledger,
+    place: Place,
+    console: Console,
+    files: SharedFiles,
+    interruption: Interruption,
+) -> tuple[str, str]:
+    """Run the trials; why the sweep stopped, and what MLflow lacks."""
+    folder = ledger.path.parent
+    with (
+        display.chatter_into(folder / LOG_FILE) as terminal,
+        _logging_to_stderr(),
+        _trackers(config, ledger, place, console, terminal) as trackers,
+        _dataset_file(config, folder, console) as dataset_file,
+    ):
+        interruption.say = functools.partial(_say, terminal)
+        files = files.model_copy(update={"dataset_file": dataset_file})
+        reason = _search(config, ledger, place, files, trackers, terminal, interruption)
+    return reason, trackers[0].trouble
+
+
+def _say(terminal: TextIO, text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone cannot be told
+        terminal.write(f"\n{text}\n")
+        terminal.flush()
+
+
+def _prepared(config: SweepConfig, ledger: Ledger, place: Place, console: Console) -> tuple[SweepConfig, SharedFiles]:
+    """What all trials share, and the config with each trial's share of a node; the ledger gets its `prepared` event.
+
+    Raises:
+        ConfigError: the data or the teacher cannot be had, or the teacher is not the one that earlier trials had.
+        ResourceError: no trial can be run.
+    """
+    state = ledger.state
+    was_prepared = state.is_prepared
+    ready_data(config)
+    teacher = _teacher(config, place, Console(quiet=True) if was_prepared else console)
+    files = _files_of(teacher, config, place, console, config.sweep.seed)
+    if was_prepared:
+        before = state.prepared.get("identities", {})
+        if teacher is not None and before:
+            now = identity.identities(config, teacher.path)
+            if problems := identity.changes(before, now, config):
+                raise ConfigError(state.header["sweep"], problems)
+        return config, files
+    config = _packed(config, files, place, console)
+    text = dump_config(config)
+    prepared = {
+        "digest": _digest(config.model_dump(mode="json")),
+        "teacher_file": {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {},
+        "identities": identity.identities(config, teacher.path if teacher else None),
+        "identity_version": identity.VERSION,
+        "share": [config.sweep.cpus_per_trial, config.sweep.gpus_per_trial],
+    }
+    ledger.append(("prepared", prepared))
+    write_text(ledger.path.parent / CONFIG_FILE, text)  # with the share as a number
+    return config, files
 
 
 def ready_data(config: PairConfig) -> None:
@@ -310,8 +576,7 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     text = f"packing: {_counted(best.at_once, 'trial')} at once, each on {_counted(best.share.cpus, 'CPU')}"
     text += f" and {_counted(best.share.gpus, 'GPU')}" if best.share.gpus else ""
     console.print(f"{text} (trials: images/s of all; {rates})", highlight=False, soft_wrap=True)
-    shares = {"cpus_per_trial": best.share.cpus, "gpus_per_trial": best.share.gpus}
-    return config.model_copy(update={"sweep": settings.model_copy(update=shares)})
+    return _with_share(config, Share(best.share.cpus, best.share.gpus))
 
 
 def _counted(number: float, noun: str) -> str:
@@ -382,29 +647,10 @@ def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | N
     return teacher
 
 
-def _driver(config: SweepConfig) -> tuple[str, dict[str, Any]]:
-    """The event that says who drives the sweep from now on, and to how many trials."""
-    return "driver", {**driver_identity(), "trials": config.sweep.trials}
-
-
-def _drive(config: SweepConfig, ledger: Ledger, place: Place, console: Console, files: SharedFiles) -> Outcome:
-    """The part that new and resumed sweeps share: from the ledger's `driver` event to its `stop` and the answer."""
-    folder = ledger.path.parent
-    with (
-        display.chatter_into(folder / LOG_FILE) as terminal,
-        _logging_to_stderr(),
-        _sigterm_as_sigint(),
-        _trackers(config, ledger, place, console, terminal) as trackers,
-        _dataset_file(config, folder, console) as dataset_file,
-    ):
-        files = files.model_copy(update={"dataset_file": dataset_file})
-        reason = _search(config, ledger, place, files, trackers, terminal)
-    _finish(config, ledger.state, place, console)
-    trouble = trackers[0].trouble
-    if trouble:
-        console.print(f"note: MLflow has not got all of this sweep ({trouble})", style="yellow", soft_wrap=True)
-    code = INTERRUPTED if reason == "interrupted" else DONE if ledger.state.best() else NO_SUCCESS
-    return Outcome(config, ledger.state, reason, code)
+def _driver(config: SweepConfig, places: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The event that says who drives the sweep from now on, from where, to how many trials, with its files where."""
+    about = {"trials": config.sweep.trials, "folder": os.getcwd(), "versions": versions(), "places": dict(places)}
+    return "driver", {**driver_identity(), **about}
 
 
 def _search(
@@ -414,6 +660,7 @@ def _search(
     files: SharedFiles,
     trackers: Sequence[Any],
     terminal: TextIO,
+    interruption: Interruption,
 ) -> str:
     from tune_topkd.sweep import Cluster
     from tune_topkd.sweep import Search
@@ -430,17 +677,19 @@ def _search(
     search = Search(config, ledger, trackers)
     if search.is_finished:
         return search.stopped()
-    try:
-        with Cluster.attached(place.address, give_up) as cluster:
-            return run_sweep(
-                search,
-                cluster=cluster,
-                folder=ledger.path.parent,
-                train=train,
-                files=files,
-            )
-    except KeyboardInterrupt:  # before Ray Tune listens, or a second time
-        return search.stopped()
+    weights = Path(files.teacher_checkpoint) if files.teacher_checkpoint else None
+    hashes = identity.file_hashes(config, ledger.state.prepared.get("identities", {}), weights)
+    with Cluster.attached(place.address, give_up) as cluster:
+        interruption.install()  # Ray has put its own handler for SIGTERM
+        return run_sweep(
+            search,
+            cluster=cluster,
+            folder=ledger.path.parent,
+            train=train,
+            files=files,
+            hashes=hashes,
+            interruption=interruption,
+        )
 
 
 @contextlib.contextmanager
@@ -573,17 +822,3 @@ def _logging_to_stderr() -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(before)
-
-
-@contextlib.contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """A cluster's polite stop is a Ctrl-C: Ray Tune listens for that one."""
-
-    def as_interrupt(number: int, frame: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, as_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

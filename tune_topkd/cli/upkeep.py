@@ -56,6 +56,10 @@ def _findings(sweep: str, place: running.Place, with_mlflow: bool) -> Iterator[s
         yield str(error)
         return
     yield from audit_sweep(config, folder)
+    try:
+        yield from map(str, running.changed_since(config, state, place))
+    except (ConfigError, OSError) as error:
+        yield f"what the sweep depends on cannot be compared with what it was: {error}"
     tuned = folder / TUNED_FILE
     try:
         if tuned.exists() and tuned.read_text() != as_yaml(running.answer(config, state)):

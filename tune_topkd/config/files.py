@@ -84,9 +84,12 @@ def _overridden(path: Path | str, overrides: Sequence[Override]) -> tuple[dict[s
     return raw, [*origins, *overrides]
 
 
-def config_from(raw: Mapping[str, Any], source: str) -> SweepConfig:
+def config_from(raw: Mapping[str, Any], source: str, overrides: Sequence[Override] = ()) -> SweepConfig:
     """A config from plain data, as `load_config` does from a file; `source` stands in the error."""
-    return validated_sweep(raw, source, ())
+    content: dict[str, Any] = _unshared(dict(raw))
+    for override in overrides:
+        _apply(content, override, source)
+    return validated_sweep(content, source, overrides)
 
 
 def dump_config(config: BaseModel) -> str:

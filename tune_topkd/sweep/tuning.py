@@ -8,15 +8,20 @@ nothing is ever read back from it.
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from typing import Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -55,12 +60,24 @@ LONGEST_WAIT_FOR_ROOM = 30.0
 
 _GRACE_AFTER_TIMEOUT = 30.0  # for a worker that can still end itself, and so tell where it hung
 _SECONDS_BETWEEN_CHECKS = 2.0
+_NO_SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
 
 _log = logging.getLogger(__name__)
 
 
 class SweepTroubleError(ValueError):
     """Something outside the sweep keeps it from going on; what it has is safe, and it can be resumed."""
+
+
+class Interruption(Protocol):
+    """What asks a sweep to end, such as a signal."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether the sweep is to end."""
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """While this lasts, being asked only sets `is_asked`; otherwise it raises `KeyboardInterrupt`."""
 
 
 def run_sweep(
@@ -70,11 +87,13 @@ def run_sweep(
     folder: Path,
     train: TrainFunction,
     files: SharedFiles = NO_FILES,
+    hashes: Mapping[str, str] = MappingProxyType({}),
+    interruption: Interruption | None = None,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
-    Ctrl-C ends it cleanly: running trials stay without an end in the ledger and go on from their checkpoints at the next
-    call.
+    An interruption ends it cleanly: running trials stay without an end in the ledger and go on from their checkpoints at
+    the next call.
 
     Args:
         search: the sweep's brain, made from its ledger.
@@ -82,6 +101,8 @@ def run_sweep(
         folder: the sweep's folder, absolute, on storage that all nodes see.
         train: what runs a trial; must be importable on the workers.
         files: what all trials share, where all nodes see it.
+        hashes: SHA-256 by path of files that must still be what they were; a trial that finds another ends the sweep.
+        interruption: asks the sweep to end; by default Ctrl-C does.
 
     Raises:
         ResourceError: a trial can never be placed, or the workers cannot import the train function or see the folder.
@@ -97,8 +118,8 @@ def run_sweep(
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         return tune.PlacementGroupFactory([{"CPU": config["share"][0], "GPU": config["share"][1]}])
 
-    bridge = _Bridge(search, folder, files)
-    with scratch_folder() as scratch:
+    bridge = _Bridge(search, folder, files, hashes, interruption)
+    with scratch_folder() as scratch, _listening(interruption):
         _tuner(trial, resources, bridge, scratch).fit()
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
@@ -106,6 +127,23 @@ def run_sweep(
         sweep = search.state.header["sweep"]
         raise SweepTroubleError(f"{bridge.trouble}; the sweep has stopped, nothing is lost: `resume {sweep}` goes on")
     return search.stopped()
+
+
+@contextmanager
+def _listening(interruption: Interruption | None) -> Iterator[None]:
+    """While Ray Tune's loop runs: an interruption sets its mark only, and Ray Tune's own handler of SIGINT stays away."""
+    if interruption is None:
+        yield
+        return
+    before = os.environ.get(_NO_SIGINT_HANDLER)
+    os.environ[_NO_SIGINT_HANDLER] = "1"
+    try:
+        with interruption.deferred():
+            yield
+    finally:
+        os.environ.pop(_NO_SIGINT_HANDLER)
+        if before is not None:
+            os.environ[_NO_SIGINT_HANDLER] = before
 
 
 def _tuner(trial: Any, resources: Any, bridge: "_Bridge", scratch: str) -> tune.Tuner:
@@ -136,11 +174,20 @@ class _Bridge:
     What goes wrong outside the trials is `trouble`: it ends the sweep, and every trial at work stays without an end.
     """
 
-    def __init__(self, search: Search, folder: Path, files: SharedFiles) -> None:
+    def __init__(
+        self,
+        search: Search,
+        folder: Path,
+        files: SharedFiles,
+        hashes: Mapping[str, str],
+        interruption: Interruption | None,
+    ) -> None:
         self.search = search
         self.trouble = ""
         self._folder = folder
         self._files = files
+        self._hashes = dict(hashes)
+        self._interruption = interruption
         self._room = Cluster.now().room(search.config)
         self._live: set[TrialKey] = set()
         self._at_work: dict[TrialKey, _Place] = {}
@@ -152,8 +199,13 @@ class _Bridge:
     def __reduce__(self) -> tuple[Any, ...]:
         return (object, ())  # Ray pickles it into its scratch, from where it is never read
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the sweep ends now, and its trials at work stay without an end."""
+        return bool(self.trouble) or (self._interruption is not None and self._interruption.is_asked)
+
     def next_config(self) -> dict[str, Any] | str | None:
-        if self.trouble:
+        if self.is_ending:
             return str(Searcher.FINISHED)
         self.check()
         if len(self._live) >= self._room:
@@ -177,6 +229,7 @@ class _Bridge:
             "folder": str(self._trial_folder(record.key)),
             "share": list(share),
             "timeout": self.search.config.sweep.trial_timeout,
+            "hashes": self._hashes,
             "config": config.model_dump(mode="json"),
         }
 
@@ -209,7 +262,7 @@ class _Bridge:
     def on_end(self, trial: Trial) -> None:
         """Ray is done with the trial: the train function returned, or it was stopped."""
         key = _key(trial)
-        if key in self._live and not self.trouble and not self.search.state.trials[key].status.is_end:
+        if key in self._live and not self.is_ending and not self.search.state.trials[key].status.is_end:
             epochs = f"{self.search.state.trials[key].epoch} of {self.search.config.recipe.epochs} epochs"
             with self._ends_the_sweep():
                 self._failed(key, "error", f"RuntimeError: the train function returned after {epochs}", "")
@@ -218,7 +271,7 @@ class _Bridge:
     def on_crash(self, trial: Trial) -> None:
         """The trial's worker is gone."""
         key = _key(trial)
-        if key not in self._live:  # its end was decided before
+        if key not in self._live or self.is_ending:  # its end was decided before, or it is to have none
             return
         place = self._at_work.get(key, _Place(0.0))
         told = ""
@@ -390,7 +443,7 @@ class _StopAll(Stopper):  # type: ignore[misc]  # ray is untyped
         return False
 
     def stop_all(self) -> bool:
-        return bool(self._bridge.trouble)
+        return self._bridge.is_ending
 
 
 class _Lives(tune.Callback):  # type: ignore[misc]  # ray is untyped

@@ -67,6 +67,10 @@ class StorageError(OSError):
     """The trial's folder cannot be written: the disk's trouble, not the trial's."""
 
 
+class ChangedFileError(ValueError):
+    """A file that the sweep's results depend on is not what it was when the sweep began."""
+
+
 class FolderBusyError(RuntimeError):
     """Another worker is still at work in the trial's folder."""
 
@@ -94,9 +98,21 @@ class Worker:
         folder = Path(trial["folder"])
         try:
             config = TrialConfig.model_validate(trial["config"])
+            _check_unchanged(trial["hashes"])
             run_trial(self.train, config, folder, send, trial["timeout"])
         except Exception as error:  # noqa: BLE001 (whatever the train function raises is the trial's end)
             send(_failure(error, folder))
+
+
+def _check_unchanged(hashes: Mapping[str, str]) -> None:
+    """Look that files are still what they were: a trial with another teacher could not be compared with the others.
+
+    Raises:
+        ChangedFileError: one is not; names it.
+    """
+    for path, expected in hashes.items():
+        if _sha256(Path(path)) != expected:
+            raise ChangedFileError(f"{path} has been changed since the sweep began")
 
 
 def run_trial(
@@ -310,7 +326,8 @@ def _jsonable(metrics: Mapping[str, float]) -> dict[str, Any]:
 def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     text = " ".join(str(error).split())
-    if trouble := str(error) if isinstance(error, StorageError) else _storage_trouble(error, folder):
+    is_trouble = isinstance(error, StorageError | ChangedFileError)
+    if trouble := str(error) if is_trouble else _storage_trouble(error, folder):
         kind, reason, text = "storage", "", trouble
     elif isinstance(error, FolderBusyError):
         kind, reason = "lost", "crash"

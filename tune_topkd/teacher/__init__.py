@@ -9,6 +9,7 @@ from tune_topkd.teacher.logits import bank_file
 from tune_topkd.teacher.logits import bank_size
 from tune_topkd.teacher.logits import fill_bank
 from tune_topkd.teacher.logits import teacher_identity
+from tune_topkd.teacher.training import WEIGHTS_NAME
 from tune_topkd.teacher.training import Teacher
 from tune_topkd.teacher.training import ensure_teacher
 from tune_topkd.teacher.training import file_hash
@@ -16,6 +17,7 @@ from tune_topkd.teacher.training import load_teacher
 from tune_topkd.teacher.training import teacher_key
 
 __all__ = [
+    "WEIGHTS_NAME",
     "BankSize",
     "LogitBank",
     "Teacher",

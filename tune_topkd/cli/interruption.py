@@ -1,0 +1,99 @@
+"""The signals that ask this process to end: Ctrl-C, a polite kill, a terminal that closes."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_IMPATIENT = 3
+
+
+class Interruption:
+    """Makes one clean end of SIGINT, SIGTERM and SIGHUP, which each say so at once.
+
+    By default the first signal raises `KeyboardInterrupt`. While `deferred`, it only sets `is_asked`, since an exception
+    would come out of the middle of Ray's loop; a second signal raises. A third ends the process on the spot: what is in a
+    ledger is on the disk.
+    """
+
+    def __init__(self) -> None:
+        self.say: Callable[[str], None] = _to_stderr
+        """Takes the line that a person is told; called on a thread of its own, as a terminal may not take it."""
+        self.advice = ""
+        """What that line adds: how to go on."""
+        self._number = 0
+        self._count = 0
+        self._is_deferred = False
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._count > 0
+
+    @property
+    def exit_code(self) -> int:
+        """That of a process which a signal ended: 129 for a closed terminal, else 130."""
+        return 128 + signal.SIGHUP if self._number == signal.SIGHUP else 128 + signal.SIGINT
+
+    def install(self) -> None:
+        """Listen, also where another library has put its own handler since; who ignores SIGHUP (nohup) goes on doing so."""
+        for number in _SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """The first signal raises nothing while this lasts: who runs below looks at `is_asked`."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        self._number = self._number or number
+        if self._count >= _IMPATIENT:
+            os._exit(self.exit_code)
+        if self._count == 1:
+            text = f"interrupted: stopping{self.advice}; again: at once"
+            threading.Thread(target=self.say, args=(text,), daemon=True).start()
+        if self._count == 1 and self._is_deferred:
+            return
+        if self._count == 1 or self._is_deferred:
+            raise KeyboardInterrupt
+
+
+_current: Interruption | None = None
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Interruption]:
+    """The process's `Interruption`, listening; the handlers of before come back when the outermost of these ends.
+
+    On a thread that is not the main one nothing can be installed, and nothing is.
+    """
+    global _current
+    if _current is not None or threading.current_thread() is not threading.main_thread():
+        yield _current or Interruption()
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _current = Interruption()
+    _current.install()
+    try:
+        yield _current
+    finally:
+        _current = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _to_stderr(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone cannot be told
+        sys.stderr.write(f"\n{text}\n")
+        sys.stderr.flush()
