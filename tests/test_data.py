@@ -1,4 +1,5 @@
 import itertools
+import math
 import subprocess
 import sys
 from fractions import Fraction
@@ -19,9 +20,12 @@ from tune_topkd.data import load_dataset
 from tune_topkd.data import missing_data
 from tune_topkd.data import train_batches
 from tune_topkd.data import view
+from tune_topkd.data.randomness import SPLIT
 from tune_topkd.data.randomness import mixed
+from tune_topkd.data.randomness import random_order
 from tune_topkd.data.randomness import signed
 from tune_topkd.data.sources import Generated
+from tune_topkd.data.splits import stratified
 
 DIGITS = DataConfig(name="digits", val_fraction=0.3, test_fraction=0.25)
 PLAIN = AugmentConfig()
@@ -121,6 +125,37 @@ def test_split_is_a_function_of_its_seed(marked):
 def test_split_of_digits_does_not_change_between_versions():
     assert load_dataset(DIGITS).val.labels[:20].tolist() == [2, 3, 5, 7, 0, 2, 0, 7, 9, 7, 2, 2, 6, 3, 3, 0, 5, 2, 8, 0]
     assert [len(s) for s in (load_dataset(DIGITS).train, load_dataset(DIGITS).val)] == [808, 539]
+
+
+def plainly_stratified(labels, fractions: tuple[float, ...], seed: int) -> list[torch.Tensor]:
+    """Class by class, each looked for among all labels."""
+    shuffled = random_order(len(labels), seed, 0, SPLIT, labels.device)
+    parts: list[list[torch.Tensor]] = [[] for _ in range(len(fractions) + 1)]
+    for label in torch.unique(labels).tolist():
+        members = shuffled[labels[shuffled] == label]
+        ends = [round(math.fsum(fractions[: i + 1]) * len(members)) for i in range(len(fractions))]
+        for part, piece in zip(parts, members.tensor_split(ends), strict=True):
+            part.append(piece)
+    return [torch.cat(part).sort().values for part in parts]
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3])
+@pytest.mark.parametrize("fractions", [(0.1,), (0.3, 0.25), (1 / 3, 1 / 3)])
+def test_the_split_is_the_one_made_class_by_class(fractions, seed):
+    generator = torch.Generator().manual_seed(seed)
+    uneven = torch.randint(0, 60, (3000,), generator=generator).square() % 70  # with labels that no image has
+    for labels in (uneven, torch.arange(500) % 10, torch.zeros(7, dtype=torch.int64), torch.tensor([5, 2])):
+        parts = zip(stratified(labels, fractions, seed), plainly_stratified(labels, fractions, seed), strict=True)
+        assert all(torch.equal(ours, plain) for ours, plain in parts)
+
+
+def test_the_work_of_a_split_does_not_grow_with_the_number_of_classes(monkeypatch):
+    """Of ImageNet's images: looked at once for each of 1,000 classes they take a minute."""
+    seen = []
+    compare = torch.Tensor.__eq__
+    monkeypatch.setattr(torch.Tensor, "__eq__", lambda one, other: seen.append(len(one)) or compare(one, other))
+    stratified(torch.arange(20_000) % 1000, (0.1,), 0)
+    assert sum(seen) <= 20_000
 
 
 def test_fractions_that_leave_a_split_without_a_class_are_refused(marked):

@@ -138,10 +138,18 @@ class Dataset:
 def stratified(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
     """Indices of each fraction, then of what is left; of every class each part gets its share, to the nearest image."""
     shuffled = random_order(len(labels), seed, 0, SPLIT, labels.device)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    sizes = torch.unique(labels, return_counts=True)[1].tolist()
     parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
-    for label in torch.unique(labels).tolist():
-        members = shuffled[labels[shuffled] == label]
+    for members in by_class.split(sizes):
         ends = [round(math.fsum(fractions[: i + 1]) * len(members)) for i in range(len(fractions))]
         for part, piece in zip(parts, members.tensor_split(ends), strict=True):
             part.append(piece)
-    return [torch.cat(part).sort().values for part in parts]
+    return [_sorted(torch.cat(part), len(labels)) for part in parts]
+
+
+def _sorted(indices: Tensor, size: int) -> Tensor:
+    """Different whole numbers below `size`, sorted: a mark at each is much faster than a sort."""
+    is_in = torch.zeros(size, dtype=torch.bool, device=indices.device)
+    is_in[indices] = True
+    return is_in.nonzero().flatten()
