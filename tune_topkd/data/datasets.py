@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import json
 import tarfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from tune_topkd.data.folders import ImageNet
 from tune_topkd.data.folders import TinyImageNet
 from tune_topkd.data.formats import Cifar
 from tune_topkd.data.formats import Stl10
+from tune_topkd.data.identity import content_hash
+from tune_topkd.data.identity import tensors
 from tune_topkd.data.randomness import SAMPLE
 from tune_topkd.data.randomness import random_order
 from tune_topkd.data.sources import Constants
@@ -42,6 +46,9 @@ from tune_topkd.data.views import resized
 
 MEASURED_FILES = 10_000
 """Image files that mean and standard deviation are taken from, drawn out of the training split if it has more."""
+
+CHECKED_IMAGES = 32
+"""Training images that are looked at where the constants are known."""
 
 _RESIZED_AT_ONCE = 4096
 
@@ -80,18 +87,19 @@ def missing_data(config: DataConfig) -> str | None:
 
 
 def fingerprint(config: DataConfig) -> str:
-    """16 hex digits for the files as they lie on the disk, by name and size, wherever that is; downloads if told to.
+    """16 hex digits for the images and labels, wherever they lie; downloads if told to.
 
-    Of a dataset that is made rather than read, for its arguments.
+    Of the few files of CIFAR and STL-10, and of the digits, all bytes count. Of folders of images, all names and sizes
+    and the bytes of lists and of `identity.SAMPLED` images count: an image beside the sample that is replaced by one of
+    just its size is not seen. Of glyphs, the fonts and some images count. What was read before is known again by its
+    times, so that a second look takes little.
 
     Raises:
-        ValueError: an unknown name or argument, or files that are missing or not laid out as they must be.
+        ValueError: an unknown name or argument, or files that are missing, empty or not laid out as they must be.
     """
     source = _source(config)
     _get(source, config)
-    folder = source.folder(config)
-    files = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in source.files(config))
-    text = json.dumps([config.kwargs, files], sort_keys=True, separators=(",", ":"))
+    text = json.dumps([config.kwargs, source.identity(config)], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -119,7 +127,7 @@ def read_as(config: DataConfig) -> str:
 def _loaded(text: str, root: str, workers: int) -> Dataset:
     config = DataConfig.model_validate_json(text).model_copy(update={"root": root, "workers": workers})
     source = _source(config)
-    whole, own_test = source.read(config)
+    whole, own_test, classes = source.read(config)
     num_classes = source.info(config).num_classes
     fractions = (config.val_fraction,) if own_test is not None else (config.val_fraction, config.test_fraction)
     indices = stratified(whole.labels, fractions, config.split_seed)
@@ -129,22 +137,43 @@ def _loaded(text: str, root: str, workers: int) -> Dataset:
         val = test
     else:
         val, train = whole.subset(indices[0]), whole.subset(indices[-1])
+    names = classes or tuple(map(str, range(num_classes)))
+    counts = whole.labels.bincount(minlength=num_classes).tolist()
     del whole
     for kind, split in {"training": train, "validation": val, "test": test}.items():
-        if len(torch.unique(split.labels)) < num_classes:
-            asked_for = f"val_fraction = {config.val_fraction:g}"
-            if own_test is None:
-                asked_for += f" and test_fraction = {config.test_fraction:g}"
-            leave = "leave" if own_test is None else "leaves"
-            raise ValueError(
-                f"dataset {config.name!r}: its test part has no image of some class; complete it"
-                if split is own_test
-                else f"dataset {config.name!r}: {asked_for} {leave} the {kind} split without an image of some class"
-            )
+        lacking = [label for label, count in enumerate(split.labels.bincount(minlength=num_classes)) if not count]
+        if lacking and split is own_test:
+            told = _told([f"{names[label]}" for label in lacking])
+            raise ValueError(f"dataset {config.name!r}: its test part has no image of {told}; complete it")
+        if lacking:
+            told = _told([f"{names[label]} ({counts[label]} in all)" for label in lacking])
+            raise ValueError(_left_without(config, kind, told, has_own_test=own_test is not None))
     train, test = _prepared(train, config), _prepared(test, config)
     val = test if config.selection == "best_test_epoch" else _prepared(val, config)
     constants = _constants(source, config, train)
     return Dataset(train, val, test, num_classes, constants.mean, constants.std, config.selection)
+
+
+def _told(classes: list[str]) -> str:
+    more = f" and {len(classes) - 3} more" if len(classes) > 3 else ""
+    return f"{'class' if len(classes) == 1 else 'classes'} {', '.join(classes[:3])}{more}"
+
+
+def _left_without(config: DataConfig, kind: str, classes: str, *, has_own_test: bool) -> str:
+    """What to say of fractions that leave a split without an image of some classes."""
+    fractions = {"val_fraction": config.val_fraction}
+    if not has_own_test:
+        fractions["test_fraction"] = config.test_fraction
+    asked_for = " and ".join(f"{name} = {value:g}" for name, value in fractions.items())
+    change = {
+        "training": f"lower {' or '.join(f'data.{name}' for name in fractions)}",
+        "validation": "raise data.val_fraction",
+        "test": "raise data.test_fraction",
+    }
+    return (
+        f"dataset {config.name!r}: {asked_for} {'leaves' if has_own_test else 'leave'} the {kind} split without an image "
+        f"of {classes}; {change[kind]}, add images, or remove what has too few"
+    )
 
 
 def _prepared(split: AnySplit, config: DataConfig) -> AnySplit:
@@ -180,20 +209,48 @@ def _get(source: Source, config: DataConfig) -> None:
 
 
 def _constants(source: Source, config: DataConfig, train: AnySplit) -> Constants:
-    channels = train.batch_shape[0]
-    if config.mean is not None and config.std is not None:
-        if len(config.mean) != channels:
-            raise ValueError(
-                f"dataset {config.name!r}: data.mean and data.std need one number per channel, {channels}, "
-                f"but have {len(config.mean)}"
-            )
-        return Constants(tuple(config.mean), tuple(config.std))
-    if source.constants is not None:
+    """Those given, those of the field, or else the training split's, whose pixels are looked at in each case."""
+    known = _known_constants(source, config, train.batch_shape[0])
+    if known is None and isinstance(train, Split):
+        looked_at: AnySplit = train
+        batches = iter(torch.split(train.images, EVAL_BATCH))
+    else:
+        most = MEASURED_FILES if known is None else CHECKED_IMAGES
+        looked_at = train.subset(random_order(len(train), config.split_seed, 0, SAMPLE, train.device)[:most])
+        if known is not None:
+            looked_at = dataclasses.replace(looked_at, workers=0)  # a process takes longer to start than they do
+        batches = (images for images, _ in raw_batches(looked_at, 64))
+    mean, std = _channel_statistics(batches)
+    if known is None or not any(std):
+        _check_pixels(config, mean, std, looked_at)
+    return known or Constants(mean, std)
+
+
+def _known_constants(source: Source, config: DataConfig, channels: int) -> Constants | None:
+    if config.mean is None or config.std is None:
         return source.constants
-    if isinstance(train, Split):
-        return Constants(*_channel_statistics(torch.split(train.images, EVAL_BATCH)))
-    chosen = random_order(len(train), config.split_seed, 0, SAMPLE, train.device)[:MEASURED_FILES]
-    return Constants(*_channel_statistics(images for images, _ in raw_batches(train.subset(chosen), 64)))
+    if len(config.mean) != channels:
+        raise ValueError(
+            f"dataset {config.name!r}: data.mean and data.std need one number per channel, {channels}, "
+            f"but have {len(config.mean)}"
+        )
+    return Constants(tuple(config.mean), tuple(config.std))
+
+
+def _check_pixels(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...], looked_at: AnySplit) -> None:
+    """Refuse images that nothing can be learnt from, and those that cannot be normalised by their own statistics."""
+    file = f" (the first of them: {looked_at.paths[0]})" if isinstance(looked_at, FileSplit) else ""
+    start = f"dataset {config.name!r}: the {len(looked_at):,} training images looked at{file}"
+    values = [round(255 * value) for value in mean]
+    if not any(std):
+        shown = values[0] if len(set(values)) == 1 else tuple(values)
+        raise ValueError(f"{start} are all of one colour, {shown} of 255; look at how they were written")
+    for channel, value in enumerate(values):
+        if not std[channel]:
+            raise ValueError(
+                f"{start} all have {value} in channel {channel + 1} of {len(values)}, which cannot be brought to a standard "
+                "deviation of 1; set data.mean and data.std"
+            )
 
 
 def _channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -221,6 +278,17 @@ def _load_digits() -> Split:
     return Split(images[:, None].contiguous(), torch.from_numpy(bunch.target).long())
 
 
+def _digits_hash() -> str:
+    """Of the file that scikit-learn reads, which saves importing it, or of the digits themselves if it is elsewhere."""
+    spec = importlib.util.find_spec("sklearn")
+    for place in (spec and spec.submodule_search_locations) or ():
+        path = Path(place) / "datasets" / "data" / "digits.csv.gz"
+        if path.is_file():
+            return content_hash(path)
+    made = _load_digits()
+    return tensors([made.images, made.labels])
+
+
 class _Glyphs(Source):
     """Rendered characters with a test part of their own; the arguments are those of `glyphs.load`."""
 
@@ -237,6 +305,10 @@ class _Glyphs(Source):
         train, test = glyphs.load(**arguments)
         return Parts(Split(*train), Split(*test))
 
+    def identity(self, config: DataConfig) -> object:
+        """Of the fonts and of an image of each class, which changes with Pillow and numpy."""
+        return glyphs.identity(config.kwargs.get("seed", 0))
+
 
 CIFAR100_CONSTANTS = Constants((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR10_CONSTANTS = Constants((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -245,7 +317,7 @@ STL10_CONSTANTS = Constants((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2712))
 SOURCES: dict[str, Source] = {
     "cifar10": Cifar(vision="CIFAR10", num_classes=10, side=32, constants=CIFAR10_CONSTANTS, key="labels"),
     "cifar100": Cifar(vision="CIFAR100", num_classes=100, side=32, constants=CIFAR100_CONSTANTS, key="fine_labels"),
-    "digits": Generated(DatasetInfo(num_classes=10, image_shape=(1, 8, 8)), _load_digits),
+    "digits": Generated(DatasetInfo(num_classes=10, image_shape=(1, 8, 8)), _load_digits, _digits_hash),
     "glyphs": _Glyphs(),
     "image_folder": ImageFolder(),
     "imagenet": ImageNet(),

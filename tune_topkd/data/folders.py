@@ -1,7 +1,8 @@
 """Datasets that are folders of image files: Tiny-ImageNet, ImageNet, and any with a folder for each class."""
 
-import os
+from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from tune_topkd.config import DataConfig
+from tune_topkd.data.identity import many_files
 from tune_topkd.data.sources import Constants
 from tune_topkd.data.sources import Parts
 from tune_topkd.data.sources import Source
@@ -20,6 +22,13 @@ from tune_topkd.data.splits import DatasetInfo
 from tune_topkd.data.splits import FileSplit
 from tune_topkd.data.splits import Split
 from tune_topkd.data.views import views_of
+from tune_topkd.data.walking import ENDINGS
+from tune_topkd.data.walking import Listing
+from tune_topkd.data.walking import composed
+from tune_topkd.data.walking import has_image
+from tune_topkd.data.walking import in_both
+from tune_topkd.data.walking import listing
+from tune_topkd.data.walking import subfolders
 
 _DECODED_AT_ONCE = 256
 _PROBED = 200
@@ -33,16 +42,26 @@ def _missing_parts(config: DataConfig, folder: Path, remedy: str) -> str | None:
 
 
 class Images:
-    """Paths of image files and the numbers of their classes, in step."""
+    """Paths of image files and the numbers of their classes, in step, and the walks that found them."""
 
-    def __init__(self, found: Iterable[tuple[str, int]]) -> None:
+    def __init__(self, found: Iterable[tuple[str, int]], listings: Sequence[Listing], classes: Sequence[str]) -> None:
         pairs = list(found)
         self.paths = tuple(path for path, _ in pairs)
         self.labels = [label for _, label in pairs]
+        self.listings = tuple(listings)
+        self.classes = tuple(classes)
 
     def split(self, size: tuple[int, int], *, fitted: bool, workers: int) -> FileSplit:
         """As they come into batches."""
         return FileSplit(self.paths, torch.tensor(self.labels), size, fitted, workers)
+
+    def others(self) -> Counter[str]:
+        """How many files beside the images are neither images nor texts, by their ending."""
+        return sum((found.others for found in self.listings), Counter())
+
+
+def _all_paths(parts: Iterable[Images]) -> Iterable[Path]:
+    return (Path(path) for images in parts for path in images.paths)
 
 
 # --- Tiny-ImageNet --------------------------------------------------------------------------------------------------
@@ -73,45 +92,50 @@ class TinyImageNet(Source):
         remedy = f"unpack tiny-imagenet-200.zip (http://cs231n.stanford.edu/tiny-imagenet-200.zip) into {folder.parent}"
         return _missing_parts(config, folder, remedy)
 
-    def files(self, config: DataConfig) -> Iterable[Path]:
+    def identity(self, config: DataConfig) -> object:
         """The images and, where they are read, the lists."""
-        train, test = self._images(config)
-        lists = [self.folder(config) / "wnids.txt", self.folder(config) / "val" / "val_annotations.txt"]
-        return [Path(path) for path in (*train.paths, *test.paths)] + [path for path in lists if path.is_file()]
+        folder, images = self.folder(config), self.images(config)
+        lists = [folder / "wnids.txt", folder / "val" / "val_annotations.txt"]
+        return many_files(folder, _all_paths(images), [path for path in lists if path.is_file()])
 
     def read(self, config: DataConfig) -> Parts:
         """Decodes by as many processes as `data.workers` says."""
-        train, test = (_in_memory(images, self._side, config.workers or 0) for images in self._images(config))
-        return Parts(train, test)
+        images = self.images(config)
+        train, test = (_in_memory(part, self._side, config.workers or 0) for part in images)
+        return Parts(train, test, images[0].classes)
 
-    def _images(self, config: DataConfig) -> tuple[Images, Images]:
+    def images(self, config: DataConfig) -> tuple[Images, Images]:
+        """Of both parts."""
         folder, count = self.folder(config), class_count(config, 200)
-        names = class_names(folder / "train")
+        folders = class_folders(folder / "train")
         listed = folder / "wnids.txt"
         if listed.is_file():
-            expected = sorted(set(_text(listed).split()))
-            if expected != names:
+            expected = sorted(set(composed(_text(listed)).split()))
+            if expected != list(folders):
                 raise ValueError(
-                    f"{folder / 'train'}: its classes are not those of wnids.txt: {_unlike(names, expected)}; "
+                    f"{folder / 'train'}: its classes are not those of wnids.txt: {_unlike(list(folders), expected)}; "
                     "unpack it again"
                 )
-        _check_count(folder / "train", names, count)
-        return images_by_class(folder / "train", names), self._val(folder / "val", names)
+        _check_count(folder / "train", folders, count)
+        train = images_by_class(folders)
+        return train, _apart(self._val(folder / "val", list(folders)), train)
 
     def _val(self, folder: Path, names: Sequence[str]) -> Images:
-        sorted_in = [name for name in _subfolders(folder) if name != "images"]
-        raw = sorted(p.name for p in folder.glob("images/*") if _is_image(p.name))
-        if sorted_in and raw:
-            raise ValueError(
-                f"{folder}: is half sorted: {len(raw)} images lie in images/ and others in folders of classes; "
-                "unpack it again, or finish sorting"
-            )
-        if sorted_in:
-            _check_same_classes(folder, sorted_in, folder.parent / "train", names)
-            return images_by_class(folder, names)
+        there = subfolders(folder)
+        flat = there.pop("images", None)
+        raw = listing(flat, deep=False) if flat else Listing("", "")
+        within = subfolders(flat) if flat else {}
+        if bool(there) + bool(within) + bool(raw.images) > 1:
+            kinds = [f"{len(raw.images)} images lie in images/"] if raw.images else []
+            kinds += ["others in folders of classes"] if there else []
+            kinds += ["others in folders of classes in images/"] if within else []
+            raise ValueError(f"{folder}: is half sorted: {' and '.join(kinds)}; unpack it again, or finish sorting")
+        if there or within:
+            _check_same_classes(folder, there or within, folder.parent / "train", names)
+            return images_by_class(there or within)
         return self._annotated(folder, names, raw)
 
-    def _annotated(self, folder: Path, names: Sequence[str], files: Sequence[str]) -> Images:
+    def _annotated(self, folder: Path, names: Sequence[str], raw: Listing) -> Images:
         """`val` as it was published: the class of each file is in a list."""
         listed = folder / "val_annotations.txt"
         if not listed.is_file():
@@ -119,18 +143,29 @@ class TinyImageNet(Source):
                 f"{folder}: has neither val_annotations.txt, which says the class of each of images/, nor a folder for "
                 "each class; unpack tiny-imagenet-200.zip again"
             )
-        label = {name: number for number, name in enumerate(names)}
-        found: dict[str, int] = {}
-        for number, line in enumerate(_text(listed).splitlines(), start=1):
-            file, wnid, *_ = [*line.split("\t"), "", ""]
-            if wnid not in label:
-                raise ValueError(f"{listed}: line {number}: the class {wnid!r} of {file!r} is none of train's")
-            found[file] = label[wnid]
-        if found.keys() != set(files):
+        classes = _annotations(listed, names)
+        found = {composed(Path(path).name): path for path in raw.images}
+        if classes.keys() != found.keys():
             raise ValueError(
-                f"{listed}: its files are not those of images/: {_unlike(sorted(found), files)}; unpack it again"
+                f"{listed}: its files are not those of images/: {_unlike(sorted(classes), sorted(found))}; unpack it again"
             )
-        return Images((str(folder / "images" / file), found[file]) for file in sorted(found))
+        return Images(((found[file], classes[file]) for file in sorted(found)), [raw], names)
+
+
+def _annotations(listed: Path, names: Sequence[str]) -> dict[str, int]:
+    """The number of each file's class: lines of a file's name, a tab or blanks, its class, and what is not needed here."""
+    label = {name: number for number, name in enumerate(names)}
+    found: dict[str, int] = {}
+    for number, line in enumerate(composed(_text(listed)).splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
+        file, wnid, *_ = [*fields, ""]
+        if wnid not in label:
+            raise ValueError(f"{listed}: line {number}: the class {wnid!r} of {file!r} is none of train's")
+        if found.setdefault(file, label[wnid]) != label[wnid]:
+            raise ValueError(f"{listed}: line {number}: {file!r} has another class before; one of the lines is wrong")
+    return found
 
 
 def _in_memory(images: Images, side: int, workers: int) -> Split:
@@ -168,22 +203,25 @@ class ImageNet(Source):
         )
         return _missing_parts(config, folder, remedy)
 
-    def files(self, config: DataConfig) -> Iterable[Path]:
+    def identity(self, config: DataConfig) -> object:
         """The images."""
-        return [Path(path) for images in self._images(config) for path in images.paths]
+        return many_files(self.folder(config), _all_paths(self.images(config)))
 
     def read(self, config: DataConfig) -> Parts:
         """Paths; images are decoded when they come into a batch."""
         side = config.image_size or self._side
-        train, test = (i.split((side, side), fitted=True, workers=config.workers or 0) for i in self._images(config))
-        return Parts(train, test)
+        images = self.images(config)
+        train, test = (part.split((side, side), fitted=True, workers=config.workers or 0) for part in images)
+        return Parts(train, test, images[0].classes)
 
-    def _images(self, config: DataConfig) -> tuple[Images, Images]:
+    def images(self, config: DataConfig) -> tuple[Images, Images]:
+        """Of both parts."""
         train, val = self.folder(config) / "train", self.folder(config) / "val"
-        names = class_names(train)
-        _check_count(train, names, class_count(config, 1000))
-        _check_same_classes(val, class_names(val), train, names)
-        return images_by_class(train, names), images_by_class(val, names)
+        folders, tested = class_folders(train), class_folders(val)
+        _check_count(train, folders, class_count(config, 1000))
+        _check_same_classes(val, tested, train, list(folders))
+        images = images_by_class(folders)
+        return images, _apart(images_by_class(tested), images)
 
 
 # --- a folder for each class ----------------------------------------------------------------------------------------
@@ -198,7 +236,8 @@ class _Layout:
 class ImageFolder(Source):
     """Any images in a folder for each class: `train/<class>` and `val/<class>` or `test/<class>`, or `<class>` alone.
 
-    `data.root` is that folder itself. Classes count in the order of their sorted names.
+    `data.root` is that folder itself. Classes count in the order of their sorted names. Where names do not tell parts
+    from classes, `data.kwargs` does: `{train: …, test: …}` names the parts, `{train: .}` says that all are classes.
     """
 
     kwargs: ClassVar[frozenset[str]] = frozenset({"train", "test"})
@@ -209,10 +248,10 @@ class ImageFolder(Source):
         if text is not None:
             raise ValueError(text)
         train = self._layout(config).train
-        names = class_names(train)
+        folders = class_folders(train)
         side = config.image_size
-        size = (side, side) if side else _common_size(images_by_class(train, names).paths, at_most=_PROBED)
-        return DatasetInfo(len(names), (3, *size))
+        size = (side, side) if side else _common_size(images_by_class(folders).paths, at_most=_PROBED)
+        return DatasetInfo(len(folders), (3, *size))
 
     def on_disk(self, config: DataConfig) -> bool:
         """Only where the root is given: the folder of all datasets, its default, would look like one of classes."""
@@ -231,40 +270,41 @@ class ImageFolder(Source):
             return f"dataset {config.name!r}: {self.folder(config)} is no folder; {remedy}"
         return None
 
-    def files(self, config: DataConfig) -> Iterable[Path]:
+    def identity(self, config: DataConfig) -> object:
         """The images."""
-        train, test = self._images(config)
-        return [Path(path) for path in (*train.paths, *(test.paths if test else ()))]
+        return many_files(self.folder(config), _all_paths(self.images(config)))
 
     def read(self, config: DataConfig) -> Parts:
         """Paths; images are decoded when they come into a batch."""
-        train, test = self._images(config)
+        images = self.images(config)
         side = config.image_size
-        size = (side, side) if side else _common_size((*train.paths, *(test.paths if test else ())))
-        fitted = side is not None
-        return Parts(
-            train.split(size, fitted=fitted, workers=config.workers or 0),
-            None if test is None else test.split(size, fitted=fitted, workers=config.workers or 0),
-        )
+        size = (side, side) if side else _common_size([path for part in images for path in part.paths])
+        parts = [part.split(size, fitted=side is not None, workers=config.workers or 0) for part in images]
+        return Parts(parts[0], parts[1] if len(parts) == 2 else None, images[0].classes)
 
-    def _images(self, config: DataConfig) -> tuple[Images, Images | None]:
+    def images(self, config: DataConfig) -> tuple[Images, ...]:
+        """Of the training part, and of the test part if there is one."""
         layout = self._layout(config)
-        names = class_names(layout.train)
-        train = images_by_class(layout.train, names)
+        folders = class_folders(layout.train)
+        train = images_by_class(folders)
         if layout.test is None:
-            return train, None
-        _check_same_classes(layout.test, class_names(layout.test), layout.train, names)
-        return train, images_by_class(layout.test, names)
+            return (train,)
+        tested = class_folders(layout.test)
+        _check_same_classes(layout.test, tested, layout.train, list(folders))
+        return train, _apart(images_by_class(tested), train)
 
     def _layout(self, config: DataConfig) -> _Layout:
         root = self.folder(config)
-        given: dict[str, Path] = {}
-        for part, name in config.kwargs.items():
-            if not isinstance(name, str) or not (root / name).is_dir():
+        given = {part: _part(config, root, part, name) for part, name in config.kwargs.items()}
+        if given.get("train") == root:
+            if "test" in given:
                 raise ValueError(
-                    f"dataset {config.name!r}: data.kwargs.{part} = {name!r}: must be the name of a folder in {root}"
+                    f"dataset {config.name!r}: data.kwargs.test: with train: . each folder of {root} is a class, and "
+                    "there is no test part; leave it out, or move the test part elsewhere"
                 )
-            given[part] = root / name
+            return _Layout(root, None)
+        if not given:
+            _check_unambiguous(root)
         tests = [given["test"]] if "test" in given else [root / n for n in ("val", "test") if (root / n).is_dir()]
         if len(tests) == 2:
             raise ValueError(
@@ -275,71 +315,104 @@ class ImageFolder(Source):
             return _Layout(given.get("train", root / "train"), test)
         if test is not None:
             raise ValueError(
-                f"{root}: has {test.name} but no train; say which folder is the training part: data.kwargs: {{train: …}}"
+                f"{root}: has {test.name} but no train; say which folder is the training part: data.kwargs: {{train: …}}, "
+                "or, if each folder is a class, {train: .}"
             )
         return _Layout(root, None)
+
+
+_PARTS = ("train", "val", "test")
+_LIKE_PARTS = frozenset({*_PARTS, "training", "valid", "validation", "dev", "testing", "eval", "evaluation"})
+
+
+def _part(config: DataConfig, root: Path, part: str, name: object) -> Path:
+    if not isinstance(name, str) or not (root / name).is_dir():
+        raise ValueError(
+            f"dataset {config.name!r}: data.kwargs.{part} = {name!r}: must be the name of a folder in {root}"
+        )
+    return root / name
+
+
+def _check_unambiguous(root: Path) -> None:
+    """Refuse folders of which names do not say whether they are parts or classes: train, bus and car, or Train and Test.
+
+    They are parts if train has nothing but a folder for each class, and the folders beside have the same or no image.
+    """
+    folders = subfolders(root)
+    parts = [name for name in folders if name in _PARTS]
+    if parts and "train" in folders:
+        within = subfolders(folders["train"])
+        is_clean = bool(within) and not listing(folders["train"], deep=False).images
+        has_twin = any(list(subfolders(folders[name])) == list(within) for name in parts if name != "train")
+        others = [name for name in folders if name not in parts and has_image(folders[name])]
+        if is_clean and (has_twin or not others):
+            return
+    elif parts or not folders or not all(name.lower() in _LIKE_PARTS for name in folders):
+        return
+    raise ValueError(
+        f"{root}: its folders ({_some(list(folders))}) may be parts of the dataset or classes; say which: data.kwargs: "
+        "{train: …, test: …} names the folders of the parts, in each of which is a folder for each class (test may be "
+        "left out), {train: .} takes each folder for a class"
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def class_names(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted: its classes.
+def class_folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder, its classes, by their sorted names.
 
     Raises:
         ValueError: fewer than two; the images of all classes in one folder would otherwise pass for a single class.
     """
-    names = _subfolders(folder)
-    if len(names) >= 2:
-        return names
-    loose = sum(1 for entry in os.scandir(folder) if _is_image(entry.name))
-    found = f"only the folder {names[0]}" if names else "no folders"
+    found = subfolders(folder)
+    if len(found) >= 2:
+        return found
+    loose = len(listing(folder, deep=False).images)
+    there = f"only the folder {next(iter(found))}" if found else "no folders"
     raise ValueError(
-        f"{folder}: has {found}{f' and {loose} loose images' if loose else ''}, but must have a folder for each class; "
+        f"{folder}: has {there}{f' and {loose} loose images' if loose else ''}, but must have a folder for each class; "
         "sort the images into them"
     )
 
 
-def images_by_class(folder: Path, names: Sequence[str]) -> Images:
+def images_by_class(folders: Mapping[str, Path]) -> Images:
     """All image files at any depth below the folders of the classes, sorted.
 
     Raises:
-        ValueError: a class without an image.
+        ValueError: a class without an image, or an image that links put into two.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    from torchvision.datasets.folder import make_dataset
+    listings = [listing(folder) for folder in folders.values()]
+    for found in listings:
+        if not found.images:
+            raise ValueError(f"{found.folder}: has no image ({', '.join(ENDINGS)}); add some or remove the folder")
+    twice = in_both(listings)
+    if twice is not None:
+        raise ValueError(f"{twice[1]}: is the same file as {twice[0]}, which is in another class; remove one of them")
+    pairs = ((path, number) for number, found in enumerate(listings) for path in found.images)
+    return Images(pairs, listings, list(folders))
 
-    numbers = {name: number for number, name in enumerate(names)}
-    found = Images(make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True))
-    empty = sorted(set(range(len(names))) - set(found.labels))
-    if empty:
+
+def _apart(test: Images, train: Images) -> Images:
+    """The test part, once it is known to share no file with the training part."""
+    twice = in_both([*train.listings, *test.listings])
+    if twice is not None:
         raise ValueError(
-            f"{folder / names[empty[0]]}: has no image ({', '.join(IMG_EXTENSIONS)}); add some or remove the folder"
+            f"{twice[1]}: is the same file as {twice[0]}: what is trained on cannot be tested on; remove one of them"
         )
-    return found
-
-
-def _subfolders(folder: Path) -> list[str]:
-    try:
-        return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be read: {error.strerror or error}") from error
-
-
-def _is_image(name: str) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return test
 
 
 def _text(path: Path) -> str:
+    """A text in UTF-8 or, if it says so in its first bytes, UTF-16."""
     try:
-        return path.read_text(encoding="utf-8")
+        content = path.read_bytes()
+        return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _check_count(folder: Path, names: Sequence[str], expected: int) -> None:
+def _check_count(folder: Path, names: Mapping[str, Path], expected: int) -> None:
     if len(names) != expected:
         raise ValueError(
             f"{folder}: has {len(names)} classes, not {expected}; complete it, or, if it is a part of the dataset, "
@@ -347,8 +420,9 @@ def _check_count(folder: Path, names: Sequence[str], expected: int) -> None:
         )
 
 
-def _check_same_classes(folder: Path, names: Sequence[str], train: Path, expected: Sequence[str]) -> None:
-    if list(names) != list(expected):
+def _check_same_classes(folder: Path, names: Iterable[str], train: Path, expected: Sequence[str]) -> None:
+    names = list(names)
+    if names != list(expected):
         raise ValueError(
             f"{folder}: its classes are not those of {train}, by whose order they are numbered: "
             f"{_unlike(names, expected)}; make the folders the same"
@@ -358,11 +432,12 @@ def _check_same_classes(folder: Path, names: Sequence[str], train: Path, expecte
 def _unlike(names: Sequence[str], expected: Sequence[str]) -> str:
     """How two lists of names differ, by a few examples."""
     sides = {"lacks": sorted(set(expected) - set(names)), "has besides": sorted(set(names) - set(expected))}
-    return ", ".join(
-        f"{verb} {', '.join(some[:3])}{f' and {len(some) - 3} more' if len(some) > 3 else ''}"
-        for verb, some in sides.items()
-        if some
-    )
+    return ", ".join(f"{verb} {_some(some)}" for verb, some in sides.items() if some)
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the names."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def _common_size(paths: Sequence[str], at_most: int | None = None) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tune_topkd.config import DataConfig
+from tune_topkd.data.identity import whole_files
 from tune_topkd.data.sources import Constants
 from tune_topkd.data.sources import Parts
 from tune_topkd.data.sources import Source
@@ -51,6 +52,10 @@ class _Official(Source):
             f"unpack {self._class.filename} ({self._class.url}) into {data_root(config)}, or set data.download: true"
         )
         return put_there(config, f"{self.folder(config)} has no {', '.join(absent)}", remedy)
+
+    def identity(self, config: DataConfig) -> object:
+        """The content of all of them."""
+        return whole_files(self.folder(config), self.files(config))
 
     def files(self, config: DataConfig) -> Iterable[Path]:
         """Those that hold labelled images."""
@@ -95,6 +100,8 @@ class Cifar(_Official):
         data, labels = content.get("data"), content.get(self.key)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
             raise ValueError(f"{path}: has no rows of 3072 bytes under 'data'; unpack the official file again")
+        if isinstance(labels, np.ndarray) and labels.ndim == 1:
+            labels = labels.tolist()
         if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
             raise ValueError(f"{path}: has no list of whole numbers under {self.key!r}; unpack the official file again")
         images = torch.from_numpy(data.reshape(-1, 3, 32, 32).copy())

@@ -7,6 +7,7 @@ begins with the smaller one.
 """
 
 import functools
+import hashlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,17 @@ def load(*, train_images: int = 8000, test_images: int = 2000, seed: int = 0) ->
     if type(seed) is not int or seed < 0:
         raise ValueError(f"glyphs: seed must be a whole number of at least 0, but got {seed!r}")
     return _part(train_images, seed, _TRAIN), _part(test_images, seed, _TEST)
+
+
+@functools.cache
+def identity(seed: int) -> str:
+    """A hash of the fonts' files and of the first image of each class."""
+    found = hashlib.sha256()
+    for name in FONTS:
+        found.update(_font_file(name).read_bytes())
+    for index in range(len(CHARACTERS)):
+        found.update(render(index, seed=seed).tobytes())
+    return found.hexdigest()
 
 
 def _part(count: int, seed: int, part: int) -> tuple[Tensor, Tensor]:
@@ -129,8 +141,12 @@ def _colours(random: np.random.Generator) -> list[tuple[int, int, int]]:
 
 @functools.cache
 def _font(name: str, size: int) -> "ImageFont.FreeTypeFont":
-    import matplotlib
     from PIL import ImageFont
 
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(_font_file(name), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _font_file(name: str) -> Path:
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tune_topkd.config import DataConfig
 from tune_topkd.config import unknown_choice
+from tune_topkd.data.identity import tensors
 from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import DatasetInfo
 from tune_topkd.data.splits import Split
@@ -22,10 +23,11 @@ ROOT_VARIABLE = "TUNE_TOPKD_DATA_DIR"
 
 
 class Parts(NamedTuple):
-    """All images of a dataset; `test` is None where there is no test part of its own."""
+    """All images of a dataset; `test` is None where there is no test part of its own. `classes` are names, if known."""
 
     train: AnySplit
     test: AnySplit | None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,13 @@ class Source(ABC):
         """What must be put where; None if the files are there, by a look at names alone."""
         return None
 
-    def files(self, config: DataConfig) -> Iterable[Path]:
-        """The files that are read, all below `folder`."""
-        return ()
+    @abstractmethod
+    def identity(self, config: DataConfig) -> object:
+        """What tells the images and labels from others, wherever they lie, as JSON has it; `config.kwargs` aside.
+
+        Raises:
+            ValueError: files that are missing, cannot be read, or are not laid out as they must be.
+        """
 
     def download(self, config: DataConfig) -> bool:
         """Fetch the files; False if that has to be done by hand.
@@ -91,6 +97,8 @@ class Generated(Source):
 
     shape: DatasetInfo
     make: Callable[[], Split]
+    hashed: Callable[[], str] | None = None
+    """A hash of what `make` gives that takes less time than making it."""
 
     def info(self, config: DataConfig) -> DatasetInfo:
         """As given."""
@@ -103,6 +111,13 @@ class Generated(Source):
     def read(self, config: DataConfig) -> Parts:
         """As made."""
         return Parts(self.make(), None)
+
+    def identity(self, config: DataConfig) -> object:
+        """A hash of what is made."""
+        if self.hashed is not None:
+            return self.hashed()
+        made = self.make()
+        return tensors([made.images, made.labels])
 
 
 def data_root(config: DataConfig) -> Path:

@@ -141,7 +141,7 @@ def stratified(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Te
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = torch.unique(labels, return_counts=True)[1].tolist()
     parts: list[list[Tensor]] = [[] for _ in range(len(fractions) + 1)]
-    for members in by_class.split(sizes):
+    for members in torch.split(by_class, sizes):
         ends = [round(math.fsum(fractions[: i + 1]) * len(members)) for i in range(len(fractions))]
         for part, piece in zip(parts, members.tensor_split(ends), strict=True):
             part.append(piece)

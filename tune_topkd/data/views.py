@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence
 from typing import Any
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tune_topkd.config import AugmentConfig
+from tune_topkd.data.decoding import decoded
 from tune_topkd.data.randomness import DETAIL
 from tune_topkd.data.randomness import DRAW
 from tune_topkd.data.randomness import DRAW_BITS
@@ -23,6 +23,8 @@ from tune_topkd.data.randomness import random_bits
 from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import Mapped
 from tune_topkd.data.splits import Split
+from tune_topkd.data.workers import Made
+from tune_topkd.data.workers import made_by_workers
 
 EVAL_MARGIN = 8 / 7
 """An image file is resized so that its shorter side is this times the crop's: the field's 256 for 224."""
@@ -108,9 +110,6 @@ def _numbers(bits: Tensor, augment: AugmentConfig) -> Tensor:
 
 # --- one image at a time --------------------------------------------------------------------------------------------
 
-Made: TypeAlias = tuple[Tensor, Tensor | None]
-"""Images `(B, C, H, W)` uint8, and which pixels `(B, 1, H, W)` bool are kept once they are normalised; None: all."""
-
 
 def views_of(
     split: AnySplit,
@@ -131,6 +130,7 @@ def views_of(
 
     Raises:
         ValueError: a file that cannot be decoded, or an image that is not of the split's size; the message names it.
+        WorkerError: a process died or fell silent.
     """
     if isinstance(split, Split):
         images = split.images if split.host is None else split.host
@@ -138,36 +138,14 @@ def views_of(
     else:
         views = _Views(split.paths, None, augment, seed, epoch, None, split.size, split.fitted)
     lists: list[list[int]] = [indices.tolist() for indices in batches]
-    made = map(views.__getitem__, lists) if not split.workers else _in_workers(views, lists, split)
+    if split.workers:
+        made = made_by_workers(views, lists, split.workers, pinned=split.device.type == "cuda")
+    else:
+        made = map(views.__getitem__, lists)
     for result in made:
         if isinstance(result, str):
             raise ValueError(result)
         yield result
-
-
-def _in_workers(views: "_Views", lists: Sequence[list[int]], split: AnySplit) -> Iterator[Made | str]:
-    from torch import multiprocessing
-    from torch.utils.data import DataLoader
-
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)  # not fork: this process may have threads, or hold a GPU
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__, "torchvision.transforms.v2"])  # once, not by each worker
-    loader: DataLoader[Any] = DataLoader(
-        views,  # type: ignore[arg-type]  # has what a map-style dataset needs
-        sampler=lists,
-        batch_size=None,  # the sampler's lists are the batches
-        collate_fn=_unchanged,
-        num_workers=min(split.workers, max(len(lists), 1)),
-        multiprocessing_context=context,
-        generator=torch.Generator(),  # else it draws from the global one, which the training may use
-        pin_memory=split.device.type == "cuda",
-    )
-    return iter(loader)
-
-
-def _unchanged(made: object) -> object:
-    return made
 
 
 class _Views:
@@ -270,23 +248,3 @@ def _transforms(augment: AugmentConfig, size: tuple[int, int]) -> tuple[Any, lis
     if augment.rand_augment:
         detail.append(v2.RandAugment(augment.rand_augment.ops, augment.rand_augment.magnitude))
     return crop, detail, v2.RandomErasing(augment.erase, value=0) if augment.erase else None
-
-
-def decoded(path: str) -> Tensor:
-    """An image file as RGB, `(3, H, W)` uint8.
-
-    Raises:
-        ValueError: it cannot be read or decoded.
-    """
-    import struct
-    import zlib
-
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    damage = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))  # type: ignore[no-any-return]
-    except damage as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}; replace or remove the file") from error

@@ -1,0 +1,85 @@
+"""What identifies the content of files, wherever they lie: hashes of bytes, and of names and sizes."""
+
+import functools
+import hashlib
+from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from tune_topkd.data.walking import composed
+
+SAMPLED = 512
+"""Image files whose bytes are hashed, spread evenly over all in the order of their names; if there are no more, all."""
+
+_BLOCK = 2**20
+
+
+def whole_files(folder: Path, paths: Iterable[Path]) -> list[list[object]]:
+    """Name and hash of each file.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    return [[_name(folder, path), content_hash(path)] for path in sorted(paths)]
+
+
+def many_files(folder: Path, images: Iterable[Path], lists: Iterable[Path] = ()) -> list[list[object]]:
+    """Name and size of each image file, the hash of some of them, and of all lists.
+
+    What this cannot tell: other bytes in a file that is not among the sample, if there are as many as before.
+
+    Raises:
+        ValueError: a file that cannot be read, or is empty.
+    """
+    paths = sorted(images)
+    sizes = [[_name(folder, path), _size(path)] for path in paths]
+    sample = {len(paths) * number // SAMPLED for number in range(SAMPLED)}
+    contents = [[sizes[index][0], content_hash(paths[index])] for index in sorted(sample)]
+    return [*sizes, *contents, *whole_files(folder, lists)]
+
+
+def tensors(parts: Sequence[Tensor]) -> str:
+    """A hash of shapes, types and values."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        found.update(part.contiguous().numpy().data.cast("B"))
+    return found.hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes; looked up where this process has read the same file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        state = path.stat()
+        return _content_hash(str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+@functools.lru_cache(maxsize=8192)
+def _content_hash(path: str, *state: int) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _name(folder: Path, path: Path) -> str:
+    return composed(path.relative_to(folder).as_posix())
+
+
+def _size(path: Path) -> int:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not size:
+        raise ValueError(f"{path}: is empty (0 bytes); replace or remove the file")
+    return size

@@ -1,0 +1,183 @@
+"""What lies in a folder of images: one walk for all datasets that are folders.
+
+Links are followed. Left out, at any depth, is what programs leave beside images: hidden names (`.ipynb_checkpoints`,
+`.DS_Store`, `._x.png`) and those of `LEFTOVERS`. A folder that links lead back to is entered once. Names are compared
+and sorted in Unicode's composed form (NFC): a copy by way of a Mac must not number the classes anew.
+"""
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+
+ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff", ".webp",
+    ".gif", ".avif",
+)  # fmt: skip
+"""Of the files that are read, in upper or lower case: torchvision's, and others that Pillow reads alike."""
+
+LEFTOVERS = frozenset({
+    "__macosx", "__pycache__", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information",
+    "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+})  # fmt: skip
+"""Names, in lower case, that archives, file systems and desktops leave behind."""
+
+_TEXTS = (".txt", ".csv", ".tsv", ".json", ".xml", ".yaml", ".yml", ".md", ".html", ".log")
+
+
+@dataclass
+class Listing:
+    """What a walk through `folder` found."""
+
+    folder: str
+    real: str
+    """The folder without links."""
+    images: list[str] = field(default_factory=list)
+    """Paths of the image files, by their folder and then by their name."""
+    linked: dict[str, str] = field(default_factory=dict)
+    """Of those that a link below the folder leads to, where they are."""
+    others: Counter[str] = field(default_factory=Counter)
+    """How many other files there are by their ending; text files are not counted."""
+
+    def place(self, path: str) -> str:
+        """Where an image of the listing is, without links."""
+        return self.linked.get(path) or self.real + path[len(self.folder) :]
+
+
+def composed(name: str) -> str:
+    """The name in Unicode's composed form."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is that of an image file."""
+    return name.lower().endswith(ENDINGS) and not _is_leftover(name)
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder by their composed names, sorted by these.
+
+    Raises:
+        ValueError: the folder cannot be read, or two names in it are one.
+    """
+    found: dict[str, Path] = {}
+    for entry in _entries(str(folder)):
+        if entry.is_dir():
+            name = composed(entry.name)
+            if name in found:
+                raise ValueError(
+                    f"{folder}: has two folders named {name}, in two of Unicode's forms; rename one of them"
+                )
+            found[name] = Path(entry.path)
+    return found
+
+
+def listing(folder: Path, *, deep: bool = True) -> Listing:
+    """The files of a folder and, unless `deep` is False, at any depth below it; each file once.
+
+    Raises:
+        ValueError: a folder that cannot be read, or an image that is a link to nothing.
+    """
+    found = Listing(str(folder), os.path.realpath(folder))
+    for path, place, files in sorted(_walk(found, deep), key=lambda item: composed(item[0])):
+        is_linked = place != found.place(path)
+        for entry in files:
+            _take(found, entry, os.path.join(place, entry.name) if is_linked else None)
+    _drop_doubles(found)
+    return found
+
+
+def has_image(folder: Path) -> bool:
+    """Whether there is an image file in a folder, at any depth."""
+    walk = _walk(Listing(str(folder), os.path.realpath(folder)), True)
+    return any(is_image(entry.name) for _, _, files in walk for entry in files)
+
+
+def in_both(listings: Sequence[Listing]) -> tuple[str, str] | None:
+    """Two paths of one file, if links put a file into two of the listings."""
+    reals = {found.real for found in listings}
+    is_apart = len(reals) == len(listings) and not any(
+        found.linked or reals.intersection(map(str, Path(found.real).parents)) for found in listings
+    )
+    if is_apart:  # the places of a million files need not be compared
+        return None
+    first: dict[str, tuple[str, int]] = {}
+    for number, found in enumerate(listings):
+        for path in found.images:
+            other, where = first.setdefault(found.place(path), (path, number))
+            if where != number:
+                return other, path
+    return None
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder and no leftover, by composed names."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not _is_leftover(e.name)), key=lambda e: (composed(e.name), e.name))
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read: {error.strerror or error}") from error
+
+
+def _walk(found: Listing, deep: bool) -> Iterator[tuple[str, str, list[os.DirEntry[str]]]]:
+    """Each folder once: its path, the path without links, and what in it is no folder."""
+    entered = {found.real, *map(str, Path(found.real).parents)}
+    waiting = [(found.folder, found.real)]
+    while waiting:
+        path, place = waiting.pop()
+        files = []
+        for entry in _entries(path):
+            if not entry.is_dir():
+                files.append(entry)
+            elif deep:
+                below = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(place, entry.name)
+                if below not in entered:
+                    entered.add(below)
+                    waiting.append((entry.path, below))
+        yield path, place, files
+
+
+def _take(found: Listing, entry: os.DirEntry[str], place: str | None) -> None:
+    """Note a file; `place` is where it is if that does not follow from its path."""
+    ending = os.path.splitext(entry.name)[1].lower()
+    if not is_image(entry.name):
+        if ending not in _TEXTS:
+            found.others[ending] += 1
+        return
+    if not entry.is_file():
+        if entry.is_symlink():
+            raise ValueError(
+                f"{entry.path}: is a link to {os.readlink(entry.path)}, where no file is; mend or remove it"
+            )
+        found.others[ending] += 1  # a pipe or the like
+        return
+    found.images.append(entry.path)
+    if entry.is_symlink():
+        place = os.path.realpath(entry.path)
+    if place is not None:
+        found.linked[entry.path] = place
+
+
+def _drop_doubles(found: Listing) -> None:
+    """Leave out a link to a file that is there by itself, or by an earlier link."""
+    if not found.linked:
+        return
+    seen = {found.place(path) for path in found.images if path not in found.linked}
+    kept = []
+    for path in found.images:
+        real = found.linked.get(path)
+        if real in seen:
+            del found.linked[path]
+            continue
+        kept.append(path)
+        if real is not None:
+            seen.add(real)
+    found.images = kept

@@ -1,0 +1,216 @@
+"""Worker processes that make batches, and what comes of it when they cannot.
+
+Each has a pipe of its own, through which its batches come whole: no shared memory, of which a container may have little,
+and no lock or queue that a killed process could leave held. The pipe of a process that dies is closed by that, and one
+that sends nothing for long is given up, so nothing waits for ever.
+"""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import struct
+import traceback
+from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import IO
+from typing import Any
+from typing import NamedTuple
+from typing import Protocol
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+SILENCE = 300.0
+"""Seconds that a worker may send nothing while it is waited for: longer than a file system takes to come back."""
+
+PRELOADED = ("tune_topkd.data.views", "torchvision.transforms.v2")
+"""Modules that workers find imported."""
+
+_LENGTH = struct.Struct("<Q")
+
+_log = logging.getLogger(__name__)
+
+Made: TypeAlias = tuple[Tensor, Tensor | None]
+"""Images `(B, C, H, W)` uint8, and which pixels `(B, 1, H, W)` bool are kept once they are normalised; None: all."""
+
+
+class Maker(Protocol):
+    """Makes a batch out of its indices, or tells what is wrong with it; the workers get it pickled."""
+
+    def __getitem__(self, indices: list[int]) -> Made | str:
+        """The batch."""
+
+
+class WorkerError(RuntimeError):
+    """A worker process died, fell silent, or met what nobody expected."""
+
+
+class _Worker(NamedTuple):
+    process: BaseProcess
+    pipe: Connection
+
+
+def made_by_workers(
+    maker: Maker, lists: Sequence[list[int]], workers: int, *, pinned: bool = False
+) -> Iterator[Made | str]:
+    """What `maker` makes of each of the lists, in their order, by as many processes as can be started.
+
+    Where none can, it is made in this process, which gives the same.
+
+    Args:
+        maker: pure, so that it does not matter which process makes a batch.
+        lists: the indices of each batch.
+        workers: how many processes; not more than there are batches.
+        pinned: whether the batches come to lie in memory that a GPU can read.
+
+    Raises:
+        WorkerError: a process died, fell silent, or raised what was not foreseen.
+    """
+    started = _start(maker, lists, min(workers, len(lists)))
+    if not started:
+        yield from map(maker.__getitem__, lists)
+        return
+    try:
+        for number in range(len(lists)):
+            yield _receive(started[number % len(started)], pinned)
+    finally:
+        _stop(started)
+
+
+# --- in this process ------------------------------------------------------------------------------------------------
+
+
+def _start(maker: Maker, lists: Sequence[list[int]], count: int) -> list[_Worker]:
+    """As many workers as can be started; every one knows its batches from the outset, each `count`th of all."""
+    started: list[_Worker] = []
+    try:
+        for number in range(count):
+            started.append(_started(maker, lists[number::count]))
+    except (OSError, EOFError, RuntimeError) as error:  # no file descriptors, processes or memory for another one
+        _stop(started)
+        left = f"{len(started)} are used" if started else "this process does their work, which gives the same, later"
+        _log.warning("only %d of %d data workers can be started: %s; %s", len(started), count, error, left)
+        return _start(maker, lists, len(started))
+    return started
+
+
+def _started(maker: Maker, lists: Sequence[list[int]]) -> _Worker:
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(method)  # not fork: this process may have threads, or hold a GPU
+    if method == "forkserver":
+        context.set_forkserver_preload(list(PRELOADED))  # once, not by each worker
+    ours, theirs = context.Pipe(duplex=False)
+    with theirs:  # if it stayed open here, a worker's death would not close the pipe
+        process = context.Process(target=_work, args=(maker, lists, theirs), daemon=True)
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+    return _Worker(process, ours)
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.pipe.close()
+        worker.process.kill()  # one that is done has ended by itself
+    for worker in workers:
+        worker.process.join(10)  # not for ever: one that waits for a dead disk cannot even be killed
+
+
+def _receive(worker: _Worker, pinned: bool) -> Made | str:
+    """The next batch of a worker.
+
+    Raises:
+        WorkerError: it will not come.
+    """
+    length = bytearray(_LENGTH.size)
+    _read_into(worker, memoryview(length))
+    header = bytearray(_LENGTH.unpack(length)[0])
+    _read_into(worker, memoryview(header))
+    kind, content = pickle.loads(header)  # noqa: S301 (from a process of ours)
+    if kind == "raised":
+        raise WorkerError(f"a data worker raised {content}")
+    if kind == "wrong":
+        wrong: str = content
+        return wrong
+    images, kept = (shape and torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in content)
+    for part in (images, kept):
+        if part is not None:
+            _read_into(worker, part.numpy().data.cast("B"))
+    return images, None if kept is None else kept.view(torch.bool)
+
+
+def _read_into(worker: _Worker, view: memoryview) -> None:
+    """Fill the view from a worker's pipe, straight into its memory: `Connection.recv_bytes` takes four times as long."""
+    while view:
+        if not worker.pipe.poll(SILENCE):
+            raise WorkerError(
+                f"a data worker (process {worker.process.pid}) has sent nothing for {SILENCE:g} s: it is stopped, or "
+                "what it reads from does not answer; data.workers: 0 reads in the trial's own process"
+            )
+        read = os.readv(worker.pipe.fileno(), [view])
+        if not read:
+            raise WorkerError(_death(worker.process))
+        view = view[read:]
+
+
+def _death(process: BaseProcess) -> str:
+    process.join(10)
+    code = process.exitcode
+    if code is None or code >= 0:
+        how = f"ended (exit code {code}) with batches still to be made; its error is in the log"
+    else:
+        how = f"was killed ({signal.Signals(-code).name})"
+        if code == -signal.SIGKILL:
+            how += "; where nobody did so, the machine was out of memory: a lower data.workers needs less"
+    return f"a data worker {how}"
+
+
+# --- in a worker ----------------------------------------------------------------------------------------------------
+
+
+def _work(maker: Maker, lists: Sequence[list[int]], pipe: Connection) -> None:
+    """Make the batches and send each while the next is made; who waits for them may be gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the training's to answer, whose end is this one's
+    torch.set_num_threads(1)
+    sending: Future[None] | None = None
+    with open(pipe.fileno(), "wb", closefd=False) as stream, ThreadPoolExecutor(1) as sender:
+        try:
+            for indices in lists:
+                message = _message(maker, indices)
+                if sending is not None:
+                    sending.result()
+                sending = sender.submit(_send, stream, *message)
+            if sending is not None:
+                sending.result()
+        except BrokenPipeError:
+            os._exit(0)  # closing the stream would try to send the rest
+
+
+def _message(maker: Maker, indices: list[int]) -> tuple[tuple[str, Any], tuple[Tensor, ...]]:
+    """A header, and the tensors whose bytes follow it."""
+    try:
+        made = maker[indices]
+    except Exception:  # noqa: BLE001 (told to the training, whose end it is)
+        return ("raised", traceback.format_exc()), ()
+    if isinstance(made, str):
+        return ("wrong", made), ()
+    images, kept = made
+    shapes = (tuple(images.shape), None if kept is None else tuple(kept.shape))
+    return ("made", shapes), (images,) if kept is None else (images, kept)
+
+
+def _send(stream: IO[bytes], header: tuple[str, Any], tensors: tuple[Tensor, ...]) -> None:
+    pickled = pickle.dumps(header)
+    stream.write(_LENGTH.pack(len(pickled)) + pickled)
+    for tensor in tensors:
+        stream.write(tensor.contiguous().numpy().data.cast("B"))
+    stream.flush()
