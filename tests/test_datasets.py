@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import os
 import pickle
 import shutil
 import struct
+import unicodedata
 import urllib.error
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from tune_topkd.data import dataset_info
 from tune_topkd.data import dataset_names
 from tune_topkd.data import eval_batches
 from tune_topkd.data import fingerprint
+from tune_topkd.data import glyphs
+from tune_topkd.data import identity
 from tune_topkd.data import load_dataset
 from tune_topkd.data import missing_data
 from tune_topkd.data import needs_files
@@ -139,6 +143,17 @@ def test_files_that_are_not_the_official_ones_are_named_and_used(tmp_path: Path,
     assert "cifar-100-python/train is not the official file" in caplog.text
 
 
+@pytest.mark.parametrize("labels", [list, np.array, lambda labels: np.array(labels, dtype=np.uint8)])
+def test_files_that_numpy_wrote_anew_are_read(tmp_path: Path, labels):
+    """With labels as a list or an array, by a numpy of today."""
+    written = write_cifar100(tmp_path)
+    expected = load_dataset(cifar100(tmp_path)).test
+    content = {"data": written["test"], "fine_labels": labels([i % 100 for i in range(200)])}
+    (tmp_path / "cifar-100-python" / "test").write_bytes(pickle.dumps(content))
+    datasets._loaded.cache_clear()
+    assert torch.equal(load_dataset(cifar100(tmp_path)).test.labels, expected.labels)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("run",)
@@ -153,6 +168,14 @@ DAMAGE = {
     "no data": (lambda good: pickle.dumps({"fine_labels": [1]}), "no rows of 3072 bytes under 'data'"),
     "other rows": (lambda good: python2_pickle(noise(3, 1024), "fine_labels", [1] * 3), "no rows of 3072 bytes"),
     "other key": (lambda good: python2_pickle(GOOD, "labels", [1] * 300), "whole numbers under 'fine_labels'"),
+    "half a label": (
+        lambda good: pickle.dumps({"data": GOOD, "fine_labels": [1.5] * 300}),
+        "no list of whole numbers under 'fine_labels'",
+    ),
+    "a negative label": (
+        lambda good: pickle.dumps({"data": GOOD, "fine_labels": np.array([-1] * 300)}),
+        "label -1 of image 0 is not from 0 to 99",
+    ),
     "a label too few": (lambda good: python2_pickle(GOOD, "fine_labels", [1] * 299), "has 299 labels for 300 images"),
     "a label too high": (
         lambda good: python2_pickle(GOOD, "fine_labels", [1] * 299 + [100]),
@@ -353,6 +376,57 @@ def test_reorganised_trees_of_tiny_imagenet_hold_the_same(tmp_path: Path, train,
     assert torch.equal(one[1], two[1])
 
 
+@pytest.mark.parametrize("val", ["val/images/{wnid}/{name}", "val/images/{wnid}/images/{name}"])
+def test_val_sorted_within_its_images_folder_holds_the_same(tmp_path: Path, val):
+    write_tiny(tmp_path / "a")
+    write_tiny(tmp_path / "b", val=val)
+    one, two = (pixels_of(load_dataset(tiny(tmp_path / name))) for name in "ab")
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+SPELLINGS = {
+    "a blank last line": lambda text: text.encode() + b"\n  \t\n",
+    "a byte order mark": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "blanks for tabs": lambda text: text.replace("\t", "  ").encode(),
+    "lines of Windows": lambda text: text.replace("\n", "\r\n").encode(),
+    "UTF-16 of Windows": lambda text: text.replace("\n", "\r\n").encode("utf-16"),
+    "names and classes alone": lambda text: "".join(
+        f"{line.split()[0]} {line.split()[1]} \n" for line in text.splitlines()
+    ).encode(),
+    "no line end at the end": lambda text: text.rstrip().encode(),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_lists_of_tiny_imagenet_may_have_been_through_an_editor(tmp_path: Path, spelling):
+    folder = write_tiny(tmp_path)
+    expected = load_dataset(tiny(tmp_path)).test
+    for listed in (folder / "val" / "val_annotations.txt", folder / "wnids.txt"):
+        text = listed.read_text()
+        if listed.name != "wnids.txt" or spelling != "names and classes alone":
+            listed.write_bytes(SPELLINGS[spelling](text))
+    datasets._loaded.cache_clear()
+    found = load_dataset(tiny(tmp_path)).test
+    assert torch.equal(found.labels, expected.labels)
+    assert torch.equal(found.images, expected.images)
+
+
+def two_classes_of_one(folder: Path) -> None:
+    path = folder / "val" / "val_annotations.txt"
+    path.write_text(path.read_text() + "val_0.JPEG\tn01\t0\t0\t63\t63\n")
+
+
+def half_a_line(folder: Path) -> None:
+    path = folder / "val" / "val_annotations.txt"
+    path.write_text(path.read_text() + "val_12.JPEG")
+
+
+def half_sorted_in_images(folder: Path) -> None:
+    (folder / "val" / "images" / "n01").mkdir()
+    (folder / "val" / "images" / "val_8.JPEG").rename(folder / "val" / "images" / "n01" / "val_8.JPEG")
+
+
 def no_annotations(folder: Path) -> None:
     (folder / "val" / "val_annotations.txt").unlink()
 
@@ -403,6 +477,9 @@ def another_size(folder: Path) -> None:
     [
         (no_annotations, r"/val: has neither val_annotations.txt.* nor a folder for each class"),
         (half_sorted, r"/val: is half sorted: 11 images lie in images/"),
+        (half_sorted_in_images, r"/val: is half sorted: 11 images lie in images/ and others in folders .* in images/"),
+        (two_classes_of_one, r"/val/val_annotations.txt: line 13: 'val_0.JPEG' has another class before"),
+        (half_a_line, r"/val/val_annotations.txt: line 13: the class '' of 'val_12.JPEG' is none of train's"),
         (another_list, r"/train: its classes are not those of wnids.txt: lacks n04, has besides n03"),
         (another_annotation, r"/val/val_annotations.txt: line 9: the class 'n09' of 'val_4.JPEG' is none of train's"),
         (a_line_too_few, r"/val/val_annotations.txt: its files are not those of images/: lacks val_0.JPEG"),
@@ -428,6 +505,17 @@ def test_all_of_tiny_imagenet_is_expected_unless_said_otherwise(tmp_path: Path):
         load_dataset(tiny(tmp_path, kwargs={}))
     with pytest.raises(ValueError, match="num_classes must be a whole number of at least 2, but got 1"):
         load_dataset(tiny(tmp_path, kwargs={"num_classes": 1}))
+
+
+def test_what_a_mac_leaves_beside_the_images_of_tiny_imagenet_is_no_image(tmp_path: Path):
+    folder = write_tiny(tmp_path)
+    expected = load_dataset(tiny(tmp_path))
+    for path in (*folder.glob("val/images/*"), *folder.glob("train/*/images/*"), *folder.glob("train/*")):
+        (path.parent / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    datasets._loaded.cache_clear()
+    found = load_dataset(tiny(tmp_path))
+    for name in ("train", "val", "test"):
+        assert torch.equal(getattr(found, name).images, getattr(expected, name).images)
 
 
 # --- ImageNet -------------------------------------------------------------------------------------------------------
@@ -549,6 +637,160 @@ def test_a_layout_that_could_be_misread_is_refused(tmp_path: Path, call, parts, 
         call(folder(tmp_path, kwargs=kwargs))
 
 
+VEHICLES = ("bus", "car", "train")
+ASKS = r"its folders \({}\) may be parts of the dataset or classes; say which: .*{{train: …, test: …}} .*{{train: \.}}"
+
+
+@pytest.mark.parametrize("call", [load_dataset, dataset_info])
+@pytest.mark.parametrize(
+    ("classes", "below"),
+    [
+        (VEHICLES, ""),
+        (VEHICLES, "2019"),  # would be the one class of the part train
+        (("test", "train"), ""),
+        (("Test", "Train"), "a"),
+        (("training", "validation"), "a"),
+        (("train", "validation"), "a"),
+    ],
+)
+def test_folders_that_may_be_parts_or_classes_are_asked_about(tmp_path: Path, call, classes, below):
+    for name in classes:
+        for extra in (below, f"{below}b"):
+            write_image(tmp_path / name / extra / "1.png", smooth(classes.index(name), 1, 8, 8))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: {ASKS.format(', '.join(classes))}") as error:
+        call(folder(tmp_path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_class_may_be_named_as_a_part_if_the_config_says_so(tmp_path: Path):
+    write_folder(tmp_path, classes=VEHICLES)
+    dataset = load_dataset(folder(tmp_path, kwargs={"train": "."}))
+    assert dataset.num_classes == 3
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [6, 3, 6]
+    with pytest.raises(ValueError, match=r"data\.kwargs\.test: with train: \. each folder of .* is a class"):
+        load_dataset(folder(tmp_path, kwargs={"train": ".", "test": "car"}))
+    write_folder(tmp_path / "b", classes=("test", "control"))
+    with pytest.raises(ValueError, match=r"has test but no train; .* or, if each folder is a class, {train: \.}"):
+        load_dataset(folder(tmp_path / "b"))
+    assert load_dataset(folder(tmp_path / "b", kwargs={"train": "."})).num_classes == 2
+
+
+def test_parts_beside_folders_of_something_else_are_still_parts(tmp_path: Path):
+    write_folder(tmp_path, "train", "val", "unlabelled")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "boxes.txt").write_text("")
+    dataset = load_dataset(folder(tmp_path))
+    assert {Path(name).parent.name for name in names_of(dataset.test)} == {"val"}
+    shutil.rmtree(tmp_path / "unlabelled")
+    shutil.rmtree(tmp_path / "val")
+    assert {Path(name).parent.name for name in names_of(load_dataset(folder(tmp_path, val_fraction=0.3)).test)} == {
+        "train"
+    }
+
+
+def test_classes_are_the_same_in_both_of_unicode_s_forms(tmp_path: Path):
+    for part, form in (("train", "NFC"), ("val", "NFD")):
+        write_folder(tmp_path, part, classes=[unicodedata.normalize(form, name) for name in ("eland", "élan", "zebra")])
+    dataset = load_dataset(folder(tmp_path))
+    assert [unicodedata.normalize("NFC", Path(name).name) for name in names_of(dataset.test)][::5] == [
+        "eland", "zebra", "élan"
+    ]  # fmt: skip
+    first = fingerprint(folder(tmp_path))
+    (tmp_path / "val" / unicodedata.normalize("NFD", "élan")).rename(tmp_path / "val" / "élan")
+    assert fingerprint(folder(tmp_path)) == first
+
+
+def test_copies_that_a_notebook_or_a_link_made_do_not_cross_the_splits(tmp_path: Path):
+    write_folder(tmp_path)
+    expected = load_dataset(folder(tmp_path))
+    for name in ("cat", "ant", "bee"):
+        shutil.copytree(tmp_path / name, tmp_path / name / ".ipynb_checkpoints")
+        (tmp_path / name / "again").symlink_to("..", target_is_directory=True)
+    datasets._loaded.cache_clear()
+    found = load_dataset(folder(tmp_path))
+    for part in ("train", "val", "test"):
+        assert getattr(found, part).paths == getattr(expected, part).paths
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "rule"),
+    [
+        (
+            "train/bee/x.png",
+            "train/cat/1.png",
+            r"/train/cat/1\.png: is the same file as .*/train/bee/x\.png, which is in another",
+        ),
+        (
+            "val/bee/x.png",
+            "train/bee/1.png",
+            r"/val/bee/x\.png: is the same file as .*/train/bee/1\.png: what is trained on",
+        ),
+        ("val", "train", r"/val/ant/0\.png: is the same file as .*/train/ant/0\.png: what is trained on"),
+    ],
+)
+def test_a_file_that_a_link_puts_elsewhere_too_is_refused(tmp_path: Path, link, target, rule):
+    write_folder(tmp_path, *(("train",) if link == "val" else ("train", "val")))
+    (tmp_path / link).symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}{rule}"):
+        load_dataset(folder(tmp_path))
+
+
+def test_images_of_every_ending_that_can_be_decoded_are_read(tmp_path: Path):
+    for label, name in enumerate(("ant", "bee")):
+        for number, ending in enumerate(("jfif", "gif", "AVIF", "webp", "PNG", "tif", "pbm")):
+            kind = {"jfif": "JPEG", "tif": "TIFF", "pbm": "PPM"}.get(ending, ending)
+            path = tmp_path / name / f"{number}.{ending}"
+            path.parent.mkdir(exist_ok=True)
+            smooth(label, number, 24, 24).save(path, kind)
+    dataset = load_dataset(folder(tmp_path))
+    assert sum(len(split) for split in (dataset.train, dataset.val, dataset.test)) == 14
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("constants", [{}, {"mean": [0.5] * 3, "std": [0.5] * 3}])
+def test_images_of_one_colour_are_refused(tmp_path: Path, value, constants):
+    write_folder(tmp_path)
+    for path in tmp_path.glob("*/*"):
+        Image.new("L", (32, 24), value).save(path)
+    with pytest.raises(
+        ValueError,
+        match=rf"the 6 training images looked at \(the first of them: {tmp_path}/.*\.png\) are all of one colour, "
+        rf"{value} of 255",
+    ):
+        load_dataset(folder(tmp_path, **constants))
+
+
+def test_a_channel_that_never_changes_needs_constants(tmp_path: Path):
+    write_folder(tmp_path)
+    for seed, path in enumerate(sorted(tmp_path.glob("*/*"))):
+        pixels = noise(24, 32, 3, seed=seed)
+        pixels[..., 1] = 40
+        Image.fromarray(pixels).save(path)
+    with pytest.raises(ValueError, match=r"all have 40 in channel 2 of 3, .*; set data\.mean and data\.std$"):
+        load_dataset(folder(tmp_path))
+    assert load_dataset(folder(tmp_path, mean=[0.5] * 3, std=[0.5] * 3)).mean == (0.5,) * 3
+
+
+def test_official_files_of_one_colour_are_refused(tmp_path: Path):
+    write_stl10(tmp_path)
+    path = tmp_path / "stl10_binary" / "train_X.bin"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match=r"'stl10': the 20 training images looked at are all of one colour, 0 of 255"):
+        load_dataset(stl10(tmp_path))
+
+
+def test_sixteen_bit_images_are_told_apart(tmp_path: Path):
+    """Pillow alone makes one white image of all."""
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        for number in range(5):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(300, 65536, (24, 32), dtype=np.uint16)).save(tmp_path / name / f"{number}.png")
+    dataset = load_dataset(folder(tmp_path))
+    assert dataset.mean == pytest.approx([0.5] * 3, abs=0.02)
+    assert dataset.std == pytest.approx([0.29] * 3, abs=0.02)
+
+
 def test_parts_with_other_classes_are_refused(tmp_path: Path):
     write_folder(tmp_path, "train")
     write_folder(tmp_path, "val", classes=("cat", "ant"))
@@ -648,6 +890,112 @@ def test_the_fingerprint_of_what_is_made_is_of_its_arguments():
     assert fingerprint(DataConfig(name="digits", val_fraction=0.3, root="x")) == fingerprint(DataConfig(name="digits"))
 
 
+def rewritten(path: Path, change) -> None:
+    """Other bytes of the same size, with the times they had, as rsync leaves them."""
+    state, content = path.stat(), path.read_bytes()
+    path.write_bytes(change(content))
+    assert path.stat().st_size == state.st_size
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_fingerprint_sees_other_bytes_of_the_same_size(tmp_path: Path, name):
+    write, config = WRITERS[name]
+    write(tmp_path)
+    seen = {fingerprint(config(tmp_path))}
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and "test/images" not in str(p) and p.suffix != ".txt"]
+    for path in files[:: max(1, len(files) // 5)]:
+        rewritten(path, lambda content: content[:-1] + bytes([content[-1] ^ 1]))
+        seen.add(fingerprint(config(tmp_path)))
+    assert len(seen) == 1 + len(files[:: max(1, len(files) // 5)])
+
+
+def test_the_fingerprint_sees_other_labels(tmp_path: Path):
+    written = write_cifar100(tmp_path / "c")
+    first = fingerprint(cifar100(tmp_path / "c"))
+    labels = [(i + 1) % 100 for i in range(500)]
+    path = tmp_path / "c" / "cifar-100-python" / "train"
+    rewritten(path, lambda content: python2_pickle(written["train"], "fine_labels", labels))
+    assert fingerprint(cifar100(tmp_path / "c")) != first
+    tree = write_tiny(tmp_path / "t")
+    first = fingerprint(tiny(tmp_path / "t"))
+    rewritten(tree / "val" / "val_annotations.txt", lambda content: content.replace(b"n01", b"n03"))
+    assert fingerprint(tiny(tmp_path / "t")) != first
+
+
+def test_the_fingerprint_sees_classes_that_change_places(tmp_path: Path):
+    write_folder(tmp_path)
+    first = fingerprint(folder(tmp_path))
+    (tmp_path / "cat").rename(tmp_path / "aardvark")
+    assert fingerprint(folder(tmp_path)) != first
+
+
+def test_the_fingerprint_of_many_images_is_of_names_sizes_and_a_sample(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(identity, "SAMPLED", 4)
+    write_folder(tmp_path)
+    config, read = folder(tmp_path), []
+    hashed = identity.content_hash
+    monkeypatch.setattr(identity, "content_hash", lambda path: read.append(Path(path)) or hashed(path))
+    first = fingerprint(config)
+    assert [f"{path.parent.name}/{path.name}" for path in read] == ["ant/0.png", "ant/3.png", "bee/2.png", "cat/1.png"]
+    rewritten(read[2], lambda content: content[:-1] + b"x")
+    assert fingerprint(config) != first
+    second = fingerprint(config)
+    rewritten(tmp_path / "ant" / "1.png", lambda content: content[:-1] + b"x")
+    assert fingerprint(config) == second, "which is what it cannot see"
+    (tmp_path / "ant" / "1.png").write_bytes(b"another size")
+    assert fingerprint(config) != second
+
+
+def test_the_fingerprint_of_a_linked_tree_is_that_of_the_tree(tmp_path: Path):
+    write_folder(tmp_path / "a")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").mkdir()
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "c" / name).symlink_to(tmp_path / "a" / name)
+    assert len({fingerprint(folder(tmp_path / name)) for name in "abc"}) == 1
+
+
+def test_an_empty_image_file_is_named_before_anything_is_trained(tmp_path: Path):
+    folder = write_imagenet(tmp_path)
+    path = folder / "train" / "n01443537" / "n01443537_2.JPEG"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^{path}: is empty \(0 bytes\); replace or remove the file$"):
+        fingerprint(imagenet(tmp_path))
+
+
+def test_the_fingerprint_reads_a_file_once(tmp_path: Path, monkeypatch):
+    write_cifar100(tmp_path)
+    first = fingerprint(cifar100(tmp_path))
+    opened = []
+    monkeypatch.setattr("builtins.open", lambda *arguments, **options: opened.append(arguments))
+    assert fingerprint(cifar100(tmp_path)) == first
+    assert not opened
+
+
+def test_the_fingerprint_of_what_is_made_is_of_what_is_given(monkeypatch):
+    """By another version of scikit-learn, of the fonts, or of Pillow."""
+    digits, written = DataConfig(name="digits"), DataConfig(name="glyphs")
+    first = fingerprint(digits), fingerprint(written)
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: None)
+    of_arrays = fingerprint(digits)
+    made = datasets._load_digits()
+    made.images[7, 0, 3, 3] += 1
+    monkeypatch.setattr(datasets, "_load_digits", lambda: made)
+    assert len({first[0], of_arrays, fingerprint(digits)}) == 3
+    render = glyphs.render
+    monkeypatch.setattr(glyphs, "render", lambda index, *, seed: render(index, seed=seed) // (1 + (index == 30)))
+    glyphs._identity.cache_clear()
+    assert fingerprint(written) != first[1]
+    monkeypatch.undo()
+    glyphs._identity.cache_clear()
+    monkeypatch.setattr(glyphs, "FONTS", ("STIXGeneral", *glyphs.FONTS[1:]))
+    assert fingerprint(written) != first[1]
+    monkeypatch.undo()
+    glyphs._identity.cache_clear()
+    assert (fingerprint(digits), fingerprint(written)) == first
+
+
 def test_glyphs_come_with_their_arguments():
     config = DataConfig(name="glyphs", kwargs={"train_images": 300, "test_images": 100}, val_fraction=0.34)
     dataset = load_dataset(config)
@@ -691,11 +1039,30 @@ def test_published_selection_without_a_test_part_keeps_the_same_test_images(tmp_
 
 def test_a_fraction_that_leaves_a_split_without_a_class_is_refused(tmp_path: Path):
     write_stl10(tmp_path)
-    with pytest.raises(ValueError, match=r"'stl10': val_fraction = 0\.01 leaves the validation split without"):
+    with pytest.raises(
+        ValueError,
+        match=r"'stl10': val_fraction = 0\.01 leaves the validation split without an image "
+        r"of classes 0 \(3 in all\), .* and 7 more; "
+        "raise data\\.val_fraction, add images",
+    ):
         load_dataset(stl10(tmp_path).model_copy(update={"val_fraction": 0.01}))
     (tmp_path / "stl10_binary" / "test_y.bin").write_bytes(b"\x01" * 20)
-    with pytest.raises(ValueError, match=r"'stl10': its test part has no image of classes 1, 2, 3 and 6 more; complete"):
+    with pytest.raises(
+        ValueError, match=r"'stl10': its test part has no image of classes 1, 2, 3 and 6 more; complete"
+    ):
         load_dataset(stl10(tmp_path))
+
+
+def test_the_classes_that_a_fraction_leaves_out_are_named(tmp_path: Path):
+    write_folder(tmp_path)
+    for number in range(1, 5):
+        (tmp_path / "bee" / f"{number}.png").unlink()
+    with pytest.raises(
+        ValueError,
+        match=r"'image_folder': val_fraction = 0\.2 and test_fraction = 0\.4 leave the training split without an image of "
+        r"class bee \(1 in all\); lower data\.val_fraction or data\.test_fraction, add images, or remove what has too few$",
+    ):
+        load_dataset(folder(tmp_path))
 
 
 def test_larger_images_in_memory_are_resized_once(tmp_path: Path):

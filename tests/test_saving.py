@@ -108,7 +108,7 @@ def test_images_in_files_are_not_saved(tmp_path: Path):
         for number in range(5):
             path = tmp_path / "images" / f"class{label}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (80 * label, 10 * number, 0)).save(path)
+            Image.new("RGB", (8, 8), (80 * label, 10 * number, number)).save(path)
     root = str(tmp_path / "images")
     config = DataConfig(name="image_folder", root=root, val_fraction=0.2, test_fraction=0.4)
     dataset = load_dataset(config)

@@ -284,7 +284,7 @@ def _digits_hash() -> str:
     for place in (spec and spec.submodule_search_locations) or ():
         path = Path(place) / "datasets" / "data" / "digits.csv.gz"
         if path.is_file():
-            return content_hash(path)
+            return content_hash(str(path))
     made = _load_digits()
     return tensors([made.images, made.labels])
 

@@ -60,8 +60,8 @@ class Images:
         return sum((found.others for found in self.listings), Counter())
 
 
-def _all_paths(parts: Iterable[Images]) -> Iterable[Path]:
-    return (Path(path) for images in parts for path in images.paths)
+def _all_paths(parts: Iterable[Images]) -> Iterable[str]:
+    return (path for images in parts for path in images.paths)
 
 
 # --- Tiny-ImageNet --------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class TinyImageNet(Source):
         """The images and, where they are read, the lists."""
         folder, images = self.folder(config), self.images(config)
         lists = [folder / "wnids.txt", folder / "val" / "val_annotations.txt"]
-        return many_files(folder, _all_paths(images), [path for path in lists if path.is_file()])
+        return many_files(folder, _all_paths(images), [str(path) for path in lists if path.is_file()])
 
     def read(self, config: DataConfig) -> Parts:
         """Decodes by as many processes as `data.workers` says."""

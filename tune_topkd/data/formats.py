@@ -55,7 +55,7 @@ class _Official(Source):
 
     def identity(self, config: DataConfig) -> object:
         """The content of all of them."""
-        return whole_files(self.folder(config), self.files(config))
+        return whole_files(self.folder(config), map(str, self.files(config)))
 
     def files(self, config: DataConfig) -> Iterable[Path]:
         """Those that hold labelled images."""

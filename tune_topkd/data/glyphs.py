@@ -62,14 +62,27 @@ def load(*, train_images: int = 8000, test_images: int = 2000, seed: int = 0) ->
     for name, count in (("train_images", train_images), ("test_images", test_images)):
         if type(count) is not int or count < len(CHARACTERS):
             raise ValueError(f"glyphs: {name} must be a whole number of at least {len(CHARACTERS)}, but got {count!r}")
-    if type(seed) is not int or seed < 0:
-        raise ValueError(f"glyphs: seed must be a whole number of at least 0, but got {seed!r}")
+    _check_seed(seed)
     return _part(train_images, seed, _TRAIN), _part(test_images, seed, _TEST)
 
 
-@functools.cache
 def identity(seed: int) -> str:
-    """A hash of the fonts' files and of the first image of each class."""
+    """A hash of the fonts' files and of the first image of each class.
+
+    Raises:
+        ValueError: a negative seed.
+    """
+    _check_seed(seed)
+    return _identity(seed)
+
+
+def _check_seed(seed: object) -> None:
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"glyphs: seed must be a whole number of at least 0, but got {seed!r}")
+
+
+@functools.cache
+def _identity(seed: int) -> str:
     found = hashlib.sha256()
     for name in FONTS:
         found.update(_font_file(name).read_bytes())

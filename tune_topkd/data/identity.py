@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +17,16 @@ SAMPLED = 512
 _BLOCK = 2**20
 
 
-def whole_files(folder: Path, paths: Iterable[Path]) -> list[list[object]]:
+def whole_files(folder: Path, paths: Iterable[str]) -> list[list[object]]:
     """Name and hash of each file.
 
     Raises:
         ValueError: a file that cannot be read.
     """
-    return [[_name(folder, path), content_hash(path)] for path in sorted(paths)]
+    return [[name, content_hash(path)] for name, path in _named(folder, paths)]
 
 
-def many_files(folder: Path, images: Iterable[Path], lists: Iterable[Path] = ()) -> list[list[object]]:
+def many_files(folder: Path, images: Iterable[str], lists: Iterable[str] = ()) -> list[list[object]]:
     """Name and size of each image file, the hash of some of them, and of all lists.
 
     What this cannot tell: other bytes in a file that is not among the sample, if there are as many as before.
@@ -33,10 +34,10 @@ def many_files(folder: Path, images: Iterable[Path], lists: Iterable[Path] = ())
     Raises:
         ValueError: a file that cannot be read, or is empty.
     """
-    paths = sorted(images)
-    sizes = [[_name(folder, path), _size(path)] for path in paths]
-    sample = {len(paths) * number // SAMPLED for number in range(SAMPLED)}
-    contents = [[sizes[index][0], content_hash(paths[index])] for index in sorted(sample)]
+    named = _named(folder, images)
+    sizes: list[list[object]] = [[name, _size(path)] for name, path in named]
+    sample = {len(named) * number // SAMPLED for number in range(SAMPLED)}
+    contents: list[list[object]] = [[named[index][0], content_hash(named[index][1])] for index in sorted(sample)]
     return [*sizes, *contents, *whole_files(folder, lists)]
 
 
@@ -49,15 +50,15 @@ def tensors(parts: Sequence[Tensor]) -> str:
     return found.hexdigest()
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: str) -> str:
     """SHA-256 of a file's bytes; looked up where this process has read the same file.
 
     Raises:
         ValueError: it cannot be read.
     """
     try:
-        state = path.stat()
-        return _content_hash(str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        state = os.stat(path)
+        return _content_hash(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -71,13 +72,18 @@ def _content_hash(path: str, *state: int) -> str:
     return found.hexdigest()
 
 
-def _name(folder: Path, path: Path) -> str:
-    return composed(path.relative_to(folder).as_posix())
+def _named(folder: Path, paths: Iterable[str]) -> list[tuple[str, str]]:
+    """Each file's composed name below the folder and its path, sorted."""
+    start = f"{folder}{os.sep}"  # of a million paths os.path.relpath takes half a minute
+    return sorted(
+        (composed(path.removeprefix(start) if path.startswith(start) else os.path.relpath(path, folder)), path)
+        for path in paths
+    )
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
-        size = path.stat().st_size
+        size = os.stat(path).st_size
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not size:

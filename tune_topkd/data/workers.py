@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import struct
+import time
 import traceback
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ SILENCE = 300.0
 
 PRELOADED = ("tune_topkd.data.views", "torchvision.transforms.v2")
 """Modules that workers find imported."""
+
+_ATTEMPTS = 5
 
 _LENGTH = struct.Struct("<Q")
 
@@ -107,13 +110,21 @@ def _started(maker: Maker, lists: Sequence[list[int]]) -> _Worker:
     if method == "forkserver":
         context.set_forkserver_preload(list(PRELOADED))  # once, not by each worker
     ours, theirs = context.Pipe(duplex=False)
-    with theirs:  # if it stayed open here, a worker's death would not close the pipe
-        process = context.Process(target=_work, args=(maker, lists, theirs), daemon=True)
-        try:
-            process.start()
-        except BaseException:
-            ours.close()
-            raise
+    try:
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            process = context.Process(target=_work, args=(maker, lists, theirs), daemon=True)
+            try:
+                process.start()
+                break
+            except ConnectionError:  # the server that forks is about to end, and is replaced once it has
+                if not attempts_left:
+                    raise
+                time.sleep(1.0)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()  # if it stayed open here, a worker's death would not close the pipe
     return _Worker(process, ours)
 
 
