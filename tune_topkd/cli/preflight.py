@@ -333,6 +333,7 @@ def _is_whole(name: str, parameter: ParameterRange) -> bool:
 
 
 def _warnings(config: SweepConfig) -> Iterator[str]:
+    from tune_topkd.data import data_notes
     from tune_topkd.data import dataset_info
     from tune_topkd.data import missing_data
 
@@ -344,6 +345,8 @@ def _warnings(config: SweepConfig) -> Iterator[str]:
         yield f"k up to {highest:g} of {num_classes} classes can leave no class outside the Top-K groups"
     if missing := missing_data(config.data):
         yield f"the data is not there yet: {missing}"
+    else:
+        yield from data_notes(config.data)
     if "batch_size" in config.space and config.method == "topkd" and not config.loss.get("contrastive_batch"):
         yield (
             "the contrastive loss means another thing at each batch size, which is searched; "

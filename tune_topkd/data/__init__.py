@@ -14,6 +14,7 @@ from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
 from tune_topkd.data.batches import shown
 from tune_topkd.data.batches import train_batches
+from tune_topkd.data.datasets import data_notes
 from tune_topkd.data.datasets import dataset_info
 from tune_topkd.data.datasets import dataset_names
 from tune_topkd.data.datasets import fingerprint
@@ -42,6 +43,7 @@ __all__ = [
     "Split",
     "batches_of",
     "count_hits",
+    "data_notes",
     "data_root",
     "dataset_info",
     "dataset_names",

@@ -86,6 +86,17 @@ def missing_data(config: DataConfig) -> str | None:
     return None if config.download else _source(config).missing(config)
 
 
+def data_notes(config: DataConfig) -> list[str]:
+    """What is worth saying of a dataset that is there: files that are not read, or not whole; nothing if it is missing.
+
+    Raises:
+        ValueError: an unknown name or argument, files that are not laid out as they must be, or one of the images looked
+            at that cannot be decoded.
+    """
+    source = _source(config)
+    return [] if source.missing(config) is not None else list(source.notes(config))
+
+
 def fingerprint(config: DataConfig) -> str:
     """16 hex digits for the images and labels, wherever they lie; downloads if told to.
 

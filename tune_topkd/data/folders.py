@@ -12,6 +12,7 @@ import torch
 
 from tune_topkd.config import DataConfig
 from tune_topkd.data.identity import many_files
+from tune_topkd.data.notes import image_notes
 from tune_topkd.data.sources import Constants
 from tune_topkd.data.sources import Parts
 from tune_topkd.data.sources import Source
@@ -97,6 +98,10 @@ class TinyImageNet(Source):
         folder, images = self.folder(config), self.images(config)
         lists = [folder / "wnids.txt", folder / "val" / "val_annotations.txt"]
         return many_files(folder, _all_paths(images), [str(path) for path in lists if path.is_file()])
+
+    def notes(self, config: DataConfig) -> Iterable[str]:
+        """Of the images."""
+        return image_notes(self.images(config))
 
     def read(self, config: DataConfig) -> Parts:
         """Decodes by as many processes as `data.workers` says."""
@@ -207,6 +212,10 @@ class ImageNet(Source):
         """The images."""
         return many_files(self.folder(config), _all_paths(self.images(config)))
 
+    def notes(self, config: DataConfig) -> Iterable[str]:
+        """Of the images."""
+        return image_notes(self.images(config))
+
     def read(self, config: DataConfig) -> Parts:
         """Paths; images are decoded when they come into a batch."""
         side = config.image_size or self._side
@@ -273,6 +282,10 @@ class ImageFolder(Source):
     def identity(self, config: DataConfig) -> object:
         """The images."""
         return many_files(self.folder(config), _all_paths(self.images(config)))
+
+    def notes(self, config: DataConfig) -> Iterable[str]:
+        """Of the images."""
+        return image_notes(self.images(config))
 
     def read(self, config: DataConfig) -> Parts:
         """Paths; images are decoded when they come into a batch."""

@@ -82,6 +82,14 @@ class Source(ABC):
             ValueError: files that are missing, cannot be read, or are not laid out as they must be.
         """
 
+    def notes(self, config: DataConfig) -> Iterable[str]:
+        """What is worth saying of files that are there.
+
+        Raises:
+            ValueError: some are not laid out as they must be, or cannot be decoded.
+        """
+        return ()
+
     def download(self, config: DataConfig) -> bool:
         """Fetch the files; False if that has to be done by hand.
 
