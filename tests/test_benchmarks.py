@@ -79,6 +79,12 @@ def test_what_the_bank_is_worth_to_a_sweep():
     check(benchmarks("--quick", "bank"), ("glyphs, 4 trials", "the same", "its peak memory"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_catching_up_costs():
+    check(benchmarks("--quick", "mlflow_catch_up"), ("catching up, 20 trials", "the same again", "comparing all"))
+
+
 def test_an_unknown_benchmark_is_refused():
     done = benchmarks("loss_costs")
     assert done.returncode == 2

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sqlite3
+import threading
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -31,6 +32,7 @@ from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import disagreements
 from tune_topkd.tracking import following
+from tune_topkd.tracking import reading
 from tune_topkd.tracking import sqlite_file
 from tune_topkd.tracking import sqlite_uri
 from tune_topkd.tracking import store
@@ -207,6 +209,9 @@ def test_a_deleted_experiment_is_named_with_what_brings_it_back(ledger, uri, cap
     with pytest.raises(ConfigError) as error:
         upkeep.track(_at_rest(ledger), place)
     said += [str(error.value), *upkeep._mlflow_findings(ledger.path.parent.name, place)]
+    with pytest.raises(ValueError, match="cannot be used") as refusal:
+        tracking.check_uri(uri)
+    said.append(str(refusal.value))
     said.append(tracking.log_training(uri, "n", params={}, tags={}, history=[], started=1.0, status="FINISHED"))
     tracker = MlflowTracker(ledger.path, uri)
     tracker.close()
@@ -214,7 +219,7 @@ def test_a_deleted_experiment_is_named_with_what_brings_it_back(ledger, uri, cap
     for text in said:
         assert "the experiment 'tune_topkd' was deleted in MLflow" in text
         assert f"`MLFLOW_TRACKING_URI={uri} mlflow experiments restore --experiment-id 1` brings it back" in text
-    assert len(said) == 6
+    assert len(said) == 7
     client(uri).restore_experiment("1")
     catch_up(ledger.path, uri)
     assert disagreements(ledger.path, uri) == []
@@ -223,6 +228,14 @@ def test_a_deleted_experiment_is_named_with_what_brings_it_back(ledger, uri, cap
 def _at_rest(ledger):
     ledger.close()
     return ledger.path.parent.name
+
+
+def test_an_experiment_that_another_process_has_just_made_is_used(uri, monkeypatch):
+    mlflow = client(uri)
+    looks = [None, mlflow.get_experiment("0")]
+    monkeypatch.setattr(mlflow, "get_experiment_by_name", lambda name: looks.pop(0))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "Default")
+    assert store.experiment_id(mlflow, uri) == "0"
 
 
 def test_an_experiment_deleted_under_a_sweep_and_brought_back_misses_nothing(ledger, uri):
@@ -310,6 +323,58 @@ def test_only_what_is_new_is_sent_when_a_sweep_goes_on(ledger, monkeypatch):
     calls = requests(monkeypatch, memory, catch_up_into)
     assert calls.count("create_run") == 7 - len(there)
     assert calls.count("log_batch") <= 7 - len(there) + 3, "the new trials, the one that went on, the sweep itself"
+
+
+def test_the_disk_is_waited_for_once_for_many_runs(ledger, uri):
+    """MLflow by itself commits seven times for a trial, and each waits for the disk."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    drive(Search(config(), ledger))
+    commits = []
+    count = lambda connection: commits.append(connection)  # noqa: E731
+    event.listen(Engine, "commit", count)
+    catch_up(ledger.path, uri)
+    event.remove(Engine, "commit", count)
+    assert len(commits) <= 10
+    assert disagreements(ledger.path, uri) == []
+
+
+def test_a_failure_undoes_what_was_not_whole_and_other_threads_read_meanwhile(ledger, uri):
+    drive(Search(config(), ledger), ends=3)
+    catch_up(ledger.path, uri)
+    mlflow, seen, before = client(uri), [], runs(uri)[None]
+
+    def look():
+        seen.append(runs(uri)[None].data.tags.get("mine"))
+
+    def write_and_fail():
+        with store.one_transaction(mlflow):
+            mlflow.set_tag(before.info.run_id, "mine", "x")
+            assert mlflow.get_run(before.info.run_id).data.tags["mine"] == "x"
+            other = threading.Thread(target=look)
+            other.start()
+            other.join()
+            raise KeyError("anything")
+
+    with pytest.raises(KeyError):
+        write_and_fail()
+    look()
+    assert seen == [None, None]
+    with store.one_transaction(mlflow), store.one_transaction(mlflow):
+        mlflow.set_tag(before.info.run_id, "mine", "y")
+    assert runs(uri)[None].data.tags["mine"] == "y"
+
+
+def test_what_a_database_refuses_is_left_out_and_the_rest_is_there(ledger, uri, monkeypatch, caplog):
+    """MLflow's own rules, where ours do not apply."""
+    monkeypatch.setattr(reading, "clean_name", lambda name: f"{name}@" if name == "train_loss" else name)
+    drive(Search(config(), ledger))
+    for _ in range(2):
+        catch_up(ledger.path, uri)
+    assert all(run.data.metrics.keys() == {"val_top1"} for number, run in runs(uri).items() if number is not None)
+    assert runs(uri)[None].data.metrics["best_val_top1"] == ledger.state.best().value
+    assert "MLflow does not take the metric 'train_loss@'" in caplog.text
 
 
 @pytest.mark.slow

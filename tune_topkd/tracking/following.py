@@ -26,12 +26,14 @@ from tune_topkd.tracking.store import Client
 from tune_topkd.tracking.store import client_of
 from tune_topkd.tracking.store import experiment_id
 from tune_topkd.tracking.store import masked_errors
+from tune_topkd.tracking.store import one_transaction
 from tune_topkd.tracking.store import runs_by_trial
 from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Event
 from tune_topkd.trials import read_events
 
 EVENTS_PER_CHUNK = 2000  # what is held while MLflow is down; some 200 trials of 9 epochs
+RUNS_PER_TRANSACTION = 25  # others wait for a database's lock for about a second
 SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_RETRY_SECONDS = 30.0
 LONGEST_SILENCE_SECONDS = 15.0  # at the end of a sweep; longer than one request may take
@@ -229,14 +231,16 @@ class _Follower:
         assert self._client is not None, "connected before sending"
         for (run, _), note in batch.notes.items():
             self._say(f"{run_name(run) if run else 'the sweep'}: {note}", note)
-        for run in batch.touched():
-            if run not in self._runs:
-                self._runs[run] = self._created(batch, run)
         lacking = rows_lacking(self._client, batch, self._runs)
-        for run in batch.touched():
-            self._log(run, batch, lacking.get(run, []))
-            if run in batch.status:
-                self._set_status(self._runs[run], *batch.status[run])
+        touched = list(batch.touched())
+        for start in range(0, len(touched), RUNS_PER_TRANSACTION):
+            with one_transaction(self._client):
+                for run in touched[start : start + RUNS_PER_TRANSACTION]:
+                    if run not in self._runs:
+                        self._runs[run] = self._created(batch, run)
+                    self._log(run, batch, lacking.get(run, []))
+                    if run in batch.status:
+                        self._set_status(self._runs[run], *batch.status[run])
 
     def _created(self, batch: "Batch", run: str) -> KnownRun:
         assert self._client is not None, "connected before sending"

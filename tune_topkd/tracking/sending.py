@@ -55,7 +55,7 @@ class KnownRun:
 
 def rows_lacking(client: Client, batch: Batch, runs: Mapping[str, KnownRun]) -> dict[str, list[Row]]:
     """The metric rows of the batch that MLflow may lack, by run."""
-    found = {run: runs[run] for run in batch.points if runs[run].found is not None}
+    found = {run: runs[run] for run in batch.points if run in runs and runs[run].found is not None}
     names = sorted({row.name for run in found for row in batch.points[run]})
     there = rows_in_bulk(client, [known.id for known in found.values()], names)
     lacking = {run: list(rows) for run, rows in batch.points.items()}
@@ -81,7 +81,7 @@ def log_entities(client: Client, run_id: str, sent: Sequence[Any], say: Callable
     """Send them; what MLflow refuses by itself is left out and said.
 
     Raises:
-        Exception: MLflow's, if it fails otherwise, takes nothing of several, or has the run no more.
+        Exception: MLflow's, if it fails otherwise, or has the run no more.
     """
     try:
         _log_batch(client, run_id, sent)
@@ -90,25 +90,9 @@ def log_entities(client: Client, run_id: str, sent: Sequence[Any], say: Callable
             raise
         if len(sent) == 1:
             say(f"MLflow does not take {_described(sent[0])}: {reason_of(error, '')}")
-        elif not _log_halves(client, run_id, sent, say):
-            raise
-
-
-def _log_halves(client: Client, run_id: str, sent: Sequence[Any], say: Callable[[str], None]) -> int:
-    """Send each half, and of what is refused each half again; how many were taken."""
-    taken = 0
-    for half in (sent[: len(sent) // 2], sent[len(sent) // 2 :]):
-        try:
-            _log_batch(client, run_id, half)
-            taken += len(half)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            if len(half) > 1:
-                taken += _log_halves(client, run_id, half, say)
-            else:
-                say(f"MLflow does not take {_described(half[0])}: {reason_of(error, '')}")
-    return taken
+            return
+        for half in (sent[: len(sent) // 2], sent[len(sent) // 2 :]):
+            log_entities(client, run_id, half, say)
 
 
 def _log_batch(client: Client, run_id: str, sent: Sequence[Any]) -> None:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shlex
+import threading
 from collections import Counter
 from collections import defaultdict
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ _RUNS_PER_QUERY = 500
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 _MODEL_REGISTRIES = ("databricks-uc", "uc")
 _ALL_ROWS = 2**31 - 1
+_joining = threading.Lock()
 
 _Row = tuple[str, int, float, int]
 
@@ -154,13 +156,15 @@ def ui_command(uri: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Open the tracking store once.
+    """Open the tracking store once, and look whether the experiment can be used.
 
     Raises:
-        ValueError: it cannot be opened; with the reason, credentials masked.
+        ValueError: one of them cannot; with the reason, credentials masked.
     """
     try:
-        client_of(uri).search_experiments(max_results=1)
+        client = client_of(uri)
+        client.search_experiments(max_results=1)
+        find_experiment(client, uri)
     except Exception as error:  # noqa: BLE001 (whatever it is, it is told)
         reason = reason_of(error, uri)
         # The cause would show the URI in a traceback.
@@ -214,7 +218,13 @@ def experiment_id(client: Client, uri: str) -> str:
         raise TrackingError(f"{rule}: set MLFLOW_EXPERIMENT_NAME=/Users/<you>/{name}")
     file = sqlite_file(uri)  # by default artifacts would go to the working directory
     location = (file.resolve().parent / "mlartifacts").as_uri() if file is not None else None
-    return client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
+    try:
+        return client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
+    except Exception:
+        experiment = find_experiment(client, uri)  # another process has just made it
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)
 
 
 def sqlite_uri(file: Path) -> str:
@@ -247,9 +257,55 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(database) if database and database != ":memory:" else None
 
 
+@contextlib.contextmanager
+def one_transaction(client: Client) -> Iterator[None]:
+    """What this thread writes in here into an SQLite database is one transaction: the disk is waited for once.
+
+    MLflow makes seven of a trial, and waiting for them is most of the time. What fails in here is undone as a whole.
+    """
+    store = _inner_store(client)
+    is_sqlite = getattr(store, "db_type", None) == "sqlite" and getattr(store, "read_engine", None) is None
+    if not is_sqlite or not _joining.acquire(blocking=False):
+        yield
+        return
+    try:
+        with store.engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            with _sessions_of_this_thread_on(connection, store):
+                yield
+            connection.commit()
+    finally:
+        _joining.release()
+
+
+@contextlib.contextmanager
+def _sessions_of_this_thread_on(connection: Any, store: Any) -> Iterator[None]:
+    """MLflow's sessions become savepoints of the connection's transaction. A store is shared by all threads."""
+    from mlflow.store.db.utils import _get_managed_session_maker
+    from sqlalchemy.orm import sessionmaker
+
+    before, owner = store.ManagedSessionMaker, threading.get_ident()
+    sessions = sessionmaker(bind=connection, join_transaction_mode="create_savepoint")
+    joined = _get_managed_session_maker(sessions, store.db_type)
+
+    def session(*arguments: Any, **named: Any) -> Any:
+        return (joined if threading.get_ident() == owner else before)(*arguments, **named)
+
+    store.ManagedSessionMaker = session
+    try:
+        yield
+    finally:
+        store.ManagedSessionMaker = before
+
+
+def _inner_store(client: Client) -> Any:
+    """What MLflow's client writes to; none if it is not as the known versions have it."""
+    return getattr(getattr(client, "_tracking_client", None), "store", None)
+
+
 def rows_in_bulk(client: Client, run_ids: Sequence[str], names: Iterable[str]) -> "dict[str, Counter[_Row]] | None":
     """All metric rows of these names by run id; none where the store gives them only run by run, as a server does."""
-    read = getattr(getattr(getattr(client, "_tracking_client", None), "store", None), "get_metric_history_bulk", None)
+    read = getattr(_inner_store(client), "get_metric_history_bulk", None)
     if read is None:
         return None
     rows: dict[str, Counter[_Row]] = {run_id: Counter() for run_id in run_ids}
