@@ -1,5 +1,7 @@
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -861,6 +863,82 @@ def test_a_checkpoint_without_what_the_loss_had_learnt_is_refused(teacher, users
 def test_a_loss_that_cannot_be_trained_with_is_told(teacher, users, tmp_path, method, told):
     with pytest.raises(ValueError, match=told):
         train(quick(f"{users}:{method}", **teacher), Recorder(tmp_path, save_at=[1]))
+
+
+CODE = """
+from torch import nn
+
+def network(*, num_classes, width=4):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, num_classes))
+
+def loss(student, teacher, labels, power=2):
+    return (student - teacher).abs().pow(power).mean()
+"""
+
+
+@pytest.fixture
+def code(tmp_path, monkeypatch):
+    """Writes the module of a user's anew, with a text replaced by another, and gives its name."""
+    name = f"code_{tmp_path.name.replace('-', '_')}"
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(old="", new=""):
+        (tmp_path / f"{name}.py").write_text(CODE.replace(old, new) if old else CODE)
+        sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        sys.dont_write_bytecode = True
+        return name
+
+    before = sys.dont_write_bytecode
+    yield write
+    sys.dont_write_bytecode = before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            ("nn.ReLU()", "nn.GELU()"),
+            r"another config: code\.student was '\w{16}' and is now '\w{16}' \(code: what the",
+        ),
+        (("teacher).abs()", "2 * teacher).abs()"), r"another config: code\.method was \["),
+        (("student - teacher", "student.detach() - student"), r"another config: code\.method was \["),
+    ],
+)
+def test_a_users_code_may_not_change_under_a_checkpoint(teacher, code, tmp_path, change, told):
+    name = code()
+    config = quick(f"{name}:loss", **teacher, student=ModelConfig(name=f"{name}:network"))
+    train(config, Recorder(tmp_path, save_at=[1]))
+    code("\n\ndef loss", "\n\n# a remark\ndef loss")
+    assert train(config, resume_from=tmp_path / "1").epoch == 2
+    code(*change)
+    with pytest.raises(ValueError, match=told):
+        train(config, resume_from=tmp_path / "1")
+
+
+def test_a_checkpoint_that_does_not_know_of_code_is_gone_on_with(teacher, code, tmp_path, caplog):
+    name = code()
+    config = quick(f"{name}:loss", **teacher, student=ModelConfig(name=f"{name}:network"))
+    train(config, Recorder(tmp_path, save_at=[1]))
+    path = tmp_path / "1" / CHECKPOINT_NAME
+    content = torch.load(path, weights_only=True)
+    identity = json.loads(content["config"])
+    assert identity.pop("code").keys() == {"student", "method"}
+    torch.save(content | {"config": json.dumps(identity)}, path)
+    assert train(config, resume_from=tmp_path / "1").epoch == 2
+    assert "does not say what was computed by: method, student" in caplog.text
+
+
+def test_a_loss_that_takes_no_made_up_batch_is_told_of_and_trains(teacher, code, tmp_path, caplog):
+    name = code("return (student", "assert student.max() < 2.5\n    return (student")
+    assert train(quick(f"{name}:loss", **teacher), Recorder(tmp_path, save_at=[1])).epoch == 2
+    assert f"cannot tell whether method {name}:loss was changed" in caplog.text
+
+
+def test_named_networks_and_losses_have_no_code_in_a_checkpoint(teacher, tmp_path):
+    train(quick("topkd", **teacher), Recorder(tmp_path, save_at=[1]))
+    content = torch.load(tmp_path / "1" / CHECKPOINT_NAME, weights_only=True)
+    assert "code" not in json.loads(content["config"])
 
 
 # --- the shipped search spaces --------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ from tune_topkd.models import build_configured
 from tune_topkd.models import freeze_backbone
 from tune_topkd.models import laid_out
 from tune_topkd.models import load_backbone
+from tune_topkd.models import network_fingerprint
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import write_atomically
 from tune_topkd.teacher import TeacherLogits
@@ -81,6 +82,8 @@ IMAGES_PER_SECOND = "images_per_second"
 """Training images by `epoch_seconds`."""
 
 CHECKPOINT_NAME = "checkpoint.pt"
+CODE_KEY = "code"
+"""In a checkpoint's config: what the user's code computes that it names."""
 LOSS_KEY = "loss"
 """In a checkpoint: what the loss keeps, where it keeps something."""
 
@@ -242,7 +245,7 @@ class Training:
         self.loss = build_loss(config.method, config.loss)
         self.loss_state = LossState(self.loss, device)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
-        self.identity = _identity(config)
+        self.identity = _identity(config, self.dataset.num_classes, self.train_split.batch_shape)
         self.optimizer = _optimizer([self.model, self.loss], config.recipe, device)
         self.scheduler = _scheduler(self.optimizer, config.recipe)
         self.epoch = 0
@@ -296,8 +299,14 @@ class Training:
     def restore(self, folder: Path) -> None:
         """Become what `save` found."""
         content = _read(folder)
-        if changed := _changed(json.loads(content["config"]), json.loads(self.identity)):
-            raise ValueError(f"{folder / CHECKPOINT_NAME}: is of another config: {'; '.join(changed)}")
+        there, here = json.loads(content["config"]), json.loads(self.identity)
+        if unknown := sorted(here.get(CODE_KEY, {}).keys() - there.setdefault(CODE_KEY, {}).keys()):
+            _log.warning("%s does not say what was computed by: %s", folder / CHECKPOINT_NAME, ", ".join(unknown))
+        there[CODE_KEY] = here.get(CODE_KEY, {}) | there[CODE_KEY]
+        if changed := _changed(there, here | {CODE_KEY: here.get(CODE_KEY, {})}):
+            told = "; ".join(changed)
+            hint = " (code: what the network or loss of this name computes)" if f"{CODE_KEY}." in told else ""
+            raise ValueError(f"{folder / CHECKPOINT_NAME}: is of another config: {told}{hint}")
         self.model.load_state_dict(content[WEIGHTS_KEY])
         try:
             self.loss_state.restore(content.get(LOSS_KEY, {}))
@@ -420,8 +429,8 @@ _ADAMW = "tokens and positions do not decay, the warm-up comes before the schedu
 """In the identity, as these rules have not always been so."""
 
 
-def _identity(config: TrialConfig) -> str:
-    """The config as JSON, the files it names by content: their folder may have moved."""
+def _identity(config: TrialConfig, num_classes: int, image_shape: tuple[int, int, int]) -> str:
+    """The config as JSON, the files and the user's code that it names by content: a name says little of either."""
     content = config.model_dump(mode="json")
     content["teacher_checkpoint"] = teacher_identity(config)[1]
     if config.student.checkpoint is not None:
@@ -432,7 +441,41 @@ def _identity(config: TrialConfig) -> str:
         del content[name]
     if config.recipe.optimizer == "adamw":
         content["adamw"] = _ADAMW
+    if code := _code(config, num_classes, image_shape):
+        content[CODE_KEY] = code
     return json.dumps(content, sort_keys=True)
+
+
+def _code(config: TrialConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What the code of the user's computes that a config names: his networks and his loss."""
+    code: dict[str, Any] = {}
+    for role, network in {"student": config.student, "teacher": config.teacher}.items():
+        if network is not None and ":" in network.name and not network.name.startswith(_LIBRARIES):
+            code[role] = network_fingerprint(network, num_classes=num_classes, image_shape=image_shape)
+    if ":" in config.method and (values := _loss_values(config, num_classes)):
+        code["method"] = values
+    return code
+
+
+_LIBRARIES = ("cifar:", "torchvision:", "timm:")
+
+
+def _loss_values(config: TrialConfig, num_classes: int) -> list[float]:
+    """The loss of a batch of logits set by a formula, and sums of its gradient; nothing if it takes no such batch."""
+    size = config.recipe.batch_size
+    places = torch.arange(size * num_classes, dtype=torch.float64).reshape(size, num_classes)
+    student, teacher = (3 * (places * step).sin() for step in (0.7, 1.3))
+    logits = student.float().requires_grad_()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            value = build_loss(config.method, config.loss)(logits, teacher.float(), torch.arange(size) % num_classes)
+            (gradient,) = torch.autograd.grad(value, logits)
+        except Exception as error:  # noqa: BLE001 (others' code can raise anything, and may take other batches)
+            _log.warning("a checkpoint cannot tell whether method %s was changed: %s", config.method, error)
+            return []
+    values = [value.detach(), *((gradient * part).sum() for part in (student, teacher, places.cos()))]
+    return [float(each) for each in values if each.isfinite()]
 
 
 def _optimizer(modules: Sequence[nn.Module], recipe: RecipeConfig, device: torch.device) -> Optimizer:
@@ -526,4 +569,11 @@ def _changed(there: Any, here: Any, key: str = "") -> list[str]:
         keys = sorted(there.keys() | here.keys())
         inner = [_changed(there.get(k), here.get(k), f"{key}.{k}" if key else k) for k in keys]
         return [line for lines in inner for line in lines]
-    return [] if there == here else [f"{key} was {there!r} and is now {here!r}"]
+    same = _alike(there, here) if key == f"{CODE_KEY}.method" else there == here
+    return [] if same else [f"{key} was {there!r} and is now {here!r}"]
+
+
+def _alike(there: Sequence[float], here: Sequence[float]) -> bool:
+    """Whether these are the same numbers, up to what another machine's arithmetic may do."""
+    pairs = zip(there, here, strict=False)
+    return len(there) == len(here) and all(math.isclose(*pair, rel_tol=1e-4, abs_tol=1e-4) for pair in pairs)
