@@ -20,9 +20,13 @@ import typer.main
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
+from rich.console import Console
 
 from tune_topkd.cli import main
+from tune_topkd.cli import running
 from tune_topkd.cli.app import app
+from tune_topkd.cli.training import train_one
+from tune_topkd.config import PairConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import read_yaml
 from tune_topkd.config import validated
@@ -33,6 +37,7 @@ from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
 from tune_topkd.models import load_weights
 from tune_topkd.models import save_weights
+from tune_topkd.train import TrainResult
 from tune_topkd.train import train
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import read_events
@@ -446,6 +451,9 @@ def test_train_trains_one_config_prints_and_logs_it(space, runs, inside):
     dataset = load_dataset(trial.data)
     hits = count_hits(model, dataset.val, mean=dataset.mean, std=dataset.std)
     assert 100 * int(hits[0]) / len(dataset.val) == said["metrics"]["val_top1"]
+    assert said["weights"] == {"student.pt": {"epoch": 4, "val_top1": said["metrics"]["val_top1"]}}
+    assert json.loads((folder / "result.json").read_text()) == said
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "result.json", "student.pt"}
 
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     experiments = [e.experiment_id for e in client.search_experiments()]
@@ -473,10 +481,88 @@ def test_the_best_test_epoch_is_for_a_single_training_and_marks_it(space, runs, 
     assert "TEST set" in said["selected_by"]
     assert said["metrics"]["best_epoch_test_top1"] >= said["metrics"]["test_top1"]
     assert "val_top1" not in said["metrics"]
+    assert_each_file_does_what_is_said_of_it(runs / "trained" / "on-test-seed0", said)
     refused = inside("run", space, "--runs-dir", tmp_path / "runs", *on_test[:2])
     assert (refused.returncode, (tmp_path / "runs").exists()) == (2, False)
     assert "data.selection (from --set data.selection=best_test_epoch) = 'best_test_epoch'" in refused.stderr
     assert "never selects on the test set" in refused.stderr
+
+
+def assert_each_file_does_what_is_said_of_it(folder, said):
+    """Of a training that was selected on the test set: its best epoch, of equals the first, and its last."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: line["test_top1"])
+    assert said["weights"] == {
+        name: {"epoch": line["epoch"], "test_top1": line["test_top1"]}
+        for name, line in (("student-last.pt", lines[-1]), ("student-best.pt", best))
+    }
+    assert best["test_top1"] == said["metrics"]["best_epoch_test_top1"]
+    names = {"config.yaml", "metrics.jsonl", "result.json", "student-best.pt", "student-last.pt"}
+    assert {path.name for path in folder.iterdir()} == names
+    trial = validated(TrialConfig, read_yaml(folder / "config.yaml"), "it")
+    for name, told in said["weights"].items():
+        model = build_configured(trial.student, num_classes=10)
+        load_weights(model, folder / name)
+        dataset = load_dataset(trial.data)
+        hits = count_hits(model, dataset.val, mean=dataset.mean, std=dataset.std)
+        assert 100 * int(hits[0]) / len(dataset.val) == told["test_top1"]
+
+
+class Killed(BaseException):
+    """As a kill: nothing after it is done."""
+
+
+def one_training(monkeypatch, tmp_path, accuracies, end=None):
+    """`train_one` of a training whose weights are its epochs, one number each: its folder and what it says."""
+
+    def made_up(config, report):
+        model, metrics = torch.nn.Linear(1, 1, bias=False), {}
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            best = max(accuracies[:epoch])
+            metrics = {"train_loss": 1.0, "test_top1": accuracy, "best_epoch_test_top1": best}
+            torch.nn.init.constant_(model.weight, epoch)
+
+            def save(folder):
+                torch.save({"model": model.state_dict()}, folder / "checkpoint.pt")
+
+            report(epoch, metrics, save)
+        if end is not None:
+            raise end
+        return TrainResult(epoch, metrics, model, diverged=False)
+
+    monkeypatch.setattr("tune_topkd.train.train", made_up)
+    monkeypatch.setattr("tune_topkd.tracking.log_training", lambda *_, **__: "")
+    raw = yaml.safe_load(SPACE) | {"method": "ce", "teacher": None, "baselines": None}
+    raw = {key: raw[key] for key in ("data", "student", "recipe", "method")}
+    raw["data"]["selection"] = "best_test_epoch"
+    place = running.Place(tmp_path, f"sqlite:///{tmp_path}/gone/mlflow.db")
+    folder = tmp_path / "trained" / "t-seed0"
+    try:
+        return folder, train_one(validated(PairConfig, raw, "it"), "t", 0, place, Console(quiet=True))
+    except Killed:
+        return folder, None
+
+
+def epochs_of(folder):
+    """The epoch of each file of weights."""
+    return {path.name: int(torch.load(path)["model"]["weight"]) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [([10.0, 30.0, 20.0], 2), ([10.0, 30.0, 30.0], 2), ([30.0, 20.0], 1), ([1.0, 2.0, 3.0], 3), ([0.0, 0.0], 1)],
+)
+def test_a_training_selected_on_the_test_set_keeps_its_best_epoch(monkeypatch, tmp_path, accuracies, best):
+    folder, said = one_training(monkeypatch, tmp_path, accuracies)
+    assert epochs_of(folder) == {"student-best.pt": best, "student-last.pt": len(accuracies)}
+    assert said["weights"]["student-best.pt"] == {"epoch": best, "test_top1": max(accuracies)}
+
+
+def test_a_training_that_is_killed_leaves_files_that_say_so(monkeypatch, tmp_path):
+    folder, _ = one_training(monkeypatch, tmp_path, [10.0, 30.0, 20.0], Killed())
+    assert epochs_of(folder) == {"student-best.partial.pt": 2, "student-last.partial.pt": 3}
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "metrics.jsonl"}
+    assert not (folder / "result.json").exists()
 
 
 @pytest.mark.slow
