@@ -11,14 +11,15 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IMPATIENT = 3
+_SECONDS_UNTIL_REPEATED = 1.0
 
 
 class Interruption:
     """Makes one clean end of SIGINT, SIGTERM and SIGHUP, which each say so at once.
 
-    By default the first signal raises `KeyboardInterrupt`. While `deferred`, it only sets `is_asked`, since an exception
-    would come out of the middle of Ray's loop; a second signal raises. A third ends the process on the spot: what is in a
-    ledger is on the disk.
+    By default the first signal raises `KeyboardInterrupt`, again and again until it gets through: a library may swallow
+    it, as a callback from C does. While `deferred`, it only sets `is_asked`, since an exception would come out of the
+    middle of Ray's loop; a second signal raises. A third ends the process on the spot: what is in a ledger is on the disk.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,8 @@ class Interruption:
         self._number = 0
         self._count = 0
         self._is_deferred = False
+        self._is_over = False
+        self._is_repeated = False
 
     @property
     def is_asked(self) -> bool:
@@ -55,7 +58,16 @@ class Interruption:
         finally:
             self._is_deferred = False
 
+    def close(self) -> None:
+        """The process ends by itself from here on: no signal is raised again."""
+        self._is_over = True
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._is_repeated:
+            self._is_repeated = False
+            if not self._is_over and not self._is_deferred:
+                self._raise()
+            return
         self._count += 1
         self._number = self._number or number
         if self._count >= _IMPATIENT:
@@ -63,10 +75,25 @@ class Interruption:
         if self._count == 1:
             text = f"interrupted: stopping{self.advice}; again: at once"
             threading.Thread(target=self.say, args=(text,), daemon=True).start()
-        if self._count == 1 and self._is_deferred:
-            return
-        if self._count == 1 or self._is_deferred:
-            raise KeyboardInterrupt
+        if self._count > 1 or not self._is_deferred:
+            self._raise()
+
+    def _raise(self) -> None:
+        """Raise where nothing is being wound up already, and see later whether it got through."""
+        again = threading.Timer(_SECONDS_UNTIL_REPEATED, self._repeat)
+        again.daemon = True
+        again.start()
+        error: BaseException | None = sys.exc_info()[1]
+        while error is not None:
+            if isinstance(error, KeyboardInterrupt):
+                return
+            error = error.__context__
+        raise KeyboardInterrupt
+
+    def _repeat(self) -> None:
+        if not self._is_over:
+            self._is_repeated = True
+            os.kill(os.getpid(), self._number)
 
 
 _current: Interruption | None = None
@@ -88,6 +115,7 @@ def listening() -> Iterator[Interruption]:
     try:
         yield _current
     finally:
+        _current.close()
         _current = None
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -403,6 +403,7 @@ def _carried_on(
     try:
         reason, trouble = _conducted(config, ledger, place, console, interruption)
     except KeyboardInterrupt:
+        interruption.close()
         reason, trouble = _stopped(ledger, "interrupted"), ""
     except BaseException as error:
         with contextlib.suppress(OSError, LedgerError):  # they may be what went wrong
