@@ -184,8 +184,8 @@ class _Audit:
             yield f"trial {event.key} ends with {value}, but its last {OBJECTIVE} is {expected}"
 
     def _whole_findings(self) -> Iterator[str]:
-        for record in self.state.arm(SEARCH):
-            trial = self._proposer.study.trials[record.key.number]
+        in_optuna = self._proposer.study.get_trials(deepcopy=False)
+        for record, trial in zip(self.state.arm(SEARCH), in_optuna, strict=True):
             if trial.state is not optuna_state(record.status):
                 yield f"trial {record.key} is {record.status}, but {trial.state.name} in Optuna"
             if record.status is TrialStatus.COMPLETED and trial.value != record.value:
