@@ -496,30 +496,80 @@ def failing_sync(monkeypatch):
 FULL = OSError(28, "No space left on device")
 
 
-def test_a_failing_sync_keeps_nothing_and_no_later_write_damages_the_file(path, ledger, failing_sync):
-    ledger.append(suggest(0))
-    before = path.read_bytes()
-    with failing_sync(FULL), pytest.raises(OSError, match="No space left"):
-        ledger.append(report(0, 1), suggest(1))
-    assert path.read_bytes() == before
-    for _ in range(3):  # the disk has room again, but this state is ahead of the disk
-        with pytest.raises(LedgerError, match="an earlier write has failed"):
-            ledger.append(suggest(2))
-    assert path.read_bytes() == before
-    ledger.close()
-    with Ledger.open(path) as again:
-        again.append(report(0, 1))
-    assert read_state(path).trials[FIRST].epoch == 1
+INTERRUPTIONS = [KeyboardInterrupt(), SystemExit(1), MemoryError(), FULL]
 
 
-def test_a_write_that_is_interrupted_damages_nothing(path, ledger, failing_sync):
-    before = path.read_bytes()
-    with failing_sync(KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
-        ledger.append(suggest(0))
-    with pytest.raises(LedgerError, match="an earlier write has failed"):
-        ledger.append(("stop", {"reason": "interrupted"}))
+@pytest.mark.parametrize("error", INTERRUPTIONS, ids=repr)
+def test_a_write_that_fails_keeps_nothing_and_the_next_one_is_whole(path, ledger, failing_sync, error):
+    ledger.append(*STORY[:4])
+    before, state = path.read_bytes(), snapshot(ledger.state)
+    record = ledger.state.trials[FIRST]
+    with failing_sync(error), pytest.raises(type(error)):
+        ledger.append(report(0, 5), end(0), suggest(7), suggest(9, "ce"))
+    assert (path.read_bytes(), snapshot(ledger.state)) == (before, state)
+    assert ledger.state.trials[FIRST] is record, "who holds a record sees what is written later"
+    ledger.append(report(0, 5), ("stop", {"reason": "interrupted"}))
+    assert record.epoch == 5
+    assert snapshot(read_state(path)) == snapshot(ledger.state)
+
+
+@pytest.mark.parametrize("after", range(0, 400, 13))
+def test_a_disk_that_fills_in_the_middle_of_a_line_takes_the_next_one_when_it_has_room(path, ledger, after):
+    class Full:
+        """Takes so many bytes and no more."""
+
+        def __init__(self, stream):
+            self._stream, self._left = stream, after
+
+        def write(self, view):
+            if not self._left:
+                raise FULL
+            taken = self._stream.write(view[: self._left])
+            self._left -= taken
+            return taken
+
+        def __getattr__(self, name):
+            return getattr(self._stream, name)
+
+    stream, before = ledger._stream, path.read_bytes()
+    ledger._stream = Full(stream)
+    with pytest.raises(OSError, match="No space left"):
+        ledger.append(*STORY)
     assert path.read_bytes() == before
-    assert read_state(path).trials == {}
+    ledger._stream = stream
+    ledger.append(*STORY)
+    assert snapshot(read_state(path)) == snapshot(ledger.state)
+
+
+SIGNALS = """
+import pathlib, random, signal, sys
+from tune_topkd.trials import Ledger, read_state
+
+chance, caught = random.Random(0), 0
+ledger = Ledger.create(pathlib.Path(sys.argv[1]), sweep="s", trials=9999)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(chance.choice([signal.SIGINT, signal.SIGTERM])))
+while caught < 500:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-3))
+        while True:
+            number = len(ledger.state.trials)
+            ledger.append(("suggest", {"arm": "search", "number": number, "proposal": {}, "params": {}}))
+    except KeyboardInterrupt:
+        caught += 1
+ledger.append(("stop", {"reason": "interrupted"}))
+assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+ledger.close()
+state = read_state(ledger.path)
+assert repr(vars(state)) == repr(vars(ledger.state))
+print(caught, len(state.trials))
+"""
+
+
+def test_signals_at_any_instant_of_a_write_leave_a_ledger_that_takes_a_stop(path):
+    done = subprocess.run([sys.executable, "-c", SIGNALS, str(path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[1]) > 10
 
 
 def test_a_torn_line_that_cannot_be_taken_back_is_dropped_at_the_next_opening(path, ledger):
@@ -542,6 +592,8 @@ def test_a_torn_line_that_cannot_be_taken_back_is_dropped_at_the_next_opening(pa
     ledger._stream = Dying(ledger._stream)
     before = path.read_bytes()
     with pytest.raises(OSError, match="No space left"):
+        ledger.append(suggest(0))
+    with pytest.raises(LedgerError, match="an earlier write has failed"):
         ledger.append(suggest(0))
     ledger.close()
     assert len(path.read_bytes()) == len(before) + 30
@@ -640,9 +692,9 @@ def test_of_events_in_one_piece_all_are_written_or_none(path, ledger, events, to
     before = path.read_bytes()
     with pytest.raises(LedgerError, match=re.escape(told)):
         ledger.append(suggest(5), *events)
-    with pytest.raises(LedgerError, match="an earlier write has failed"):
-        ledger.append(suggest(6))
     assert path.read_bytes() == before
+    ledger.append(suggest(5))  # what was before it in the piece has left no trace
+    assert snapshot(read_state(path)) == snapshot(ledger.state)
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}])

@@ -149,6 +149,8 @@ class TrialRecord:
     attempts: int = 0
     retries: list[str] = field(default_factory=list)
     """The reason of each `retry`."""
+    nodes_lost: int = 0
+    """Nodes that it has lost since its last report."""
     share: Share | None = None
     """What it is to get of a node, where that is other than the sweep's."""
     suggested_at: float = 0.0
@@ -183,6 +185,10 @@ class SweepState:
         self.started_at = 0.0
         self.trials: dict[TrialKey, TrialRecord] = {}
         self._by_arm: dict[str, list[TrialRecord]] = {}
+        self.ended: list[TrialRecord] = []
+        """The trials of all arms that are over, in the order of their ends."""
+        self.forgiven = 0
+        """How many of `ended` lie before a driver that went on where the one before had `failed`."""
         self.target = 0
         """How many trials the search is to have."""
         self.stop_reason = ""
@@ -220,6 +226,7 @@ class SweepState:
             case "sweep":
                 self._apply_header(event)
             case "driver":
+                self.forgiven = len(self.ended) if self.stop_reason == "failed" else self.forgiven
                 self.last_driver, self.stop_reason, self.target = event.data, "", event.data["trials"]
                 self.places |= event.data.get("places", {})
                 self.driver_since = event.time
@@ -235,9 +242,34 @@ class SweepState:
                 raise LedgerError(f"line {event.seq + 1}: unknown event {event.name!r}")
         self.last_seq = event.seq
 
+    def taking_back(self, events: Iterable[Event]) -> Callable[[], None]:
+        """What undoes the next events, however many of them have been applied, even one in part; may be called again."""
+        keys = {event.key for event in events if "number" in event.data}
+        values, places, ended = dict(vars(self)), dict(self.places), len(self.ended)
+        records = {key: vars(self.trials[key]).copy() for key in keys if key in self.trials}
+        reports = {key: dict(self.trials[key].reports) for key in records}
+
+        def take_back() -> None:
+            for key in keys:
+                if key in records:
+                    vars(self.trials[key]).update(records[key] | {"reports": reports[key]})
+                else:
+                    self.trials.pop(key, None)
+                    self._by_arm[key.arm] = [r for r in self._by_arm.get(key.arm, []) if r.key != key]
+            del self.ended[ended:]
+            for arm in [arm for arm, trials in self._by_arm.items() if not trials]:
+                del self._by_arm[arm]
+            vars(self).update(values | {"places": places})
+
+        return take_back
+
     def arm(self, arm: str) -> list[TrialRecord]:
         """The trials of one arm by number."""
         return list(self._by_arm.get(arm, []))
+
+    def size(self, arm: str = SEARCH) -> int:
+        """How many trials the arm has."""
+        return len(self._by_arm.get(arm, ()))
 
     def running(self) -> list[TrialRecord]:
         """The trials without an end, in the order they were suggested."""
@@ -294,14 +326,16 @@ class SweepState:
             if data["epoch"] in record.reports:
                 raise LedgerError(f"line {event.seq + 1}: trial {event.key} reports epoch {data['epoch']} again")
             metrics, decision = _decoded(data["metrics"]), Decision(data["decision"])
-            record.reports[data["epoch"]], record.decision = metrics, decision
+            record.reports[data["epoch"]], record.decision, record.nodes_lost = metrics, decision, 0
         elif event.name == "retry":
             share = None if data["share"] is None else Share(*data["share"])
             record.retries, record.share = [*record.retries, data["reason"]], share
+            record.nodes_lost += data["reason"] == "node"
         else:
             value = None if data["value"] is None else float(data["value"])
             record.status, record.reason, record.value = TrialStatus(data["status"]), data["reason"], value
             record.error, record.ended_at = data.get("error", ""), event.time
+            self.ended.append(record)
 
 
 class Ledger:
@@ -316,7 +350,8 @@ class Ledger:
         self.path = path
         self.state = state
         self._stream = stream
-        self._broken = False
+        self._unfinished: tuple[Callable[[], None], int] | None = None
+        """While events are written: what undoes them in the state, and where the file ended before."""
 
     @classmethod
     def create(
@@ -393,32 +428,52 @@ class Ledger:
     def append(self, *events: tuple[str, Mapping[str, Any]]) -> list[Event]:
         """Write events, in one piece, and return when they are on the disk.
 
+        If it raises, for whatever reason and at whatever instant, nothing of these events is kept, neither in the file
+        nor in the state, and others can be written.
+
         Raises:
-            OSError: the disk refused; nothing of these events is kept, and this object takes no more.
-            LedgerError: the events cannot follow those before them, or an earlier append has failed.
+            OSError: the disk refused.
+            LedgerError: the events cannot follow those before them, or the disk will not let go of what an earlier append
+                has left.
         """
-        if self._broken:
+        if not self._take_back():
             raise LedgerError(f"{self.path}: an earlier write has failed; what was written until then is safe")
-        start, before = self._stream.tell(), self.state.last_seq
+        start = self._stream.tell()
         written = [
             Event(seq, round(time.time(), 3), name, _encoded(data))
-            for seq, (name, data) in enumerate(events, start=before + 1)
+            for seq, (name, data) in enumerate(events, start=self.state.last_seq + 1)
         ]
         content = b"".join(map(_line, written))
+        self._unfinished = self.state.taking_back(written), start
         try:
             for event in written:
                 self.state.apply(event)
             _write_all(self._stream, content)
             os.fsync(self._stream.fileno())
-        except BaseException as error:  # an interruption as well: the state may be ahead of the disk
+        except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(self.path)
-            self._broken = self.state.last_seq != before
-            if self._broken:
-                with contextlib.suppress(OSError):  # the torn line, if it stays, is dropped at the next opening
-                    self._stream.truncate(start)
+            self._take_back()
             raise
+        self._unfinished = None
         return written
+
+    def _take_back(self) -> bool:
+        """Undo the last append if it has not come to its end, and say whether there is nothing left of it.
+
+        An interruption may come here too, so all of it can be done again.
+        """
+        if self._unfinished is None:
+            return True
+        take_back, start = self._unfinished
+        take_back()
+        try:
+            self._stream.truncate(start)
+            self._stream.seek(start)
+        except OSError:  # the torn line, if it stays, is dropped at the next opening
+            return False
+        self._unfinished = None
+        return True
 
     def close(self) -> None:
         """Let go of the file and its lock."""
