@@ -133,6 +133,16 @@ def threads_and_host(config, report, resume_from=None):
     epochs(config, report, resume_from, lambda config, epoch: float(os.environ["OMP_NUM_THREADS"]))
 
 
+def process(config, report, resume_from=None):
+    """Takes its time and reports which process it ran in."""
+
+    def pid(config, epoch):
+        time.sleep(0.05)
+        return float(os.getpid())
+
+    epochs(config, report, resume_from, pid)
+
+
 def at_third_epoch(happening):
     """A metric at whose third epoch something happens first."""
 

@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import formulas
 import pytest
+from ray.tune.experiment import Trial
 
 from tune_topkd.sweep import Cluster
 from tune_topkd.sweep import ResourceError
 from tune_topkd.sweep import Search
 from tune_topkd.sweep import run_sweep
+from tune_topkd.sweep import tuning
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
 from tune_topkd.trials import TrialStatus
@@ -107,6 +110,41 @@ def test_no_more_trials_at_once_than_asked_for(sweep, tmp_path):
             live = live | {event.key} if event.name == "suggest" else live - {event.key}
             most = max(most, len(live))
     assert most == 2
+
+
+@pytest.mark.slow
+def test_trials_that_are_shorter_than_a_workers_start_use_every_slot(sweep):
+    state = sweep(formulas.process, sweep={"trials": 40, "max_concurrent": 2, "asha": None})
+    assert state.counts()["completed"] == 40
+    assert all(r.attempts == 1 for r in state.trials.values())
+    by_process = Counter(r.value for r in state.arm("search"))
+    assert len(by_process) == 2, by_process
+
+
+class Started:
+    """A trial as Ray's scheduler sees it."""
+
+    def __init__(self, number):
+        self.trial_id, self.status = str(number), Trial.PENDING
+
+
+def test_a_free_worker_goes_to_the_trial_that_would_wait_longest_for_its_own():
+    """Three slots: while two workers start, the third does trial after trial, and nothing that starts is stopped."""
+    scheduler = tuning._TellSearch(None)
+    trials = [Started(number) for number in range(6)]
+    for trial in trials[:3]:
+        scheduler.on_trial_add(None, trial)
+    assert [scheduler.choose_trial_to_run(None) for _ in range(3)] == trials[:3], "workers are asked for in their order"
+    trials[0].status = Trial.RUNNING
+    for short, following in ((0, 3), (3, 4)):
+        trials[short].status = Trial.TERMINATED
+        scheduler.on_trial_add(None, trials[following])
+        assert scheduler.choose_trial_to_run(None) is trials[following]
+        trials[following].status = Trial.RUNNING
+    trials[4].status = Trial.TERMINATED
+    assert scheduler.choose_trial_to_run(None) is trials[2], "no trial is left: what was asked for last comes first"
+    trials[1].status = trials[2].status = Trial.RUNNING
+    assert scheduler.choose_trial_to_run(None) is None
 
 
 def test_nan_ends_the_trial_at_that_report(sweep):

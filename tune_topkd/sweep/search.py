@@ -40,9 +40,11 @@ from tune_topkd.config import TrialConfig
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
+from tune_topkd.sweep.failing import CommonError
 from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Decision
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import LedgerError
 from tune_topkd.trials import Share
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import Tracker
@@ -54,7 +56,8 @@ from tune_topkd.trials import tell_all
 OBJECTIVE = "val_top1"
 """The metric that a sweep maximises, at the last epoch of the full budget."""
 
-SAME_ERRORS_THAT_END_A_SWEEP = 3
+NODES_LOST_WITHOUT_AN_EPOCH = 25
+"""A trial that loses so many nodes and has no epoch to show for it may be what brings them down."""
 
 LONGEST_HISTORY = 500
 """Trials that the sampler looks at: of a longer sweep the best fifth of so many, and the newest. More costs ever more."""
@@ -62,11 +65,26 @@ LONGEST_HISTORY = 500
 _log = logging.getLogger(__name__)
 
 
+class UndecidedError(ValueError):
+    """What a sweep does next cannot be decided: it cannot go on, and what it has is safe."""
+
+    @classmethod
+    def of(cls, error: Exception) -> "UndecidedError":
+        """The one line to tell of an exception that came out of a decision."""
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return cls(f"what comes next cannot be decided: {text[:500]}")
+
+
 class Search:
     """The brain of a sweep: proposes trials, takes their reports, decides, and writes it all to the ledger first.
 
     **Threads.** Not thread-safe: one thread calls it. **Crashes.** A `Search` made from the ledger of a killed one
     decides as that one would have.
+
+    Raises:
+        UndecidedError: the ledger's trials are not such as this sampler and this space take.
     """
 
     def __init__(
@@ -85,9 +103,13 @@ class Search:
         self._clock = clock
         budget = config.sweep.time_budget
         self._deadline = None if budget is None else clock() + budget
-        self.fatal = ""
-        """The one error that every trial so far has made, once it is clear that the rest would make it too."""
-        self._rebuild()
+        try:
+            self._rebuild()
+        except (OSError, LedgerError):
+            raise
+        except Exception as error:
+            raise UndecidedError.of(error) from error
+        self._common_error = CommonError.of(self.state)
         self._to_reissue = list(self.state.running())
 
     @property
@@ -106,6 +128,11 @@ class Search:
         return self._proposer.distributions
 
     @property
+    def fatal(self) -> str:
+        """The one error that every trial makes, once it is clear that the rest would make it too."""
+        return self._common_error.error
+
+    @property
     def out_of_time(self) -> bool:
         """Whether the time budget is used up."""
         return self._deadline is not None and self._clock() >= self._deadline
@@ -113,7 +140,7 @@ class Search:
     @property
     def is_finished(self) -> bool:
         """Whether every trial and every baseline has ended."""
-        counts_reached = len(self.state.arm(SEARCH)) >= self.state.target and self._next_baseline() is None
+        counts_reached = self.state.size() >= self.state.target and self._next_baseline() is None
         return counts_reached and not self.state.running()
 
     def next_trial(self) -> TrialRecord | None:
@@ -122,7 +149,7 @@ class Search:
             return None
         if self._to_reissue:
             return self._to_reissue.pop(0)
-        number = len(self.state.arm(SEARCH))
+        number = self.state.size()
         if number < self.state.target:
             return self._suggest(TrialKey(SEARCH, number), self._propose(number), self._space)
         if (baseline := self._next_baseline()) is not None:
@@ -154,7 +181,7 @@ class Search:
             events.append(("end", _end(key, decision, epoch, metrics[OBJECTIVE])))
         self._write(*events)
         if decision is not Decision.CONTINUE:
-            self._tell(record)
+            self._over(record)
         return decision
 
     def lost(self, key: TrialKey, reason: str, error: str, larger: Share | None = None) -> bool:
@@ -163,7 +190,8 @@ class Search:
         Args:
             key: the trial.
             reason: `crash`, retried `max_failures` times; `oom`, retried once, with a larger share if there is one;
-                `node`, the machine's loss and not the trial's, retried always.
+                `node`, the machine's loss and not the trial's, retried as long as the trial gets on: it may lose
+                `NODES_LOST_WITHOUT_AN_EPOCH` nodes between two epochs.
             error: in one line.
             larger: the next larger share of a node, if there is one.
 
@@ -177,15 +205,18 @@ class Search:
         again = {
             "crash": before < self.config.sweep.max_failures,
             "oom": before == 0 and larger is not None,
-            "node": True,
+            "node": record.nodes_lost < NODES_LOST_WITHOUT_AN_EPOCH,
         }[reason]
         if not again:
+            if reason == "node":
+                error = f"{record.nodes_lost + 1} nodes were lost under it without an epoch in between: {error}"
             self.failed(key, reason, error)
             return False
         share = larger if reason == "oom" else record.share
         retry = {"reason": reason, "error": error, "share": None if share is None else list(share)}
         self._write(("retry", {"arm": key.arm, "number": key.number, **retry}))
-        self._to_reissue.append(record)
+        if all(waiting.key != key for waiting in self._to_reissue):  # a loss may be told twice
+            self._to_reissue.append(record)
         return True
 
     def failed(self, key: TrialKey, reason: str, error: str) -> None:
@@ -195,8 +226,7 @@ class Search:
             return
         end = {"status": TrialStatus.FAILED, "reason": reason, "error": error, "epoch": record.epoch, "value": None}
         self._write(("end", {"arm": key.arm, "number": key.number, **end}))
-        self._tell(record)
-        self.fatal = self.fatal or self._common_error()
+        self._over(record)
 
     def stopped(self, trouble: str = "") -> str:
         """Write that the driver lets go, and return why: the `stop` event's reason.
@@ -256,7 +286,7 @@ class Search:
         space = Space.of_recipe(self.config)
         trials = baselines.trials if len(space) else 1
         for method in baselines.methods:
-            number = len(self.state.arm(method))
+            number = self.state.size(method)
             if number < trials:
                 return TrialKey(method, number), lattice(space.axes(), trials)[number], space
         return None
@@ -268,15 +298,11 @@ class Search:
             return Decision.COMPLETE
         return self._asha.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
 
-    def _tell(self, record: TrialRecord) -> None:
+    def _over(self, record: TrialRecord) -> None:
+        """The trial's end is written: tell the sampler, and look whether all trials end so."""
         if record.key.arm == SEARCH:
             self._proposer.tell(record)
-
-    def _common_error(self) -> str:
-        ended = [r for r in self.state.trials.values() if r.status.is_end]
-        errors = {r.error for r in ended}
-        all_alike = len(errors) == 1 and all(r.status is TrialStatus.FAILED and r.reason != "diverged" for r in ended)
-        return errors.pop() if all_alike and len(ended) >= SAME_ERRORS_THAT_END_A_SWEEP else ""
+        self._common_error.take(record)
 
     def _rebuild(self) -> None:
         """Bring Optuna's study and ASHA's rungs to where the ledger is, and write the ends a kill left out."""
@@ -359,7 +385,7 @@ class Proposer:
 
 
 class _Tpe(optuna.samplers.TPESampler):
-    """Optuna's sampler, told the space: by itself it compares the ranges of all trials, a third of a late proposal's time."""
+    """Optuna's sampler, told the space: to compare all trials' ranges takes it a third of a late proposal's time."""
 
     def __init__(self, distributions: Mapping[str, BaseDistribution], seed: int, startup_trials: int) -> None:
         super().__init__(seed=seed, n_startup_trials=startup_trials, multivariate=True, constant_liar=True)

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -44,6 +45,7 @@ from tune_topkd.sweep.cluster import trial_part
 from tune_topkd.sweep.cluster import whereabouts
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
+from tune_topkd.sweep.search import UndecidedError
 from tune_topkd.sweep.worker import HANG_FILE
 from tune_topkd.sweep.worker import MESSAGE
 from tune_topkd.sweep.worker import TrainFunction
@@ -61,6 +63,8 @@ LONGEST_WAIT_FOR_ROOM = 30.0
 _GRACE_AFTER_TIMEOUT = 30.0  # for a worker that can still end itself, and so tell where it hung
 _SECONDS_BETWEEN_CHECKS = 2.0
 _NO_SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
+_MOST_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"
+_ANY_NUMBER = 10**6
 
 _log = logging.getLogger(__name__)
 
@@ -120,7 +124,7 @@ def run_sweep(
 
     bridge = _Bridge(search, folder, files, hashes, interruption)
     with scratch_folder() as scratch, _listening(interruption):
-        _tuner(trial, resources, bridge, scratch).fit()
+        bridge.carry_through(_tuner(trial, resources, bridge, scratch).fit)
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
             search.stopped(bridge.trouble)
@@ -320,15 +324,23 @@ class _Bridge:
                 self._at_work[key] = replace(place, is_hung=True)
                 kill_worker(*there)
 
+    def carry_through(self, fit: Callable[[], Any]) -> None:
+        """Have Ray run the trials; what ends its loop is trouble of the sweep, not a trace in the user's terminal."""
+        with self._ends_the_sweep(), _workers_starting_together():
+            fit()
+
     @contextmanager
     def _ends_the_sweep(self) -> Iterator[None]:
-        """A ledger that cannot be written ends the sweep; Ray's loop would hide the exception in one of its own."""
+        """Whatever goes wrong outside the trials ends the sweep; Ray's loop would hide the exception in one of its own."""
         try:
             yield
         except OSError as error:
             self.trouble = self.trouble or f"{error.filename or self.search.ledger.path}: {error.strerror or error}"
         except LedgerError as error:
             self.trouble = self.trouble or str(error)
+        except Exception as error:
+            _log.exception("the sweep ends")
+            self.trouble = self.trouble or str(UndecidedError.of(error))
 
     def _lost(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
         record = self.search.state.trials[key]
@@ -371,6 +383,19 @@ class _Bridge:
 
     def _trial_folder(self, key: TrialKey) -> Path:
         return self._folder / "trials" / str(key)
+
+
+@contextmanager
+def _workers_starting_together() -> Iterator[None]:
+    """Have Ray ask for a trial whenever there is room: by itself it asks for none while any worker is starting."""
+    before = os.environ.get(_MOST_PENDING)
+    os.environ[_MOST_PENDING] = str(_ANY_NUMBER)
+    try:
+        yield
+    finally:
+        os.environ.pop(_MOST_PENDING)
+        if before is not None:
+            os.environ[_MOST_PENDING] = before
 
 
 @dataclass(frozen=True)
@@ -416,9 +441,25 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
     def __init__(self, bridge: _Bridge) -> None:
         super().__init__()
         self._bridge = bridge
+        self._new: list[Trial] = []
+        self._waiting: list[Trial] = []
+        """Those that a worker has been asked for, in that order."""
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._new.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The oldest new trial, else the one that was last asked a worker for: a free worker is given to what this gives.
+
+        Ray's own choice is the trial that has waited longest. Its worker, which is starting, would be stopped, a new one
+        begun for the next trial, and so on: where trials are shorter than a worker's start, one worker would do them all.
+        """
+        self._waiting = [trial for trial in self._waiting + self._new[:1] if trial.status == Trial.PENDING]
+        del self._new[:1]
+        return self._waiting[-1] if self._waiting else None
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         if result.get("done") or MESSAGE not in result:  # the train function returned: its last result comes again
