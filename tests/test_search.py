@@ -14,7 +14,9 @@ from optuna.trial import TrialState
 from tune_topkd.config import METHODS
 from tune_topkd.config import SharedFiles
 from tune_topkd.sweep import Search
+from tune_topkd.sweep import failing
 from tune_topkd.sweep import search as search_module
+from tune_topkd.sweep.search import UndecidedError
 from tune_topkd.trials import Decision
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
@@ -251,23 +253,144 @@ def test_a_trial_gets_the_fixed_the_searched_and_the_recipe(make):
     assert trial.teacher.name == "digits_cnn"
 
 
-def test_the_error_that_every_trial_makes_ends_the_sweep(make):
+# --- the error that every trial makes ------------------------------------------------------------------------------
+
+OWN = [
+    "FileNotFoundError: [Errno 2] No such file or directory: '/scratch/job-{n}/trial {key}/data.bin'",
+    "OSError: /scratch/{key}/epoch-000{n}/weights.pt is not there",
+    "RuntimeError: worker 7{n}31 (pid 41{n}) has no network",
+    "TypeError: <tensor at 0x7f{n}c0ffee> takes no index",
+    "RuntimeError: lost connection 3f2504e0-4f89-11d3-9a0c-0305e82c330{n} after {n}.25 s",
+    r"OSError: C:\Users\me\run{n}\data.bin is not there",
+    "RuntimeError: trial {key} of 12 cannot start",
+]
+
+
+def fail_alike(search, count, text="OSError: no data"):
+    """End so many trials with an error, each with its own number and label in it."""
+    for n in range(count):
+        record = search.next_trial()
+        if record is None:
+            return n
+        search.failed(record.key, "error", text.format(n=n % 10, key=record.key))
+    return count
+
+
+def succeed(search):
+    record = search.next_trial()
+    for epoch in range(1, EPOCHS + 1):
+        if search.reported(record.key, epoch, {"val_top1": 50.0 + epoch}) is not Decision.CONTINUE:
+            return record
+    raise AssertionError("it had an end")
+
+
+@pytest.mark.parametrize("text", ["OSError: no data", *OWN])
+def test_the_error_that_every_trial_makes_ends_the_sweep_whatever_of_a_trials_own_it_names(make, text):
     search = make()
-    for number in range(3):
-        assert search.fatal == ""
-        search.next_trial()
-        search.failed(TrialKey("search", number), "error", "OSError: no data")
-    assert search.fatal == "OSError: no data"
-    assert search.next_trial() is None
+    assert fail_alike(search, 12, text) == 3
+    assert search.fatal == search.state.trials[TrialKey("search", 2)].error
     assert search.stopped() == "failed"
 
 
-def test_errors_that_differ_or_a_success_do_not_end_the_sweep(make):
+def test_errors_of_different_causes_do_not_end_the_sweep(make):
     search = make()
-    for number in range(4):
-        search.next_trial()
-        search.failed(TrialKey("search", number), "error", f"ValueError: {number}")
+    for error in ["OSError: no data", "KeyError: 'lr'", "ValueError: no data", "OSError: no date"] * 2:
+        search.failed(search.next_trial().key, "error", error)
+    for reason in ("error", "crash", "oom", "error"):
+        search.failed(search.next_trial().key, reason, "the same words")
     assert search.fatal == ""
+
+
+def test_an_error_that_names_the_trials_own_parameter_speaks_of_the_space(make):
+    search = make(sweep_config(sweep={"trials": 40}))
+    given = set()
+    while len(given) < 3:
+        record = search.next_trial()
+        given.add(record.params["k"])
+        search.failed(record.key, "error", f"ValueError: k must be at most 0, but got {record.params['k']}")
+    assert search.fatal == ""
+    assert fail_alike(search, 40, "ValueError: k must be at most 0, but got {n}17") <= 20, "but not for ever"
+
+
+def test_after_a_success_a_long_row_of_the_same_error_ends_the_sweep_and_the_answer_stays(make):
+    search = make(sweep_config(sweep={"trials": 200, "startup_trials": 200}))
+    best = succeed(search)
+    assert fail_alike(search, 199, OWN[0]) == failing.SAME_ERRORS_AFTER_A_SUCCESS
+    assert search.stopped() == "failed"
+    assert search.state.best() is best
+
+
+def test_a_success_in_between_begins_the_count_again(make):
+    search = make(sweep_config(sweep={"trials": 200, "startup_trials": 200, "asha": None}))
+    for _ in range(3):
+        succeed(search)
+        assert fail_alike(search, failing.SAME_ERRORS_AFTER_A_SUCCESS - 1) == failing.SAME_ERRORS_AFTER_A_SUCCESS - 1
+    assert search.fatal == ""
+
+
+def test_the_ends_of_all_arms_count_in_their_order(make):
+    search = make(sweep_config(sweep={"trials": 1}), first=())
+    fail_alike(search, 3)
+    assert [record.key.arm for record in search.state.ended] == ["search", "ce", "ce"]
+    assert search.fatal == "OSError: no data"
+
+
+def test_trials_that_all_diverge_end_the_sweep_too_but_only_after_many(make):
+    search = make(sweep_config(sweep={"trials": 100, "startup_trials": 100}))
+    count = 0
+    while (record := search.next_trial()) is not None:
+        search.reported(record.key, 1 + count % 3, {"val_top1": math.nan})
+        count += 1
+    assert count == failing.SAME_ERRORS_AFTER_A_SUCCESS
+    assert search.stopped() == "failed"
+
+
+def test_half_a_space_that_fails_alike_does_not_end_a_sweep_that_began_well(make):
+    """All failures have one cause, with and without the parameter in it; the first trial is the published default."""
+    for seed in range(8):
+        sections = {"space": {"k": {"low": 1, "high": 20}}, "baselines": None, "recipe": {"epochs": 1}}
+        settings = {"trials": 60, "seed": seed, "asha": None}
+        search = make(sweep_config(sweep=settings, **sections))
+        while (record := search.next_trial()) is not None:
+            if record.params["k"] > 10:
+                search.failed(record.key, "error", "RuntimeError: CUDA error: an illegal memory access")
+            else:
+                search.reported(record.key, 1, {"val_top1": 50.0 + record.params["scale_top"]})
+        assert (search.fatal, search.state.size()) == ("", 60), seed
+
+
+@pytest.mark.parametrize("successes", [0, 2])
+def test_a_sweep_of_the_same_error_cut_after_any_line_stops_where_an_uninterrupted_one_does(tmp_path, successes):
+    config = sweep_config(sweep={"trials": 60, "startup_trials": 60})
+
+    def driven(ledger):
+        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 60}))
+        search = Search(config, ledger)
+        while (record := search.next_trial()) is not None:
+            search.started(record.key)
+            if record.key.number < successes:
+                for epoch in range(record.epoch + 1, EPOCHS + 1):
+                    if search.reported(record.key, epoch, {"val_top1": 50.0}) is not Decision.CONTINUE:
+                        break
+            else:
+                search.failed(record.key, "error", f"OSError: /scratch/{record.key}/data is not there")
+        return search.stopped()
+
+    path = tmp_path / "whole.jsonl"
+    with begin(path, config) as ledger:
+        assert driven(ledger) == "failed"
+        count = len(ledger.state.ended)
+    assert count == successes + (failing.SAME_ERRORS_AFTER_A_SUCCESS if successes else 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(lines), 1 if successes == 0 else 5):
+        part = tmp_path / f"cut{cut}.jsonl"
+        part.write_bytes(b"".join(lines[:cut]))
+        with Ledger.open(part) as ledger:
+            assert driven(ledger) == "failed", cut
+        assert told(part) == told(path), cut
+    with Ledger.open(path) as ledger:  # a person has read why and goes on
+        assert driven(ledger) == "failed"
+        assert len(ledger.state.ended) > count, "what was given up is tried anew"
 
 
 def test_after_the_time_budget_nothing_new_starts(make):
@@ -465,6 +588,41 @@ def test_a_lost_node_is_not_the_trials_fault(make):
     assert not record.status.is_end
 
 
+def test_a_trial_that_loses_node_after_node_without_an_epoch_fails(make):
+    search, record = begun(make)
+    lost = 0
+    while search.lost(record.key, "node", "its node is gone"):
+        lost += 1
+        assert search.next_trial() is record
+    assert lost == search_module.NODES_LOST_WITHOUT_AN_EPOCH
+    assert (record.status, record.reason) == (TrialStatus.FAILED, "node")
+    assert record.error == f"{lost + 1} nodes were lost under it without an epoch in between: its node is gone"
+    assert search.next_trial().key.number == 1
+
+
+def test_a_trial_that_gets_on_may_lose_any_number_of_nodes_also_of_earlier_drivers(make):
+    search, record = begun(make, epochs=0)
+    for epoch in range(1, EPOCHS):
+        for _ in range(search_module.NODES_LOST_WITHOUT_AN_EPOCH // 2):
+            assert search.lost(record.key, "node", "its node is gone")
+            assert search.next_trial() is record
+        search = reopened(search)
+        record = search.next_trial()
+        for _ in range(search_module.NODES_LOST_WITHOUT_AN_EPOCH // 2):
+            assert search.lost(record.key, "node", "its node is gone")
+            assert search.next_trial() is record
+        search.reported(record.key, epoch, {"val_top1": 50.0})
+    assert not record.status.is_end
+    search.ledger.close()
+
+
+def test_a_loss_that_is_told_twice_gives_the_trial_out_once(make):
+    search, record = begun(make)
+    for _ in range(2):
+        assert search.lost(record.key, "node", "its node is gone")
+    assert [search.next_trial().key.number for _ in range(2)] == [0, 1]
+
+
 @pytest.mark.parametrize("reason", ["crash", "oom", "node"])
 def test_a_worker_lost_after_its_trials_end_changes_nothing(make, reason):
     search, record = begun(make, epochs=EPOCHS)
@@ -611,6 +769,44 @@ def test_a_sampler_that_is_shown_trials_proposes_what_one_that_has_them_does(mak
         assert proposer.would_ask(number) == study.ask(proposer.distributions).params
     assert [trial.number for trial in proposer.study.trials] == list(range(40))
     assert [record.key.number for record in running] == [0, 1]
+
+
+def test_a_sampler_that_is_told_the_space_proposes_what_optunas_own_does(make):
+    """The first axis has one value alone, which Optuna does not model."""
+    space = {"scale_top": {"low": 2.0, "high": 2.0}}
+    search = make(sweep_config(space=space, sweep={"trials": 30, "startup_trials": 5}), first=())
+    proposer = search._proposer
+    for number in range(30):
+        seed = proposer._sampler(number)._rng.rng.randint(2**31)
+        ours = proposer._sampler(number)
+        own = optuna.samplers.TPESampler(n_startup_trials=5, multivariate=True, constant_liar=True)
+        for sampler in (ours, own):
+            sampler.reseed_rng()
+            sampler._rng.rng.seed(seed)
+            sampler._random_sampler._rng.rng.seed(seed)
+        asked = []
+        for sampler in (ours, own):
+            study = optuna.create_study(direction="maximize", sampler=sampler)
+            study.add_trials(proposer._history())
+            asked.append(study.ask(proposer.distributions).params)
+        assert asked[0] == asked[1], number
+        record = search.next_trial()
+        if number % 4 != 2:
+            search.reported(record.key, EPOCHS, {"val_top1": value(search.trial_config(record), EPOCHS)})
+
+
+def test_a_ledger_whose_proposals_do_not_fit_the_space_is_told_in_one_line(tmp_path):
+    config = sweep_config()
+    path = tmp_path / "l.jsonl"
+    with begin(path, config) as ledger:
+        Search(config, ledger).next_trial()
+    narrow = sweep_config(space={"scale_top": {"low": 3.0, "high": 3.5}})
+    with (
+        Ledger.open(path) as ledger,
+        pytest.raises(UndecidedError, match=r"^what comes next cannot be decided: .+") as told,
+    ):
+        Search(narrow, ledger)
+    assert "\n" not in str(told.value)
 
 
 def test_a_long_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):

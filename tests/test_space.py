@@ -259,6 +259,67 @@ def test_the_logarithm_of_a_bound_at_0_is_an_error_that_names_it():
         of.params({"a": 0.0, "b": 0.5})
 
 
+TWO_SCALES = {"top": {"low": 1.0, "high": 4.0}, "gt": {"low": "top", "high": 6.0}}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "told"),
+    [
+        ({"k": {"low": "top", "high": "gt", "type": "int"}}, r"k: low <= high must hold.*, at top = 2.854, gt = 2.854"),
+        ({"k": {"low": "top", "high": "gt", "type": "int", "log": True}}, "k: low <= high must hold"),
+        ({"k": {"low": "gt", "high": "top"}}, r"k: low <= high must hold.*, at top = 1, gt = 6"),
+        ({"k": {"low": 2.0, "high": "top"}}, r"k: low <= high must hold.* low = 2, high = 1, at top = 1$"),
+        ({"a": {"low": "top", "high": "gt"}, "k": {"low": "a", "high": "gt", "type": "int"}}, "k: low <= high"),
+        (
+            {"a": {"low": 0.0, "high": "top"}, "k": {"low": "a", "high": 9.0, "log": True}},
+            r"k: log.* came out as 0, at",
+        ),
+    ],
+)
+def test_a_range_that_can_be_empty_between_its_corners_is_found_with_a_point_that_shows_it(ranges, told):
+    with pytest.raises(ValueError, match=rf"^space\.{told}"):
+        space(**TWO_SCALES, **ranges).check()
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        {"b": {"low": "top", "high": "gt"}},
+        {"k": {"low": 1, "high": "gt", "type": "int"}},
+        {"n": {"low": 5, "high": 9, "type": "int"}, "k": {"low": "top", "high": "n", "type": "int"}},
+        {"a": {"low": "top", "high": "gt", "log": True}, "k": {"low": "a", "high": 6.0, "log": True}},
+        {"on": [1, 2, 3]},
+    ],
+)
+def test_a_space_without_an_empty_range_is_right(ranges):
+    space(**TWO_SCALES, **ranges).check()
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_what_the_check_lets_through_is_empty_for_no_proposal(data):
+    ranges, names = {}, []
+    for name in "abcd"[: data.draw(st.integers(2, 4))]:
+        bounds = st.one_of(
+            st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.25, 5.0]), *([st.sampled_from(names)] if names else [])
+        )
+        low, high = data.draw(bounds), data.draw(bounds)
+        if not isinstance(low, str) and not isinstance(high, str):
+            low, high = min(low, high), max(low, high)
+        ranges[name] = {"low": low, "high": high}
+        if data.draw(st.booleans()) and all(isinstance(b, str) or b == int(b) for b in (low, high)):
+            ranges[name]["type"] = "int"
+        names.append(name)
+    of = space(**ranges)
+    try:
+        of.check()
+    except ValueError:
+        return
+    chance = data.draw(st.randoms(use_true_random=False))
+    for _ in range(100):
+        of.params({axis.name: axis.at(chance.choice([0.0, 1.0, chance.random()])) for axis in of.axes()})
+
+
 # --- corners, parts, digest -----------------------------------------------------------------------------------------
 
 

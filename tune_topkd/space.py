@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from tune_topkd.config import ParameterRange
 from tune_topkd.config import RelativeConfig
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+
+_WITHIN = (0.618, 0.2763)
+"""Shares of an axis that make no integer of its ends, but by a rare chance, and hardly both."""
+_LONGEST_CHAIN = 6  # of ranges that a bound leads to, for which points within are tried: 4,096 of them
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,30 @@ class Space:
                 proposal[name] = _share(low, high, float(kept[name]), log=parameter.log)
         return proposal
 
+    def check(self) -> None:
+        """Check that no range is empty for any proposal.
+
+        The bounds of a conditional range follow the ranges they name. It is narrowest where each of these is at an end of
+        its axis; a range of whole numbers also where they meet between two integers, so a point within is tried as well.
+
+        Raises:
+            ValueError: names a range that can be empty, and the values of the others where it is.
+        """
+        for name, parameter in self._ranges.items():
+            if not parameter.bound_names():
+                continue
+            above = _bounds_first(self._ranges, parameter.bound_names())
+            axes = [_axis(n, self._ranges[n]) for n in above]
+            points = (0.0, 1.0, *_WITHIN) if len(axes) <= _LONGEST_CHAIN else (0.0, 1.0)
+            for shares in itertools.product(points, repeat=len(axes)):
+                proposal = {axis.name: axis.at(share) for axis, share in zip(axes, shares, strict=True)}
+                params = Space({n: self._ranges[n] for n in above}).params(proposal)
+                try:
+                    _bounds(name, parameter, params)
+                except ValueError as error:
+                    at = ", ".join(f"{n} = {value:g}" for n, value in params.items())
+                    raise ValueError(f"{error}, at {at}") from None
+
     def corners(self) -> Iterator[dict[str, Scalar]]:
         """The parameters at every combination of axis ends (all choices of a choice axis)."""
         ends = [axis.choices or (axis.at(0.0), axis.at(1.0)) for axis in self.axes()]
@@ -158,7 +187,8 @@ def lattice(axes: list[Axis], n: int) -> list[dict[str, Scalar]]:
     return [{axis.name: axis.at(s) for axis, s in zip(axes, row, strict=False)} for row in shares]
 
 
-def _bounds_first(ranges: Mapping[str, ParameterRange]) -> list[str]:
+def _bounds_first(ranges: Mapping[str, ParameterRange], wanted: Iterable[str] | None = None) -> list[str]:
+    """The ranges, or those that are wanted and all that their bounds lead to: each after the ones it names."""
     order: list[str] = []
 
     def visit(name: str) -> None:
@@ -167,7 +197,7 @@ def _bounds_first(ranges: Mapping[str, ParameterRange]) -> list[str]:
         if name not in order:
             order.append(name)
 
-    for name in ranges:
+    for name in ranges if wanted is None else wanted:
         visit(name)
     return order
 

@@ -287,7 +287,9 @@ def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
         return
     seen: set[str] = set()
     try:
-        for number, corner in enumerate(Space.of(config).corners()):
+        space = Space.of(config)
+        space.check()
+        for number, corner in enumerate(space.corners()):
             if number >= CORNERS_CHECKED:
                 break
             rule = _refusal(config, corner, num_classes)

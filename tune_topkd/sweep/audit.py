@@ -14,6 +14,8 @@ from pathlib import Path
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
+from tune_topkd.sweep.failing import CommonError
+from tune_topkd.sweep.search import NODES_LOST_WITHOUT_AN_EPOCH
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Asha
 from tune_topkd.sweep.search import Proposer
@@ -33,6 +35,8 @@ from tune_topkd.trials import read_events
 
 PROPOSALS_DRAWN_AGAIN = 500
 """Of a longer sweep so many proposals, evenly spread, are drawn again: each costs more the more there were before it."""
+
+_FIRST_WITH_COMMON_ERRORS = 3  # the ledger version
 
 _OUTCOME = {
     Decision.COMPLETE: (TrialStatus.COMPLETED,),
@@ -74,13 +78,14 @@ class _Audit:
         self._asha = Asha(config)
         self._proposer = Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
         self._may_start: dict[TrialKey, bool] = {}
+        self._common_error = CommonError()
         self._is_driven = False
         suggested = sum(event.name == "suggest" and event.key.arm == SEARCH for event in events)
         self._stride = max(1, math.ceil(suggested / PROPOSALS_DRAWN_AGAIN))
 
     def findings(self) -> Iterator[str]:
         for event in self._events:
-            if event.name == "suggest" and event.key.number != (expected := len(self.state.arm(event.key.arm))):
+            if event.name == "suggest" and event.key.number != (expected := self.state.size(event.key.arm)):
                 yield f"line {event.seq + 1}: trial {event.key} is suggested where {expected} comes next; no more is checked"
                 return
             yield from (f"line {event.seq + 1}: {what}" for what in self._before(event))
@@ -94,6 +99,8 @@ class _Audit:
             case "suggest":
                 yield from self._proposal_findings(event)
                 self._may_start[event.key] = True
+                if self._common_error.error and self._knows_common_errors():
+                    yield f"trial {event.key} is suggested although the newest have all failed alike"
             case "start":
                 if not self._may_start.get(event.key) and self.state.header["version"] > 1:  # 1 had no `retry`
                     yield f"trial {event.key} is started again without a retry or a new driver"
@@ -107,9 +114,13 @@ class _Audit:
                 yield from self._end_findings(event)
             case "driver":
                 self._may_start = dict.fromkeys(self._may_start, True)
+                if self.state.stop_reason == "failed":
+                    self._common_error.forgive()
                 self._is_driven = True
             case "stop":
                 self._is_driven = False
+                if event.data["reason"] == "failed" and self._knows_common_errors() and not self._common_error.error:
+                    yield "the sweep is given up although its trials do not all fail alike"
         if event.name not in ("sweep", "stop") and not self._is_driven:
             yield f"`{event.name}` while no process drives the sweep"
 
@@ -119,8 +130,10 @@ class _Audit:
         if event.name == "stop" and event.data["reason"] == "finished":
             if left := self.state.running():
                 yield f"the sweep is finished, but {_named(left)} not"
-            if len(self.state.arm(SEARCH)) != self.state.target:
-                yield f"the sweep is finished with {len(self.state.arm(SEARCH))} trials, not {self.state.target}"
+            if self.state.size() != self.state.target:
+                yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
+        if event.name == "end":
+            self._common_error.take(self.state.trials[event.key])
 
     def _proposal_findings(self, event: Event) -> Iterator[str]:
         key, proposal, params = event.key, event.data["proposal"], event.data["params"]
@@ -139,6 +152,10 @@ class _Audit:
         if expected is not None and not _alike(expected, proposal):
             yield f"the proposal of trial {key} is not what the sampler proposes"
         self._proposer.take(key.number, proposal)
+
+    def _knows_common_errors(self) -> bool:
+        """Whether the program that began the sweep gave up by the rule of today."""
+        return int(self.state.header["version"]) >= _FIRST_WITH_COMMON_ERRORS
 
     def _has_the_same_optuna(self) -> bool:
         return self.state.header.get("versions", {}).get("optuna") in (None, metadata.version("optuna"))
@@ -166,6 +183,8 @@ class _Audit:
         record = self.state.trials.get(event.key)
         limits = {"crash": self._config.sweep.max_failures, "oom": 1}
         reason = event.data["reason"]
+        if record is not None and reason == "node" and record.nodes_lost >= NODES_LOST_WITHOUT_AN_EPOCH:
+            yield f"trial {event.key} is retried although it lost {record.nodes_lost} nodes without an epoch in between"
         if record is not None and record.retries.count(reason) >= limits.get(reason, math.inf):
             yield f"trial {event.key} is retried for {reason} more often than {limits[reason]} times"
 

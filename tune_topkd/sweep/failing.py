@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import TrialRecord
@@ -22,6 +23,31 @@ _ID = re.compile(r"\b0x[0-9a-f]+\b|\b(?=[0-9a-f-]*\d)[0-9a-f]{8,}(?:-[0-9a-f]{4,
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Cause:
+    """A failed trial's error without what is this trial's or this process's own: paths, ids, addresses, numbers."""
+
+    text: str
+    numbers: tuple[float, ...] = ()
+    """Those that were in it."""
+    given: frozenset[float] = frozenset()
+    """The numbers that are the trial's parameters."""
+
+    @classmethod
+    def of(cls, record: TrialRecord) -> "Cause":
+        """That of a failed trial."""
+        text = record.error.replace(str(record.key), "#")
+        text = _ID.sub("#", _PATH.sub("/…", _QUOTED_PATH.sub(r"\1/…\1", text)))
+        params = (v for v in record.params.values() if isinstance(v, int | float) and not isinstance(v, bool))
+        numbers = tuple(float(number) for number in _NUMBER.findall(text))
+        return cls(f"{record.reason}: {_NUMBER.sub('#', text)}"[:_TELLING], numbers, frozenset(map(float, params)))
+
+    def depends_on_the_space(self, other: "Cause") -> bool:
+        """Whether two errors of the same text differ in a number that one of the trials was given: k = 13, k = 17."""
+        pairs = zip(self.numbers, other.numbers, strict=False)
+        return any(a != b and (a in self.given or b in other.given) for a, b in pairs)
+
+
 class CommonError:
     """Looks for the one error that every trial makes; takes the trials in the order of their ends.
 
@@ -33,55 +59,40 @@ class CommonError:
         self.error = ""
         """That of the newest trial, once it is clear that the rest would make it too."""
         self._has_success = False
-        self._exact, self._alike = "", ""
-        self._exactly = self._alikes = 0
+        self._last = _NONE
+        self._alike = self._wherever = 0
+        """How many in a row have this cause; how many of these whatever they were given."""
 
     @classmethod
     def of(cls, state: SweepState) -> "CommonError":
         """What a sweep's ledger tells."""
         found = cls()
         found._take_all(state.ended[: state.forgiven])
-        found._forgive()
+        found.forgive()
         found._take_all(state.ended[state.forgiven :])
         return found
 
     def take(self, record: TrialRecord) -> None:
         """The next trial that is over."""
         if record.status is not TrialStatus.FAILED:
-            self._has_success = True
-            self._exact = self._alike = ""
-            self._exactly = self._alikes = 0
+            self._has_success, self._last = True, _NONE
             return
-        exact, alike = cause(record, keeping_parameters=True), cause(record)
-        self._exactly = self._exactly + 1 if exact == self._exact else 1
-        self._alikes = self._alikes + 1 if alike == self._alike else 1
-        self._exact, self._alike = exact, alike
-        is_new = not self._has_success and record.reason != "diverged"
-        if (is_new and self._exactly >= SAME_ERRORS_THAT_END_A_SWEEP) or self._alikes >= SAME_ERRORS_AFTER_A_SUCCESS:
+        cause = Cause.of(record)
+        is_same = cause.text == self._last.text
+        self._alike = self._alike + 1 if is_same else 1
+        self._wherever = self._wherever + 1 if is_same and not cause.depends_on_the_space(self._last) else 1
+        self._last = cause
+        is_first = not self._has_success and record.reason != "diverged"
+        if (is_first and self._wherever >= SAME_ERRORS_THAT_END_A_SWEEP) or self._alike >= SAME_ERRORS_AFTER_A_SUCCESS:
             self.error = self.error or record.error
+
+    def forgive(self) -> None:
+        """Another driver goes on where one had given up: what came before does not count."""
+        self.error, self._last = "", _NONE
 
     def _take_all(self, records: Sequence[TrialRecord]) -> None:
         for record in records:
             self.take(record)
 
-    def _forgive(self) -> None:
-        self.error = self._exact = self._alike = ""
-        self._exactly = self._alikes = 0
 
-
-def cause(record: TrialRecord, *, keeping_parameters: bool = False) -> str:
-    """A failed trial's error without what is this trial's or this process's own: paths, ids, addresses, numbers.
-
-    Args:
-        record: the trial.
-        keeping_parameters: leave the numbers that are values of its parameters: such an error speaks of the space.
-    """
-    params = record.params.values() if keeping_parameters else ()
-    given = {float(value) for value in params if isinstance(value, int | float) and not isinstance(value, bool)}
-
-    def number(found: re.Match[str]) -> str:
-        return found[0] if float(found[0]) in given else "#"
-
-    text = record.error.replace(str(record.key), "#")
-    text = _PATH.sub("/…", _QUOTED_PATH.sub(r"\1/…\1", text))
-    return f"{record.reason}: {_NUMBER.sub(number, _ID.sub('#', text))}"[:_TELLING]
+_NONE = Cause("")

@@ -338,7 +338,7 @@ class _Bridge:
             self.trouble = self.trouble or f"{error.filename or self.search.ledger.path}: {error.strerror or error}"
         except LedgerError as error:
             self.trouble = self.trouble or str(error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (it is told, and its trace is in the log)
             _log.exception("the sweep ends")
             self.trouble = self.trouble or str(UndecidedError.of(error))
 

@@ -14,6 +14,7 @@ import faulthandler
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -45,6 +46,7 @@ PATIENCE_WITH_ANOTHER_WORKER = 15.0
 
 _REPORT_FILE = "report.json"
 _LOCK_FILE = ".worker"
+_CHECKPOINT = re.compile(r"epoch-([0-9]+)")
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 _ROOM_FOR_ANYTHING = 2**16
 
@@ -207,16 +209,20 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A trial's checkpoints, the newest first, whole or not."""
-    return sorted(folder.glob("epoch-[0-9]*"), key=lambda p: int(p.name.partition("-")[2]), reverse=True)
+    """A trial's checkpoints, the newest first, whole or not; what only looks like one (`epoch-0003.bak`) is not ours."""
+    found = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("epoch-*") if path.is_dir()}
+    epochs = {path: int(name[1]) for path, name in found.items() if name}
+    return sorted(epochs, key=lambda path: (epochs[path], path.name), reverse=True)
 
 
 def is_whole(path: Path) -> bool:
     """Whether a checkpoint is as it was written."""
     try:
-        report = json.loads((path / _REPORT_FILE).read_bytes())
-        return all(_sha256(path / name) == digest for name, digest in report["files"].items())
-    except (OSError, ValueError, KeyError):
+        epoch, _ = _read_report(path)
+        files = json.loads((path / _REPORT_FILE).read_bytes())["files"]
+        is_its = epoch == int(path.name.partition("-")[2])
+        return is_its and all(_sha256(path / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged report may be of any shape
         return False
 
 
@@ -311,7 +317,7 @@ def _storage_trouble(error: BaseException, folder: Path) -> str:
 
 def _read_report(path: Path) -> tuple[int, dict[str, Any]]:
     report = json.loads((path / _REPORT_FILE).read_bytes())
-    return report["epoch"], report["metrics"]
+    return report["epoch"], dict(report["metrics"])
 
 
 def _sha256(path: Path) -> str:
