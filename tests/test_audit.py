@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import zlib
 
 import formulas
@@ -115,6 +116,55 @@ def test_only_some_proposals_of_a_long_sweep_are_drawn_again(whole, monkeypatch)
     monkeypatch.setattr(audit, "PROPOSALS_DRAWN_AGAIN", 5)
     assert audit_sweep(config(), whole) == []
     assert drawn == [3, 6, 9, 12]
+
+
+def test_an_audit_of_four_times_the_trials_makes_about_four_times_the_calls(tmp_path, monkeypatch):
+    """What is called is counted, not timed: copies of all trials for each of them would make sixteen times as many."""
+    monkeypatch.setattr(audit, "PROPOSALS_DRAWN_AGAIN", 4)
+    calls = {}
+    for trials in (40, 160):
+        settings = {"trials": trials, "startup_trials": 1000, "max_failures": 1}
+        long = formulas.sweep_config(sweep=settings, baselines=None, recipe={"epochs": 2})
+        folder = tmp_path / str(trials)
+        folder.mkdir()
+        monkeypatch.setattr(sys.modules[__name__], "TRIALS", trials)
+        drive(folder, long, faults=False)
+        counted = 0
+
+        def count(frame, event, argument):
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            found = audit_sweep(long, folder)
+        finally:
+            sys.setprofile(None)
+        assert found == []
+        calls[trials] = counted
+    assert calls[160] < 5 * calls[40], calls
+
+
+def test_a_sweep_that_all_trials_of_one_error_ended_is_right_and_one_that_was_given_up_without_is_not(tmp_path, whole):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger.create(path, sweep="t", id="i", seed=0, trials=TRIALS, first=[formulas.DEFAULTS]) as ledger:
+        for _ in range(2):  # the second driver goes on where the first has given up
+            ledger.append(("driver", {**driver_identity(), "trials": TRIALS}))
+            search = Search(config(), ledger)
+            while (record := search.next_trial()) is not None:
+                search.failed(record.key, "error", f"OSError: /scratch/{record.key} is not there")
+            assert search.stopped() == "failed"
+    assert audit_sweep(config(), tmp_path) == []
+    events = events_of(tmp_path)
+    del events[first(events, "stop") : first(events, "stop") + 2]  # as if the first had gone on by itself
+    write(tmp_path, events)
+    assert "line 9: trial 0003 is suggested although the newest have all failed alike" in audit_sweep(
+        config(), tmp_path
+    )
+    events = [e for e in events_of(whole) if e[0] != "stop"]
+    write(tmp_path, [*events, ("stop", {"reason": "failed", "error": "no"})])
+    found = audit_sweep(config(), tmp_path)
+    assert any("is given up although its trials do not all fail alike" in finding for finding in found)
 
 
 def events_of(folder):

@@ -59,6 +59,12 @@ def test_the_overhead_of_a_sweep():
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_the_cost_of_an_audit():
+    check(benchmarks("--quick", "audit"), ("of an audit of 200 trials",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_cost_of_a_step():
     kinds = ("bank", "bfloat16", "plain", "live")
     names = ("bank filled", "bank filled, bfloat16", "the data path alone", *(f"peak memory, {kind}" for kind in kinds))

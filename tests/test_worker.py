@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,48 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage
             (newest / formulas.STATE).unlink()
         case "report":
             (newest / "report.json").write_text("{")
+    assert newest_checkpoint(tmp_path).name == "epoch-0001"
+
+
+def test_what_only_looks_like_a_checkpoint_is_passed_over_and_left_there(tmp_path, config):
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path, epoch, {"val_top1": 1.0}, lambda folder: (folder / formulas.STATE).write_text("2"))
+    others = [
+        "epoch-0003.bak",
+        "epoch-",
+        "epoch-abc",
+        "epoch-0004-copy",
+        "epoch-4.5",
+        "epoch 5",
+        "epoch-²",
+        "trial-0009",
+    ]
+    for name in others:
+        shutil.copytree(tmp_path / "epoch-0002", tmp_path / name)
+    (tmp_path / "epoch-0007").write_text("a file")
+    assert [path.name for path in worker.checkpoints(tmp_path)] == ["epoch-0002", "epoch-0001"]
+    run_trial(formulas.rising, config, tmp_path, lambda message: None)
+    assert {path.name for path in tmp_path.iterdir()} >= {*others, "epoch-0009", "epoch-0008"}
+
+
+OTHER_REPORTS = [
+    "[]",
+    "null",
+    "3",
+    '{"epoch": 2}',
+    '{"epoch": 2, "metrics": {}, "files": []}',
+    '{"epoch": 1, "metrics": {}, "files": {}}',
+    '{"epoch": 2, "metrics": 5, "files": {}}',
+    '{"metrics": {}, "files": {}}',
+    '{"epoch": 2, "files": {"a": "b"}}',
+]
+
+
+@pytest.mark.parametrize("report", OTHER_REPORTS)
+def test_a_report_of_any_other_shape_is_a_damaged_checkpoint(tmp_path, report):
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path, epoch, {"val_top1": 1.0}, lambda folder: None)
+    (tmp_path / "epoch-0002" / "report.json").write_text(report)
     assert newest_checkpoint(tmp_path).name == "epoch-0001"
 
 

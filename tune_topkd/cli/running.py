@@ -676,7 +676,7 @@ def _search(
         os._exit(USER_ERROR)
 
     search = Search(config, ledger, trackers)
-    if search.is_finished:
+    if search.is_finished or search.fatal:
         return search.stopped()
     weights = Path(files.teacher_checkpoint) if files.teacher_checkpoint else None
     hashes = identity.file_hashes(config, ledger.state.prepared.get("identities", {}), weights)
@@ -752,6 +752,9 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
     for sentence in display.gains(config, state):
         console.print(f"  {sentence}", style="bold", highlight=False)
     console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", highlight=False)
+    if state.stop_reason == "failed":
+        text = f"  given up     the newest trials all ended on {state.ended[-1].error}"
+        console.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
     console.print(f"  the answer   {folder / TUNED_FILE}", highlight=False, soft_wrap=True)
     console.print(f"  the truth    {folder / LEDGER_FILE}", highlight=False, soft_wrap=True)
     console.print(f"  MLflow       {ui_command(place.mlflow_uri)}", highlight=False, soft_wrap=True, markup=False)

@@ -187,16 +187,23 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
 def _drop(checkpoint: Path) -> None:
     """Remove a checkpoint, if it is there: a kill in between leaves it whole or without its name."""
     nameless = checkpoint.with_name(f".{checkpoint.name}.dropped")
-    shutil.rmtree(nameless, ignore_errors=True)
+    _remove(nameless)
     with contextlib.suppress(FileNotFoundError):
         checkpoint.rename(nameless)
-    shutil.rmtree(nameless, ignore_errors=True)
+    _remove(nameless)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file that somebody has put in its place, as far as that goes."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _clear_up(folder: Path, newest: Path | None) -> None:
     """Remove what a killed worker has left beside the checkpoints that are kept; `newest` is the newest whole one."""
     for left in folder.glob(".epoch-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove(left)
     if newest is not None:
         found = checkpoints(folder)
         for old in found[max(GENERATIONS, found.index(newest) + 1) :]:
