@@ -1,6 +1,5 @@
 """How fast a training is, and how much memory it takes, beside others like it: what packing trials goes by."""
 
-import os
 import resource
 import sys
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tune_topkd import machine
 from tune_topkd.config import TrialConfig
 from tune_topkd.train import Training
 from tune_topkd.train import device_of
@@ -75,7 +75,7 @@ class Probe:
             return peak, torch.cuda.get_device_properties(self._device).total_memory
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return peak, machine.memory()
 
 
 class _Training(Training):

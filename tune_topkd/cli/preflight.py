@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from tune_topkd import machine
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import ModelConfig
@@ -122,9 +123,9 @@ def check_machine(config: SweepConfig, source: str) -> None:
     if gpus < (1 if isinstance(settings.gpus_per_trial, str) else settings.gpus_per_trial):
         rule = f"this machine has {gpus} GPUs that torch can use; 0 trains on the CPU, --address uses a cluster"
         problems.append(_problem("sweep.gpus_per_trial", rule, settings.gpus_per_trial))
-    cpus = len(os.sched_getaffinity(0))
+    cpus = machine.cpus()
     if not isinstance(settings.cpus_per_trial, str) and settings.cpus_per_trial > cpus:
-        rule = f"this machine has {cpus} CPUs; --address uses a cluster"
+        rule = f"this process may use {cpus} CPUs of this machine; --address uses a cluster"
         problems.append(_problem("sweep.cpus_per_trial", rule, settings.cpus_per_trial))
     if problems:
         raise ConfigError(source, problems)
