@@ -87,6 +87,12 @@ def slow(config, report, resume_from=None):
     epochs(config, report, resume_from, after_a_while)
 
 
+def reading(config, report, resume_from=None):
+    """A slow trial that needs the file `DATA`, as one of a dataset."""
+    Path(os.environ["DATA"]).read_bytes()
+    slow(config, report, resume_from)
+
+
 def nan_for_large_k(config, report, resume_from=None):
     """NaN from the second epoch on where k is above 10."""
 

@@ -382,12 +382,12 @@ tuning.LONGEST_WAIT_FOR_ROOM = 5.0
 path = Path(sys.argv[1]) / "ledger.jsonl"
 config = config_from(read_yaml(path.with_name("sweep.yaml")), "test")
 
-def sweep(*trackers):
+def sweep(*trackers, train=formulas.slow):
     with Cluster.attached(nodes.address) as cluster, Ledger.open(path) as ledger:
         ledger.append(("driver", {"host": "h", "pid": os.getpid(), "trials": config.sweep.trials}))
         search = Search(config, ledger, trackers)
         try:
-            run_sweep(search, cluster=cluster, folder=path.parent, train=formulas.slow)
+            run_sweep(search, cluster=cluster, folder=path.parent, train=train, note=lambda text: print(text, flush=True))
         except ValueError as error:
             print(type(error).__name__, error, flush=True)
 
@@ -478,3 +478,58 @@ def test_a_node_that_does_not_see_the_folder_is_named_before_any_trial(disk, tmp
         f"ResourceError node blind: {tmp_path / 's'} is not there: --runs-dir must be on storage that all nodes share"
     ]
     assert [e.name for e in read_events(tmp_path / "s" / "ledger.jsonl")[0]] == ["sweep", "driver"]
+
+
+NODES_THAT_LACK_SOMETHING = """
+ray_command = str(Path(sys.executable).with_name("ray"))
+data = path.parent / "data"
+data.mkdir()
+(data / "train").write_text("x")
+os.environ["DATA"] = str(data / "train")
+others = []
+
+def join(name, hides):
+    before = len(Cluster.now().nodes)
+    sees_nothing = 'mount -t tmpfs tmpfs "$0" && exec "$2" start --address="$1" --num-cpus=2 --node-name="$3" --block'
+    command = ["unshare", "-rm", "sh", "-c", sees_nothing, str(hides), nodes.address, ray_command, name]
+    others.append(subprocess.Popen(command))
+    deadline = time.monotonic() + 120
+    while len(Cluster.now().nodes) == before:
+        assert time.monotonic() < deadline and others[-1].poll() is None
+        time.sleep(0.1)
+
+class Joins:
+    reports = 0
+
+    def notify(self, event):
+        self.reports += event.name == "report"
+        if event.name == "report" and self.reports == 6:
+            join("folderless", path.parent)
+
+    def close(self):
+        pass
+
+nodes.add_node(num_cpus=1)
+try:
+    with Cluster.attached(nodes.address):
+        join("dataless", data)
+    sweep(Joins(), train=formulas.reading)
+finally:
+    for other in others:
+        other.terminate()
+        other.wait()
+"""
+
+
+@pytest.mark.slow
+def test_nodes_that_lack_the_data_or_the_folder_are_set_aside_and_every_trial_succeeds(disk, tmp_path):
+    told = on_nodes(tmp_path / "s", NODES_THAT_LACK_SOMETHING)
+    state = read_state(tmp_path / "s" / "ledger.jsonl")
+    assert state.counts()["completed"] == len(state.trials) == 12, told
+    assert any(line.startswith("node dataless is set aside, its trials go elsewhere: ") for line in told), told
+    named = "node folderless gets no trials: " + str(tmp_path / "s") + " is not there: --runs-dir must be on storage"
+    assert any(line.startswith(named) for line in told), told
+    moved = retries(tmp_path / "s" / "ledger.jsonl")
+    assert {reason for _, reason, _ in moved} == {"node"}
+    assert len(moved) <= 4
+    assert findings(tmp_path / "s") == []

@@ -422,7 +422,7 @@ def sweep_on_a_gpu(tmp_path_factory):
     from tune_topkd.sweep import Search
     from tune_topkd.sweep import run_sweep
     from tune_topkd.sweep.cluster import _shutdown
-    from tune_topkd.sweep.cluster import scratch_folder
+    from tune_topkd.sweep.scratch import scratch_folder
 
     def train(config, report, resume_from=None):
         """Tells of its share; runs out of memory with a small one where a space says so."""

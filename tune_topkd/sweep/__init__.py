@@ -1,8 +1,8 @@
 """All of Ray and Optuna: proposing, scheduling, stopping and resuming the trials of a sweep.
 
 `run_sweep` is the whole of it for a caller. Inside: `search` decides (Optuna's TPE, ASHA, the ledger; no Ray), `worker`
-runs one trial where Ray put it, `cluster` is what Ray has, `packing` measures how many trials to put there, `tuning` joins
-them through Ray Tune, `audit` takes every decision again.
+runs one trial where Ray put it, `cluster` is the Ray there is, `nodes` which of its nodes trials may go to, `packing`
+measures how many to put there, `tuning` joins them through Ray Tune, `audit` takes every decision again.
 """
 
 from tune_topkd.sweep.audit import audit_sweep

@@ -1,16 +1,14 @@
 """Ray: what its nodes have, and whether trials can be had there."""
 
 import contextlib
-import fcntl
 import gc
 import logging
 import math
 import os
-import shutil
-import signal
+import queue
+import secrets
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -28,21 +26,23 @@ os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")  # how many are out 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a trial without a GPU leaves CUDA_VISIBLE_DEVICES
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub lacks it
+from ray._raylet import Config  # type: ignore[attr-defined]  # its stub lacks it
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
 
+from tune_topkd import machine
 from tune_topkd.config import SweepConfig
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.trials import LEDGER_FILE
+from tune_topkd.sweep.scratch import NoScratchError
+from tune_topkd.sweep.scratch import scratch_folder
 from tune_topkd.trials import Share
 
-LONGEST_START_OF_A_WORKER = 120.0
-"""Seconds that a node has for its first worker."""
 LONGEST_SILENCE_OF_THE_HEAD = 25.0
 """Seconds without an answer after which Ray's head counts as lost."""
 
 _SECONDS_BETWEEN_KNOCKS = 2.0
-_SCRATCH_PREFIX = "ttk-"
-_OWNER_FILE = "owner"
+_LONGEST_KNOCK = 4.0
+_OF_ANOTHER_CLUSTER = ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
 class ResourceError(ValueError):
@@ -60,6 +60,9 @@ class Cluster:
     def attached(cls, address: str | None = None, on_loss: Callable[[str], None] | None = None) -> Iterator["Cluster"]:
         """Start a private Ray on this machine, or attach to the one at `address`; let go of it at the end.
 
+        A private one has what this process may use of the machine, and leaves nothing behind. Only this process and what
+        it starts can join it: its token is in a file of its own that nobody else may read.
+
         Args:
             address: HOST:PORT of a Ray head.
             on_loss: called on a thread, with what happened, when Ray's head is gone: every call of Ray then blocks, and
@@ -67,28 +70,16 @@ class Cluster:
                 to stderr, and the exit code is 2.
 
         Raises:
-            ResourceError: nothing answers at `address`.
+            ResourceError: nothing answers at `address`, it asks for another token, or Ray cannot be started.
         """
         if address:
             check_address(address)
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        with scratch_folder() as scratch:
-            if address:
-                options |= {"address": address}
-            else:
-                own = os.environ.get("RAY_TMPDIR") or scratch
-                options |= {"address": "local", "include_dashboard": False, "_temp_dir": own}
-            try:
-                ray.init(**options)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                what = f"--address {address}: no Ray cluster answers there" if address else "Ray cannot be started"
-                raise ResourceError(f"{what}: {error}") from error
+        with _running(address):
             watch = _HeadWatch(on_loss or _die)
             try:
                 yield cls.now()
             finally:
                 watch.stop()
-                _shutdown()
 
     @classmethod
     def now(cls) -> "Cluster":
@@ -142,85 +133,170 @@ def check_address(address: str) -> None:
     """Knock at the door: Ray itself waits more than a minute for a cluster that is not there.
 
     Raises:
-        ResourceError: no address, or nothing answers there.
+        ResourceError: no address, nothing answers there, or it is no Ray head that lets this process in.
     """
-    host, _, port = address.rpartition("://")[2].rpartition(":")
+    what = _named(address)
+    if address.startswith("ray://"):
+        rule = "a sweep does not run through the Ray client: start it on a machine of the cluster, with the head's HOST:PORT"
+        raise ResourceError(f"{what}: {rule}")
+    if address.startswith(("http://", "https://")):
+        rule = (
+            "this is a dashboard, which takes jobs; a sweep needs the head's HOST:PORT (6379, if nobody has changed it)"
+        )
+        raise ResourceError(f"{what}: {rule}; --address local starts a private Ray")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         if address != "auto":
-            raise ResourceError(f"--address {address}: must be HOST:PORT of a Ray head, or auto")
+            raise ResourceError(f"{what}: must be HOST:PORT of a Ray head, auto, or local for a private one")
         return
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
     except (OSError, OverflowError) as error:
-        raise ResourceError(f"--address {address}: no Ray cluster answers there: {error}") from error
+        rule = f"no Ray cluster answers there: {error}; --address local starts a private Ray"
+        raise ResourceError(f"{what}: {rule}") from error
+    _check_credentials(address)
 
 
-def check_nodes(worker: Worker, folder: Path, share: Share) -> None:
-    """On each node that trials can come to: load the train function, and look for the sweep's folder.
+def _named(address: str) -> str:
+    """An address and where it comes from."""
+    is_option = address != os.environ.get("RAY_ADDRESS")
+    return f"{'--address' if is_option else 'RAY_ADDRESS'} {address}"
+
+
+def _check_credentials(address: str) -> None:
+    """Ask a head for its cluster's id, with the token that Ray would show it.
 
     Raises:
-        ResourceError: one cannot, or does not answer.
+        ResourceError: it asks for another one, or does not speak Ray's language.
     """
+    shows_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    where = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH (a file) or ~/.ray/auth_token"
+    _check_token_file()
+    if shows_token and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        rule = f"RAY_AUTH_MODE is token, and there is none: put the cluster's into {where}"
+        raise ResourceError(f"{_named(address)}: {rule}")
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
-    def look(pickled: bytes, folder: str, ledger: str) -> str:
+    def ask() -> None:
         try:
-            ray.cloudpickle.loads(pickled)
-        except Exception as error:  # noqa: BLE001 (whatever importing raises is the answer)
-            return f"the train function cannot be imported on the cluster's workers: {type(error).__name__}: {error}"
-        if not os.path.exists(os.path.join(folder, ledger)):
-            return f"{folder} is not there: --runs-dir must be on storage that all nodes share"
-        if not os.access(folder, os.W_OK):
-            return f"{folder} cannot be written to"
-        return ""
+            answers.put(GcsClient(address=address) and None)
+        except Exception as error:  # noqa: BLE001 (told by whoever waits)
+            answers.put(error)
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and fitting(resources(node), share)]
-    arguments = ray.cloudpickle.dumps(worker), str(folder), LEDGER_FILE
-    answers = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answers[ray.remote(num_cpus=0, scheduling_strategy=there)(look).remote(*arguments)] = node["NodeName"]
+    threading.Thread(target=ask, name="ray-knock", daemon=True).start()  # Ray's own patience is 40 s
     try:
-        for answer, node in zip(
-            ray.get(list(answers), timeout=LONGEST_START_OF_A_WORKER), answers.values(), strict=True
-        ):
-            if answer:
-                raise ResourceError(f"node {node}: {answer}")
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        raise ResourceError(f"a node cannot start a worker: {' '.join(str(error).split())[:300]}") from error
+        error = answers.get(timeout=_LONGEST_KNOCK)
+    except queue.Empty:
+        raise ResourceError(f"{_named(address)}: what answers there is no Ray head") from None
+    if isinstance(error, ray.exceptions.AuthenticationError):
+        if shows_token:
+            rule = f"the cluster refuses this token: {_token_source()} must be the cluster's own"
+        else:
+            rule = f"the cluster asks for a token: set RAY_AUTH_MODE=token, and put the cluster's into {where}"
+        raise ResourceError(f"{_named(address)}: {rule}") from error
+    if error is not None:
+        raise ResourceError(f"{_named(address)}: no Ray cluster answers there: {_in_one_line(error)}") from error
 
 
-def is_node_loss(told: str, node: str) -> bool:
-    """Whether a worker is gone because its node is: Ray says so, or the node's raylet does not answer any more."""
-    if "node has died" in told or "node was terminated" in told or "preempt" in told:
-        return True
-    entry = next((n for n in ray.nodes() if n["NodeID"] == node), None)
-    if entry is None:
-        return "is unavailable" in told  # it had not yet reported from where
+def _check_token_file() -> None:
+    """Read the token's file as Ray would, which ends the whole process if it cannot.
+
+    Raises:
+        ResourceError: it cannot be read, or is empty.
+    """
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not path or os.environ.get("RAY_AUTH_TOKEN"):
+        return
     try:
-        socket.create_connection((entry["NodeManagerAddress"], entry["NodeManagerPort"]), timeout=3).close()
-    except OSError:
-        return True
-    return not entry["Alive"]
+        is_empty = not Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ResourceError(f"RAY_AUTH_TOKEN_PATH = {path}: cannot be read: {error.strerror}") from error
+    if is_empty:
+        raise ResourceError(f"RAY_AUTH_TOKEN_PATH = {path}: is empty; it must hold the cluster's token")
 
 
-def whereabouts(actor: Any) -> tuple[str, int] | None:
-    """The node and process of an actor that has not told them itself; None while Ray does not know."""
-    if actor is None:
-        return None
-    known = ray._private.state.actors(actor._actor_id.hex())  # has no public name without the dashboard
-    return (known["Address"]["NodeID"], known["Pid"]) if known.get("Pid") else None
+def _token_source() -> str:
+    """Where Ray finds the token that it shows."""
+    names = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    return next((name for name in names if os.environ.get(name)), "~/.ray/auth_token")
 
 
-def kill_worker(node: str, pid: int) -> None:
-    """Kill a worker that does not end itself, on whichever node it is."""
+@contextmanager
+def _running(address: str | None) -> Iterator[None]:
+    """Ray, in this process: attached to the cluster at `address`, or a private one."""
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address:
+            options |= {"address": address}
+        else:
+            try:
+                scratch = stack.enter_context(scratch_folder())
+            except NoScratchError as error:
+                raise ResourceError(f"Ray cannot be started: {error}") from error
+            stack.enter_context(_private_environment(Path(scratch)))
+            rays = str(Path(scratch, "r"))  # Ray opens its own folder to everybody, who cannot come this far
+            options |= {"address": "local", "include_dashboard": False, "_temp_dir": rays, "num_cpus": machine.cpus()}
+            options |= _visible_gpus()
+        try:
+            with _no_uv_hook(is_private=not address):
+                ray.init(**options)
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            what = f"{_named(address)}: cannot be attached to" if address else "Ray cannot be started"
+            ray.shutdown()
+            raise ResourceError(f"{what}: {_in_one_line(error)}") from error
+        stack.callback(_shutdown)
+        yield
 
-    def kill() -> None:
-        with contextlib.suppress(OSError):
-            if b"ray" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
 
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.remote(num_cpus=0, scheduling_strategy=there)(kill).remote()
+def _in_one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def _visible_gpus() -> dict[str, int]:
+    """The option that lets Ray count as CUDA does, for which the first number below 0 ends the list."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    hidden_from = next((place for place, name in enumerate(visible) if name.strip().startswith("-")), None)
+    return {} if hidden_from is None else {"num_gpus": hidden_from}
+
+
+@contextmanager
+def _private_environment(scratch: Path) -> Iterator[None]:
+    """The variables by which a private Ray and its workers find one another, and no other cluster; then as before."""
+    token = scratch / "token"
+    with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(secrets.token_hex(32))
+    before = {name: os.environ.get(name) for name in (*_OF_ANOTHER_CLUSTER, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    for name in _OF_ANOTHER_CLUSTER:
+        os.environ.pop(name, None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    _read_credentials()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _read_credentials()
+
+
+def _read_credentials() -> None:
+    """Have Ray read its variables again: it does so once, at import. The mode first: a thread may ask in between."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _no_uv_hook(*, is_private: bool) -> Iterator[None]:
+    """Under `uv run`, Ray would pack the working directory for its workers, which on this machine see it anyway."""
+    before = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    if is_private and "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+    try:
+        yield
+    finally:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
 
 
 class _HeadWatch:
@@ -253,25 +329,6 @@ def _die(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
     sys.stderr.flush()
     os._exit(2)
-
-
-@contextmanager
-def scratch_folder() -> Iterator[str]:
-    """A folder in the system's temporary folder for as long as this lasts; those that killed processes left are removed."""
-    base = tempfile.gettempdir()  # Ray's sockets lie below it, and their paths have at most 107 bytes
-    base = base if len(base) <= 30 else "/tmp"  # noqa: S108
-    for left in Path(base).glob(f"{_SCRATCH_PREFIX}*/{_OWNER_FILE}"):
-        with contextlib.suppress(OSError), open(left, "rb") as stream:  # another user's, or one just removed
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=base))
-    try:
-        with open(folder / "claim", "wb") as owner:
-            fcntl.flock(owner, fcntl.LOCK_EX)  # held until this process is gone
-            (folder / "claim").rename(folder / _OWNER_FILE)  # nobody sees it unlocked
-            yield str(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _shutdown() -> None:

@@ -6,6 +6,7 @@ nothing is ever read back from it.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -33,16 +34,16 @@ from ray.tune.stopper import Stopper
 
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import SharedFiles
-from tune_topkd.sweep.cluster import LONGEST_START_OF_A_WORKER
 from tune_topkd.sweep.cluster import Cluster
 from tune_topkd.sweep.cluster import ResourceError
-from tune_topkd.sweep.cluster import check_nodes
-from tune_topkd.sweep.cluster import is_node_loss
-from tune_topkd.sweep.cluster import kill_worker
-from tune_topkd.sweep.cluster import scratch_folder
 from tune_topkd.sweep.cluster import share_of
 from tune_topkd.sweep.cluster import trial_part
-from tune_topkd.sweep.cluster import whereabouts
+from tune_topkd.sweep.nodes import LONGEST_START_OF_A_WORKER
+from tune_topkd.sweep.nodes import Nodes
+from tune_topkd.sweep.nodes import is_node_loss
+from tune_topkd.sweep.nodes import kill_worker
+from tune_topkd.sweep.nodes import whereabouts
+from tune_topkd.sweep.scratch import scratch_folder
 from tune_topkd.sweep.search import OBJECTIVE
 from tune_topkd.sweep.search import Search
 from tune_topkd.sweep.search import UndecidedError
@@ -51,6 +52,7 @@ from tune_topkd.sweep.worker import MESSAGE
 from tune_topkd.sweep.worker import TrainFunction
 from tune_topkd.sweep.worker import Worker
 from tune_topkd.sweep.worker import checkpoints
+from tune_topkd.sweep.worker import folder_trouble
 from tune_topkd.trials import Decision
 from tune_topkd.trials import LedgerError
 from tune_topkd.trials import TrialKey
@@ -93,6 +95,7 @@ def run_sweep(
     files: SharedFiles = NO_FILES,
     hashes: Mapping[str, str] = MappingProxyType({}),
     interruption: Interruption | None = None,
+    note: Callable[[str], None] = _log.warning,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
@@ -107,22 +110,26 @@ def run_sweep(
         files: what all trials share, where all nodes see it.
         hashes: SHA-256 by path of files that must still be what they were; a trial that finds another ends the sweep.
         interruption: asks the sweep to end; by default Ctrl-C does.
+        note: is told of nodes that trials do not go to, and why.
 
     Raises:
-        ResourceError: a trial can never be placed, or the workers cannot import the train function or see the folder.
+        ResourceError: a trial can never be placed, or on no node the train function can be imported or the folder seen.
         SweepTroubleError: the disk is full or read-only, or the cluster has no room any more; the sweep can be resumed.
     """
     cluster.room(search.config)
     worker = Worker(train)
-    check_nodes(worker, folder, share_of(search.config))
+    nodes = Nodes(worker, folder, search.state.header.get("id"), share_of(search.config), note)
+    nodes.wait_for_one()
+    (folder / "trials").mkdir(exist_ok=True)
 
     def trial(config: dict[str, Any]) -> None:
         worker(config)
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        return tune.PlacementGroupFactory([{"CPU": config["share"][0], "GPU": config["share"][1]}])
+        bundle = {"CPU": config["share"][0], "GPU": config["share"][1]}
+        return tune.PlacementGroupFactory([bundle], bundle_label_selector=config["placement"])
 
-    bridge = _Bridge(search, folder, files, hashes, interruption)
+    bridge = _Bridge(search, folder, files, hashes, interruption, nodes)
     with scratch_folder() as scratch, _listening(interruption):
         bridge.carry_through(_tuner(trial, resources, bridge, scratch).fit)
     if bridge.trouble:
@@ -185,6 +192,7 @@ class _Bridge:
         files: SharedFiles,
         hashes: Mapping[str, str],
         interruption: Interruption | None,
+        nodes: Nodes,
     ) -> None:
         self.search = search
         self.trouble = ""
@@ -192,7 +200,8 @@ class _Bridge:
         self._files = files
         self._hashes = dict(hashes)
         self._interruption = interruption
-        self._room = Cluster.now().room(search.config)
+        self._nodes = nodes
+        self._room = nodes.cluster.room(search.config)
         self._live: set[TrialKey] = set()
         self._at_work: dict[TrialKey, _Place] = {}
         self._checked = self._last_room = time.monotonic()
@@ -224,7 +233,7 @@ class _Bridge:
     def _started_with(self, record: TrialRecord) -> dict[str, Any]:
         self._live.add(record.key)
         share = record.share
-        if share is None or not Cluster.now().room_for(share):  # the node that had room for the larger one is gone
+        if share is None or not self._nodes.cluster.room_for(share):  # the node with room for the larger one is gone
             share = share_of(self.search.config)
         config = self.search.trial_config(record, self._files).model_copy(update=trial_part(share))
         return {
@@ -232,6 +241,8 @@ class _Bridge:
             "key": list(record.key),
             "folder": str(self._trial_folder(record.key)),
             "share": list(share),
+            "placement": self._nodes.placement,
+            "sweep_id": self.search.state.header.get("id"),
             "timeout": self.search.config.sweep.trial_timeout,
             "hashes": self._hashes,
             "config": config.model_dump(mode="json"),
@@ -247,16 +258,20 @@ class _Bridge:
         self._at_work[key] = _Place(time.monotonic(), node=message["node"], pid=message["pid"])
         with self._ends_the_sweep():
             match message["kind"]:
-                case "storage":
+                case "storage" if not self._is_one_node_s(key, message):
                     self.trouble = self.trouble or message["error"]
                     return str(TrialScheduler.STOP)
+                case "storage":
+                    self._lost(key, "node", self._at(message["node"], message["error"]), message["traceback"])
                 case "lost":
                     self._lost(key, message["reason"], message["error"], message["traceback"])
                 case "failed":
-                    self._failed(key, message["reason"], message["error"], message["traceback"])
+                    what = message["reason"], message["error"], message["traceback"]
+                    self._failed_or_moved(key, *what, message["node"], is_surroundings=message["is_surroundings"])
                 case "report" if OBJECTIVE not in message["metrics"]:
                     self._failed(key, "error", f"KeyError: the train function reported no {OBJECTIVE}", "")
                 case "report":
+                    self._nodes.reported(message["node"])
                     decision = self.search.reported(key, message["epoch"], message["metrics"])
                     if decision is Decision.CONTINUE and not self.search.out_of_time and not self.search.fatal:
                         return str(TrialScheduler.CONTINUE)
@@ -278,6 +293,8 @@ class _Bridge:
         if key not in self._live or self.is_ending:  # its end was decided before, or it is to have none
             return
         place = self._at_work.get(key, _Place(0.0))
+        if not place.node and (there := whereabouts(place.actor)) is not None:
+            place = replace(place, node=there[0])
         told = ""
         with contextlib.suppress(OSError):
             told = Path(trial.error_file).read_text()
@@ -288,11 +305,13 @@ class _Bridge:
                 timeout = self.search.config.sweep.trial_timeout
                 epoch = self.search.state.trials[key].epoch
                 what = f"TimeoutError: no report for {timeout:g} s (sweep.trial_timeout) after epoch {epoch}"
-                self._failed(key, "timeout", what, stacks)
+                self._failed_or_moved(key, "timeout", what, stacks, place.node)
             elif "OutOfMemoryError" in told or "running low on memory" in told:
                 self._lost(key, "oom", last[:300], told)
             elif is_node_loss(told, place.node):
                 self._lost(key, "node", last[:300], told)
+            elif self._nodes.is_to_blame(key, place.node, _without_ids(last), is_surroundings=False):
+                self._lost(key, "node", self._at(place.node, _without_ids(last)), told)
             else:
                 self._lost(key, "crash", _without_ids(last)[:300], told)
         self._let_go(key)
@@ -303,7 +322,8 @@ class _Bridge:
         if now - self._checked < _SECONDS_BETWEEN_CHECKS or self.trouble:
             return
         self._checked = now
-        cluster = Cluster.now()
+        self._nodes.look()
+        cluster = self._nodes.cluster
         fitting = cluster.room_for(share_of(self.search.config))
         self._room = min(fitting, self.search.config.sweep.max_concurrent or fitting)
         if fitting or self._at_work:
@@ -312,7 +332,7 @@ class _Bridge:
             try:
                 cluster.room(self.search.config)
             except ResourceError as error:
-                self.trouble = str(error)
+                self.trouble = "; ".join(filter(None, [str(error), self._nodes.set_aside]))
         for key, place in list(self._at_work.items()):
             limit = self.search.config.sweep.trial_timeout + _GRACE_AFTER_TIMEOUT
             limit += 0 if place.pid else LONGEST_START_OF_A_WORKER
@@ -344,7 +364,7 @@ class _Bridge:
 
     def _lost(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
         record = self.search.state.trials[key]
-        larger = Cluster.now().larger(record.share or share_of(self.search.config)) if reason == "oom" else None
+        larger = self._nodes.cluster.larger(record.share or share_of(self.search.config)) if reason == "oom" else None
         self._keep(key, traceback or error)
         if self.search.lost(key, reason, error, larger):
             more = f" with {larger.cpus:g} CPUs and {larger.gpus:g} GPUs" if larger else ""
@@ -355,6 +375,25 @@ class _Bridge:
     def _failed(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
         self._keep(key, traceback or error)
         self.search.failed(key, reason, error)
+
+    def _failed_or_moved(
+        self, key: TrialKey, reason: str, error: str, traceback: str, node: str, *, is_surroundings: bool = False
+    ) -> None:
+        """A trial has failed, unless it is the node's doing: then it is to be tried on another."""
+        if self._nodes.is_to_blame(key, node, error, is_surroundings=is_surroundings):
+            self._lost(key, "node", self._at(node, error), traceback)
+        else:
+            self._failed(key, reason, error, traceback)
+
+    def _is_one_node_s(self, key: TrialKey, message: dict[str, Any]) -> bool:
+        """Whether trouble with the sweep's folder is one node's, as far as can be seen from here."""
+        is_full = any(os.strerror(number) in message["error"] for number in (errno.ENOSPC, errno.EDQUOT))
+        if is_full or folder_trouble(self._folder, self.search.state.header.get("id")):
+            return False
+        return self._nodes.is_to_blame(key, message["node"], message["error"], is_surroundings=True)
+
+    def _at(self, node: str, error: str) -> str:
+        return f"node {self._nodes.name(node)}: {error}"[:300]
 
     def _keep(self, key: TrialKey, text: str) -> None:
         folder = self._trial_folder(key)

@@ -31,6 +31,7 @@ from typing import Protocol
 from tune_topkd.config import TrialConfig
 from tune_topkd.storage import Lock
 from tune_topkd.storage import lock
+from tune_topkd.trials import LEDGER_FILE
 from tune_topkd.trials import sync
 
 MESSAGE = "message"
@@ -73,6 +74,10 @@ class ChangedFileError(ValueError):
     """A file that the sweep's results depend on is not what it was when the sweep began."""
 
 
+class NotTheFolderError(StorageError):
+    """The sweep's folder is not here: this node does not see the storage that the others share."""
+
+
 class FolderBusyError(RuntimeError):
     """Another worker is still at work in the trial's folder."""
 
@@ -99,11 +104,33 @@ class Worker:
 
         folder = Path(trial["folder"])
         try:
+            if trouble := folder_trouble(folder.parents[1], trial["sweep_id"]):
+                raise NotTheFolderError(trouble)
             config = TrialConfig.model_validate(trial["config"])
             _check_unchanged(trial["hashes"])
             run_trial(self.train, config, folder, send, trial["timeout"])
         except Exception as error:  # noqa: BLE001 (whatever the train function raises is the trial's end)
-            send(_failure(error, folder))
+            send(_failure(error, folder) | {"is_surroundings": _is_surroundings(error, trial["config"])})
+
+
+def folder_trouble(folder: Path, sweep_id: str | None) -> str:
+    """What is wrong with a sweep's folder as this node sees it; empty if nothing is.
+
+    Args:
+        folder: the sweep's, with its ledger in it.
+        sweep_id: what the ledger must say; None for one that says nothing.
+    """
+    shared = "--runs-dir must be on storage that all nodes share"
+    try:
+        with open(folder / LEDGER_FILE, "rb") as ledger:
+            found = json.loads(ledger.readline()).get("id")
+    except FileNotFoundError:
+        return f"{folder} is not there: {shared}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{folder} cannot be read: {error}: {shared}"
+    if found != sweep_id:
+        return f"{folder} is another sweep's there: {shared}"
+    return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
 
 
 def _check_unchanged(hashes: Mapping[str, str]) -> None:
@@ -129,7 +156,7 @@ def run_trial(
     Args:
         train: the train function.
         config: the trial's.
-        folder: the trial's; made if need be.
+        folder: the trial's; made if need be, in one that is there.
         send: takes a message to the driver.
         timeout: seconds without a report after which this process writes all its stacks to `HANG_FILE` and ends.
 
@@ -164,7 +191,7 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
     final = folder / f"epoch-{epoch:04d}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         save(partial)
         files = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
         report = {"epoch": epoch, "metrics": _jsonable(metrics), "files": files}
@@ -236,7 +263,7 @@ def is_whole(path: Path) -> bool:
 @contextlib.contextmanager
 def _only_worker(folder: Path) -> Iterator[None]:
     """Hold the trial's folder; the kernel lets go of it when this process dies, however it does."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # never the sweep's: where that is not, its storage is not
     with open(folder / _LOCK_FILE, "a+b") as stream:
         began = time.monotonic()
         while lock(stream) is Lock.BUSY:
@@ -320,6 +347,18 @@ def _storage_trouble(error: BaseException, folder: Path) -> str:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
     return ""
+
+
+def _is_surroundings(error: BaseException, config: Mapping[str, Any]) -> bool:
+    """Whether an error is by its kind the machine's: no parameters of a trial lead to it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError | ImportError) or (isinstance(cause, RuntimeError) and "CUDA" in str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    data, student = config.get("data", {}), config.get("student", {})
+    needed = [data.get("root"), student.get("checkpoint"), config.get("teacher_checkpoint"), config.get("dataset_file")]
+    return any(path is not None and not os.path.exists(path) for path in needed)
 
 
 def _read_report(path: Path) -> tuple[int, dict[str, Any]]:
