@@ -9,8 +9,11 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +58,12 @@ MlflowUri = Annotated[
     typer.Option("--mlflow-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow's URI [default: SQLite in the runs dir]."),
 ]
 Address = Annotated[
-    str | None, typer.Option("--address", help="A running Ray cluster [default: a private one on this machine].")
+    str | None,
+    typer.Option(
+        "--address",
+        envvar="RAY_ADDRESS",
+        help="A running Ray cluster, or local [default: a private one on this machine].",
+    ),
 ]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML; may be repeated.")
@@ -126,7 +134,7 @@ def run(
     sweeps = _named(_all_checked(sources, overrides), name)
     for sweep, checked in sweeps.items():
         running.check_name(sweep, place)
-        if address is None:
+        if place.address is None:
             preflight.check_machine(checked.config, checked.source)
     warm = {s: running.warm_starts(warm_start, place, c.config) if warm_start else [] for s, c in sweeps.items()}
     preflight.check_writable(place.runs)
@@ -326,13 +334,26 @@ def doctor(runs_dir: RunsDir = Path("runs"), mlflow_uri: MlflowUri = None, addre
     """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
     from tune_topkd.cli.doctor import examine
 
-    place = dataclasses.replace(_place(runs_dir, mlflow_uri, None), address=address)
-    findings = examine(place)
-    for finding in findings:
+    place = dataclasses.replace(_place(runs_dir, mlflow_uri, None), address=_cluster_of(address))
+    is_well = True
+    for finding in examine(place, _progress_of(_stderr())):
         mark = "ok " if finding.is_well else "BAD"
         typer.echo(f"{mark} {finding.what}: {finding.text}")
-    if not all(finding.is_well for finding in findings):
+        is_well &= finding.is_well
+    if not is_well:
         raise typer.Exit(running.USER_ERROR)
+
+
+def _progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any]]:
+    """Shows on a terminal what is being done, while it is; says it in a line elsewhere."""
+
+    def progress(what: str) -> AbstractContextManager[Any]:
+        if console.is_terminal:
+            return console.status(what)
+        console.print(f"{what} …", highlight=False)
+        return nullcontext()
+
+    return progress
 
 
 def _status(name: str, place: running.Place) -> dict[str, Any]:
@@ -415,11 +436,20 @@ def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> runni
     runs = runs_dir.expanduser().absolute()
     uri = mlflow_uri or sqlite_uri(runs / "mlflow.db")
     preflight.check_mlflow_uri(uri)
+    address = _cluster_of(address)
     if address is not None:
         from tune_topkd.sweep import check_address
 
         check_address(address)
     return running.Place(runs, uri, address)
+
+
+def _cluster_of(address: str | None) -> str | None:
+    """The address of the Ray to use; None for a private one. That the environment names one is said."""
+    if address and address == os.environ.get("RAY_ADDRESS") and address != "local":
+        text = f"Ray: the cluster at {address}, as RAY_ADDRESS says; --address local starts a private one"
+        _stderr().print(text, highlight=False, soft_wrap=True, markup=False)
+    return None if address in (None, "", "local") else address
 
 
 def _stderr() -> Console:

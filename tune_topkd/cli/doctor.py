@@ -4,14 +4,20 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
+from tune_topkd import machine
 from tune_topkd.cli import preflight
 from tune_topkd.cli.running import Place
 from tune_topkd.config import ConfigError
+from tune_topkd.trials import Share
 
 NEEDED = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "scikit-learn", "typer", "rich", "matplotlib")
 LEAST_FREE_GB = 1.0
@@ -26,9 +32,24 @@ class Finding:
     is_well: bool = True
 
 
-def examine(place: Place) -> list[Finding]:
-    """Look at Python, the packages, the devices, Ray, MLflow and the runs folder."""
-    return [*_python(), *_packages(), *_torch(), *_ray(place), *_mlflow(place), *_runs(place)]
+def examine(place: Place, progress: Callable[[str], AbstractContextManager[Any]]) -> Iterator[Finding]:
+    """Look at Python, the packages, the machine, the devices, Ray, MLflow and the runs folder; each finding as it is made.
+
+    Args:
+        place: where sweeps would be run, and Ray and MLflow looked for.
+        progress: told what is being looked at, where that takes seconds; held until it is done.
+    """
+    yield from (*_python(), *_packages(), *_machine())
+    looks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "importing torch": _torch,
+        "asking the Ray cluster" if place.address else "starting a private Ray": lambda: _ray(place),
+        "asking MLflow": lambda: _mlflow(place),
+        "writing to the runs folder": lambda: _runs(place),
+    }
+    for what, look in looks.items():
+        with progress(what):
+            findings = list(look())
+        yield from findings
 
 
 def _python() -> Iterator[Finding]:
@@ -41,6 +62,17 @@ def _packages() -> Iterator[Finding]:
             yield Finding(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             yield Finding(package, "is not installed: pip install 'tune_topkd[sweep]'", is_well=False)
+
+
+def _machine() -> Iterator[Finding]:
+    """As a sweep counts it: in a container or a batch job there is more than this process may use."""
+    cpus, there = machine.cpus(), os.cpu_count() or 0
+    of_all = f" of {there} (its affinity and its cgroup allow no more)" if cpus < there else ""
+    yield Finding("CPUs", f"{cpus}{of_all}")
+    memory = machine.memory()
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    of_all = f" of {total / 1e9:.0f} GB (its cgroup allows no more)" if memory < total else ""
+    yield Finding("memory", f"{memory / 1e9:.0f} GB{of_all}")
 
 
 def _torch() -> Iterator[Finding]:
@@ -68,7 +100,7 @@ def _ray(place: Place) -> Iterator[Finding]:
     where = f"cluster at {place.address}" if place.address else "private cluster"
     try:
         with Cluster.attached(place.address) as cluster:
-            cpus, gpus = (sum(column) for column in zip(*cluster.nodes, strict=True))
+            cpus, gpus = (sum(column) for column in zip(Share(0.0, 0.0), *cluster.nodes, strict=True))
             yield Finding("ray", f"{where}: {len(cluster.nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs")
     except ResourceError as error:
         yield Finding("ray", str(error), is_well=False)
@@ -78,14 +110,25 @@ def _mlflow(place: Place) -> Iterator[Finding]:
     from tune_topkd.tracking import check_uri
     from tune_topkd.tracking import masked
 
+    database = _sqlite_file(place.mlflow_uri)
     try:
-        preflight.check_writable(place.runs)
+        if database is not None:
+            preflight.check_writable(database.parent)
+        if database is not None and not database.exists():  # asking it would make it, with its tables
+            yield Finding("mlflow", f"{masked(place.mlflow_uri)}, which the first sweep makes")
+            return
         check_uri(place.mlflow_uri)
         yield Finding("mlflow", masked(place.mlflow_uri))
     except ConfigError as error:
         yield Finding("mlflow", f"not tried: {error}", is_well=False)
     except ValueError as error:
         yield Finding("mlflow", str(error), is_well=False)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    """The file of an SQLite database; None for another store."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(unquote(path)).absolute() if path != uri else None
 
 
 def _runs(place: Place) -> Iterator[Finding]:
