@@ -36,7 +36,7 @@ class Squares:
                 if what == "raise":
                     raise KeyError("unforeseen")
                 os.kill(os.getpid(), getattr(signal, what))
-        large = torch.tensor(indices).view(-1, 1, 1, 1).expand(-1, 3, 600, 400)  # more than a pipe holds
+        large = torch.tensor(indices).view(-1, 1, 1, 1).expand(-1, 3, 600, 800)  # more than a pipe holds
         return large.to(torch.uint8), (large[:, :1] % 2).bool()
 
 
@@ -52,7 +52,7 @@ def test_batches_come_whole_and_in_their_order():
     for batch, indices in zip(made(count=3), LISTS, strict=True):
         images, kept = batch
         assert (images.dtype, kept.dtype, images.shape, kept.shape) == (
-            torch.uint8, torch.bool, (2, 3, 600, 400), (2, 1, 600, 400)
+            torch.uint8, torch.bool, (2, 3, 600, 800), (2, 1, 600, 800)
         )  # fmt: skip
         assert [image.unique().tolist() for image in images] == [[index] for index in indices]
         assert [keep.unique().tolist() for keep in kept] == [[index % 2 == 1] for index in indices]

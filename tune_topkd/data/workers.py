@@ -5,6 +5,8 @@ and no lock or queue that a killed process could leave held. The pipe of a proce
 that sends nothing for long is given up, so nothing waits for ever.
 """
 
+import contextlib
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -35,6 +37,7 @@ PRELOADED = ("tune_topkd.data.views", "torchvision.transforms.v2")
 """Modules that workers find imported."""
 
 _ATTEMPTS = 5
+_PIPE_BYTES = 2**20
 
 _LENGTH = struct.Struct("<Q")
 
@@ -51,7 +54,7 @@ class Maker(Protocol):
         """The batch."""
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ValueError):
     """A worker process died, fell silent, or met what nobody expected."""
 
 
@@ -110,6 +113,8 @@ def _started(maker: Maker, lists: Sequence[list[int]]) -> _Worker:
     if method == "forkserver":
         context.set_forkserver_preload(list(PRELOADED))  # once, not by each worker
     ours, theirs = context.Pipe(duplex=False)
+    with contextlib.suppress(OSError):  # fewer and larger pieces take two thirds of the time
+        fcntl.fcntl(ours.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
     try:
         for attempts_left in reversed(range(_ATTEMPTS)):
             process = context.Process(target=_work, args=(maker, lists, theirs), daemon=True)
