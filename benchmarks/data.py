@@ -29,7 +29,7 @@ SHAPE = (64, 3, 224, 224)
 def run(quick: bool) -> list[Ratio]:
     """Both."""
     torch.set_num_threads(1)
-    images, classes, turns, batches = (20_000, 50, 1, 4) if quick else (IMAGES, CLASSES, 3, 20)
+    images, classes, turns, batches = (20_000, 50, 1, 4) if quick else (IMAGES, CLASSES, 1, 50)
     labels = torch.arange(images) % classes
     assert all(map(torch.equal, stratified(labels, (0.1,), 0), class_by_class(labels, 0.1)))
     split = in_turns(

@@ -21,6 +21,7 @@ from tune_topkd.data.datasets import fingerprint
 from tune_topkd.data.datasets import load_dataset
 from tune_topkd.data.datasets import missing_data
 from tune_topkd.data.datasets import needs_files
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.saving import load_saved
 from tune_topkd.data.saving import save_dataset
 from tune_topkd.data.sources import data_root
@@ -37,6 +38,7 @@ from tune_topkd.data.views import view_numbers
 __all__ = [
     "AnySplit",
     "Batch",
+    "DataError",
     "Dataset",
     "DatasetInfo",
     "FileSplit",

@@ -67,7 +67,7 @@ def train_batches(
         std: likewise.
 
     Raises:
-        ValueError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+        DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
     """
     order = epoch_order(split, batch_size=batch_size, seed=seed, epoch=epoch)
     normalise = _normaliser(mean, std, split.device)
@@ -98,7 +98,7 @@ def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: in
         epoch: absolute.
 
     Raises:
-        ValueError: as `train_batches`.
+        DataError: as `train_batches`.
     """
     return train_batches(
         split,
@@ -140,7 +140,7 @@ def eval_batches(
     unless it has the split's size.
 
     Raises:
-        ValueError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+        DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
     """
     normalise = _normaliser(mean, std, split.device)
     for images, indices in raw_batches(split, batch_size):
@@ -165,7 +165,7 @@ def count_hits(model: nn.Module, split: AnySplit, *, mean: Sequence[float], std:
     fewer the second count is of all images. Leaves the model in the mode it was in.
 
     Raises:
-        ValueError: as `eval_batches`.
+        DataError: as `eval_batches`.
     """
     was_training = model.training
     model.eval()

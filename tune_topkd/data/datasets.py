@@ -21,6 +21,7 @@ from tune_topkd.config import unknown_choice
 from tune_topkd.data import glyphs
 from tune_topkd.data.batches import EVAL_BATCH
 from tune_topkd.data.batches import raw_batches
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.folders import ImageFolder
 from tune_topkd.data.folders import ImageNet
 from tune_topkd.data.folders import TinyImageNet
@@ -62,7 +63,7 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
     """Class count and shape of the images in batches; loads no images, and looks at the disk only for image_folder.
 
     Raises:
-        ValueError: an unknown name or argument, or what is needed from the disk is not there.
+        DataError: an unknown name or argument, or what is needed from the disk is not there.
     """
     info = _source(config).info(config)
     if config.image_size is None:
@@ -81,7 +82,7 @@ def missing_data(config: DataConfig) -> str | None:
     A look at names alone, though a thorough look may find files damaged.
 
     Raises:
-        ValueError: an unknown name or argument.
+        DataError: an unknown name or argument.
     """
     return None if config.download else _source(config).missing(config)
 
@@ -90,7 +91,7 @@ def data_notes(config: DataConfig) -> list[str]:
     """What is worth saying of a dataset that is there: files that are not read, or not whole; nothing if it is missing.
 
     Raises:
-        ValueError: an unknown name or argument, files that are not laid out as they must be, or one of the images looked
+        DataError: an unknown name or argument, files that are not laid out as they must be, or one of the images looked
             at that cannot be decoded.
     """
     source = _source(config)
@@ -106,7 +107,7 @@ def fingerprint(config: DataConfig) -> str:
     times, so that a second look takes little.
 
     Raises:
-        ValueError: an unknown name or argument, or files that are missing, empty or not laid out as they must be.
+        DataError: an unknown name or argument, or files that are missing, empty or not laid out as they must be.
     """
     source = _source(config)
     _get(source, config)
@@ -120,7 +121,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     A test part of the dataset's own stays whole, and the validation split is drawn from the training part.
 
     Raises:
-        ValueError: an unknown name or argument; files that are missing, cannot be downloaded, are damaged or not laid
+        DataError: an unknown name or argument; files that are missing, cannot be downloaded, are damaged or not laid
             out as they must be; or fractions that leave a split without an image of some class.
     """
     _get(_source(config), config)
@@ -155,10 +156,10 @@ def _loaded(text: str, root: str, workers: int) -> Dataset:
         lacking = [label for label, count in enumerate(split.labels.bincount(minlength=num_classes)) if not count]
         if lacking and split is own_test:
             told = _told([f"{names[label]}" for label in lacking])
-            raise ValueError(f"dataset {config.name!r}: its test part has no image of {told}; complete it")
+            raise DataError(f"dataset {config.name!r}: its test part has no image of {told}; complete it")
         if lacking:
             told = _told([f"{names[label]} ({counts[label]} in all)" for label in lacking])
-            raise ValueError(_left_without(config, kind, told, has_own_test=own_test is not None))
+            raise DataError(_left_without(config, kind, told, has_own_test=own_test is not None))
     train, test = _prepared(train, config), _prepared(test, config)
     val = test if config.selection == "best_test_epoch" else _prepared(val, config)
     constants = _constants(source, config, train)
@@ -213,7 +214,7 @@ def _get(source: Source, config: DataConfig) -> None:
             failure = f"; downloading failed: {' '.join(str(error).split()) or type(error).__name__}"
         text = source.missing(config)
     if text is not None or failure:
-        raise ValueError(f"{text or f'dataset {config.name!r}'}{failure}")
+        raise DataError(f"{text or f'dataset {config.name!r}'}{failure}")
 
 
 # --- constants of the normalisation ---------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def _known_constants(source: Source, config: DataConfig, channels: int) -> Const
     if config.mean is None or config.std is None:
         return source.constants
     if len(config.mean) != channels:
-        raise ValueError(
+        raise DataError(
             f"dataset {config.name!r}: data.mean and data.std need one number per channel, {channels}, "
             f"but have {len(config.mean)}"
         )
@@ -255,10 +256,10 @@ def _check_pixels(config: DataConfig, mean: tuple[float, ...], std: tuple[float,
     values = [round(255 * value) for value in mean]
     if not any(std):
         shown = values[0] if len(set(values)) == 1 else tuple(values)
-        raise ValueError(f"{start} are all of one colour, {shown} of 255; look at how they were written")
+        raise DataError(f"{start} are all of one colour, {shown} of 255; look at how they were written")
     for channel, value in enumerate(values):
         if not std[channel]:
-            raise ValueError(
+            raise DataError(
                 f"{start} all have {value} in channel {channel + 1} of {len(values)}, which cannot be brought to a standard "
                 "deviation of 1; set data.mean and data.std"
             )
@@ -339,7 +340,7 @@ SOURCES: dict[str, Source] = {
 
 def _source(config: DataConfig) -> Source:
     if config.name not in SOURCES:
-        raise ValueError(f"unknown dataset {config.name!r}; {unknown_choice(config.name, SOURCES)}")
+        raise DataError(f"unknown dataset {config.name!r}; {unknown_choice(config.name, SOURCES)}")
     source = SOURCES[config.name]
     check_kwargs(config, source.kwargs)
     return source

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tune_topkd.data.errors import DataError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -19,7 +21,7 @@ _TIFF_BITS = 258
 """Tag of a TIFF that says how many bits a value has."""
 
 
-class ImageFileError(ValueError):
+class ImageFileError(DataError):
     """An image file that cannot be used; the message names it, and says why and what to do."""
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from tune_topkd.config import DataConfig
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.identity import many_files
 from tune_topkd.data.notes import image_notes
 from tune_topkd.data.sources import Constants
@@ -117,7 +118,7 @@ class TinyImageNet(Source):
         if listed.is_file():
             expected = sorted(set(composed(_text(listed)).split()))
             if expected != list(folders):
-                raise ValueError(
+                raise DataError(
                     f"{folder / 'train'}: its classes are not those of wnids.txt: {_unlike(list(folders), expected)}; "
                     "unpack it again"
                 )
@@ -134,7 +135,7 @@ class TinyImageNet(Source):
             kinds = [f"{len(raw.images)} images lie in images/"] if raw.images else []
             kinds += ["others in folders of classes"] if there else []
             kinds += ["others in folders of classes in images/"] if within else []
-            raise ValueError(f"{folder}: is half sorted: {' and '.join(kinds)}; unpack it again, or finish sorting")
+            raise DataError(f"{folder}: is half sorted: {' and '.join(kinds)}; unpack it again, or finish sorting")
         if there or within:
             _check_same_classes(folder, there or within, folder.parent / "train", names)
             return images_by_class(there or within)
@@ -144,14 +145,14 @@ class TinyImageNet(Source):
         """`val` as it was published: the class of each file is in a list."""
         listed = folder / "val_annotations.txt"
         if not listed.is_file():
-            raise ValueError(
+            raise DataError(
                 f"{folder}: has neither val_annotations.txt, which says the class of each of images/, nor a folder for "
                 "each class; unpack tiny-imagenet-200.zip again"
             )
         classes = _annotations(listed, names)
         found = {composed(Path(path).name): path for path in raw.images}
         if classes.keys() != found.keys():
-            raise ValueError(
+            raise DataError(
                 f"{listed}: its files are not those of images/: {_unlike(sorted(classes), sorted(found))}; unpack it again"
             )
         return Images(((found[file], classes[file]) for file in sorted(found)), [raw], names)
@@ -167,9 +168,9 @@ def _annotations(listed: Path, names: Sequence[str]) -> dict[str, int]:
         fields = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
         file, wnid, *_ = [*fields, ""]
         if wnid not in label:
-            raise ValueError(f"{listed}: line {number}: the class {wnid!r} of {file!r} is none of train's")
+            raise DataError(f"{listed}: line {number}: the class {wnid!r} of {file!r} is none of train's")
         if found.setdefault(file, label[wnid]) != label[wnid]:
-            raise ValueError(f"{listed}: line {number}: {file!r} has another class before; one of the lines is wrong")
+            raise DataError(f"{listed}: line {number}: {file!r} has another class before; one of the lines is wrong")
     return found
 
 
@@ -255,7 +256,7 @@ class ImageFolder(Source):
         """Counts the classes and, unless data.image_size is given, looks at the size of some images."""
         text = self.missing(config)
         if text is not None:
-            raise ValueError(text)
+            raise DataError(text)
         train = self._layout(config).train
         folders = class_folders(train)
         side = config.image_size
@@ -311,7 +312,7 @@ class ImageFolder(Source):
         given = {part: _part(config, root, part, name) for part, name in config.kwargs.items()}
         if given.get("train") == root:
             if "test" in given:
-                raise ValueError(
+                raise DataError(
                     f"dataset {config.name!r}: data.kwargs.test: with train: . each folder of {root} is a class, and "
                     "there is no test part; leave it out, or move the test part elsewhere"
                 )
@@ -320,14 +321,14 @@ class ImageFolder(Source):
             _check_unambiguous(root)
         tests = [given["test"]] if "test" in given else [root / n for n in ("val", "test") if (root / n).is_dir()]
         if len(tests) == 2:
-            raise ValueError(
+            raise DataError(
                 f"{root}: has both val and test; say which is the test part: data.kwargs: {{test: test}} or {{test: val}}"
             )
         test = tests[0] if tests else None
         if "train" in given or (root / "train").is_dir():
             return _Layout(given.get("train", root / "train"), test)
         if test is not None:
-            raise ValueError(
+            raise DataError(
                 f"{root}: has {test.name} but no train; say which folder is the training part: data.kwargs: {{train: …}}, "
                 "or, if each folder is a class, {train: .}"
             )
@@ -340,7 +341,7 @@ _LIKE_PARTS = frozenset({*_PARTS, "training", "valid", "validation", "dev", "tes
 
 def _part(config: DataConfig, root: Path, part: str, name: object) -> Path:
     if not isinstance(name, str) or not (root / name).is_dir():
-        raise ValueError(
+        raise DataError(
             f"dataset {config.name!r}: data.kwargs.{part} = {name!r}: must be the name of a folder in {root}"
         )
     return root / name
@@ -362,7 +363,7 @@ def _check_unambiguous(root: Path) -> None:
             return
     elif parts or not folders or not all(name.lower() in _LIKE_PARTS for name in folders):
         return
-    raise ValueError(
+    raise DataError(
         f"{root}: its folders ({_some(list(folders))}) may be parts of the dataset or classes; say which: data.kwargs: "
         "{train: …, test: …} names the folders of the parts, in each of which is a folder for each class (test may be "
         "left out), {train: .} takes each folder for a class"
@@ -376,14 +377,14 @@ def class_folders(folder: Path) -> dict[str, Path]:
     """The folders in a folder, its classes, by their sorted names.
 
     Raises:
-        ValueError: fewer than two; the images of all classes in one folder would otherwise pass for a single class.
+        DataError: fewer than two; the images of all classes in one folder would otherwise pass for a single class.
     """
     found = subfolders(folder)
     if len(found) >= 2:
         return found
     loose = len(listing(folder, deep=False).images)
     there = f"only the folder {next(iter(found))}" if found else "no folders"
-    raise ValueError(
+    raise DataError(
         f"{folder}: has {there}{f' and {loose} loose images' if loose else ''}, but must have a folder for each class; "
         "sort the images into them"
     )
@@ -393,15 +394,15 @@ def images_by_class(folders: Mapping[str, Path]) -> Images:
     """All image files at any depth below the folders of the classes, sorted.
 
     Raises:
-        ValueError: a class without an image, or an image that links put into two.
+        DataError: a class without an image, or an image that links put into two.
     """
     listings = [listing(folder) for folder in folders.values()]
     for found in listings:
         if not found.images:
-            raise ValueError(f"{found.folder}: has no image ({', '.join(ENDINGS)}); add some or remove the folder")
+            raise DataError(f"{found.folder}: has no image ({', '.join(ENDINGS)}); add some or remove the folder")
     twice = in_both(listings)
     if twice is not None:
-        raise ValueError(f"{twice[1]}: is the same file as {twice[0]}, which is in another class; remove one of them")
+        raise DataError(f"{twice[1]}: is the same file as {twice[0]}, which is in another class; remove one of them")
     pairs = ((path, number) for number, found in enumerate(listings) for path in found.images)
     return Images(pairs, listings, list(folders))
 
@@ -410,7 +411,7 @@ def _apart(test: Images, train: Images) -> Images:
     """The test part, once it is known to share no file with the training part."""
     twice = in_both([*train.listings, *test.listings])
     if twice is not None:
-        raise ValueError(
+        raise DataError(
             f"{twice[1]}: is the same file as {twice[0]}: what is trained on cannot be tested on; remove one of them"
         )
     return test
@@ -422,12 +423,12 @@ def _text(path: Path) -> str:
         content = path.read_bytes()
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _check_count(folder: Path, names: Mapping[str, Path], expected: int) -> None:
     if len(names) != expected:
-        raise ValueError(
+        raise DataError(
             f"{folder}: has {len(names)} classes, not {expected}; complete it, or, if it is a part of the dataset, "
             f"set data.kwargs: {{num_classes: {len(names)}}}"
         )
@@ -436,7 +437,7 @@ def _check_count(folder: Path, names: Mapping[str, Path], expected: int) -> None
 def _check_same_classes(folder: Path, names: Iterable[str], train: Path, expected: Sequence[str]) -> None:
     names = list(names)
     if names != list(expected):
-        raise ValueError(
+        raise DataError(
             f"{folder}: its classes are not those of {train}, by whose order they are numbered: "
             f"{_unlike(names, expected)}; make the folders the same"
         )
@@ -460,7 +461,7 @@ def _common_size(paths: Sequence[str], at_most: int | None = None) -> tuple[int,
     size = _stored_size(first)
     for path in paths[::step]:
         if _stored_size(path) != size:
-            raise ValueError(
+            raise DataError(
                 f"{path}: is not of the size of {first}, {size[1]} × {size[0]} pixels; "
                 "set data.image_size, the side that all are to have"
             )
@@ -474,4 +475,4 @@ def _stored_size(path: str) -> tuple[int, int]:
         with Image.open(path) as image:
             return image.height, image.width
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}; replace or remove the file") from error
+        raise DataError(f"{path}: cannot be read as an image: {error}; replace or remove the file") from error

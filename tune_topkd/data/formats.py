@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tune_topkd.config import DataConfig
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.identity import whole_files
 from tune_topkd.data.sources import Constants
 from tune_topkd.data.sources import Parts
@@ -99,11 +100,11 @@ class Cifar(_Official):
         content = _unpickled(path, _checked_bytes(path, md5))
         data, labels = content.get("data"), content.get(self.key)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-            raise ValueError(f"{path}: has no rows of 3072 bytes under 'data'; unpack the official file again")
+            raise DataError(f"{path}: has no rows of 3072 bytes under 'data'; unpack the official file again")
         if isinstance(labels, np.ndarray) and labels.ndim == 1:
             labels = labels.tolist()
         if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
-            raise ValueError(f"{path}: has no list of whole numbers under {self.key!r}; unpack the official file again")
+            raise DataError(f"{path}: has no list of whole numbers under {self.key!r}; unpack the official file again")
         images = torch.from_numpy(data.reshape(-1, 3, 32, 32).copy())
         return images, _checked_labels(path, labels, len(images), self.num_classes)
 
@@ -119,7 +120,7 @@ class Stl10(_Official):
         (pixels_name, pixels_md5), (labels_name, labels_md5) = hashes.items()
         pixels = np.frombuffer(_checked_bytes(folder / pixels_name, pixels_md5), dtype=np.uint8)
         if len(pixels) % (3 * 96 * 96):
-            raise ValueError(
+            raise DataError(
                 f"{folder / pixels_name}: is truncated: {len(pixels)} bytes are no whole number of images of "
                 f"{3 * 96 * 96}; unpack the official file again"
             )
@@ -133,7 +134,7 @@ def _checked_bytes(path: Path, md5: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         _log.warning("%s is not the official file (its MD5 is not %s); it is used as it is", path, md5)
     return content
@@ -141,12 +142,12 @@ def _checked_bytes(path: Path, md5: str) -> bytes:
 
 def _checked_labels(path: Path, labels: list[int], images: int, num_classes: int, first: int = 0) -> Tensor:
     if len(labels) != images:
-        raise ValueError(f"{path}: has {len(labels)} labels for {images} images; unpack the official files again")
+        raise DataError(f"{path}: has {len(labels)} labels for {images} images; unpack the official files again")
     if not labels:
-        raise ValueError(f"{path}: has no images; unpack the official files again")
+        raise DataError(f"{path}: has no images; unpack the official files again")
     for number, label in enumerate(labels):
         if not 0 <= label < num_classes:
-            raise ValueError(
+            raise DataError(
                 f"{path}: label {label + first} of image {number} is not from {first} to {num_classes - 1 + first}; "
                 "unpack the official files again"
             )
@@ -161,11 +162,11 @@ def _unpickled(path: Path, content: bytes) -> dict[Any, Any]:
     try:
         found = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     except Exception as error:  # damaged bytes are run as a program and can raise anything
-        raise ValueError(
+        raise DataError(
             f"{path}: is damaged ({type(error).__name__}: {error}); unpack the official file again"
         ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no mapping but a {type(found).__name__}; unpack the official file again")
+        raise DataError(f"{path}: holds no mapping but a {type(found).__name__}; unpack the official file again")
     return {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tune_topkd.data.errors import DataError
+
 if TYPE_CHECKING:
     from PIL import Image
     from PIL import ImageFont
@@ -57,11 +59,11 @@ def load(*, train_images: int = 8000, test_images: int = 2000, seed: int = 0) ->
         depend, besides the arguments, on the versions of matplotlib's fonts and of Pillow.
 
     Raises:
-        ValueError: a part with less than one image per class, or a negative seed.
+        DataError: a part with less than one image per class, or a negative seed.
     """
     for name, count in (("train_images", train_images), ("test_images", test_images)):
         if type(count) is not int or count < len(CHARACTERS):
-            raise ValueError(f"glyphs: {name} must be a whole number of at least {len(CHARACTERS)}, but got {count!r}")
+            raise DataError(f"glyphs: {name} must be a whole number of at least {len(CHARACTERS)}, but got {count!r}")
     _check_seed(seed)
     return _part(train_images, seed, _TRAIN), _part(test_images, seed, _TEST)
 
@@ -70,7 +72,7 @@ def identity(seed: int) -> str:
     """A hash of the fonts' files and of the first image of each class.
 
     Raises:
-        ValueError: a negative seed.
+        DataError: a negative seed.
     """
     _check_seed(seed)
     return _identity(seed)
@@ -78,7 +80,7 @@ def identity(seed: int) -> str:
 
 def _check_seed(seed: object) -> None:
     if type(seed) is not int or seed < 0:
-        raise ValueError(f"glyphs: seed must be a whole number of at least 0, but got {seed!r}")
+        raise DataError(f"glyphs: seed must be a whole number of at least 0, but got {seed!r}")
 
 
 @functools.cache

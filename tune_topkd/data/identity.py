@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.walking import composed
 
 SAMPLED = 512
@@ -21,7 +22,7 @@ def whole_files(folder: Path, paths: Iterable[str]) -> list[list[object]]:
     """Name and hash of each file.
 
     Raises:
-        ValueError: a file that cannot be read.
+        DataError: a file that cannot be read.
     """
     return [[name, content_hash(path)] for name, path in _named(folder, paths)]
 
@@ -32,7 +33,7 @@ def many_files(folder: Path, images: Iterable[str], lists: Iterable[str] = ()) -
     What this cannot tell: other bytes in a file that is not among the sample, if there are as many as before.
 
     Raises:
-        ValueError: a file that cannot be read, or is empty.
+        DataError: a file that cannot be read, or is empty.
     """
     named = _named(folder, images)
     sizes: list[list[object]] = [[name, _size(path)] for name, path in named]
@@ -54,13 +55,13 @@ def content_hash(path: str) -> str:
     """SHA-256 of a file's bytes; looked up where this process has read the same file.
 
     Raises:
-        ValueError: it cannot be read.
+        DataError: it cannot be read.
     """
     try:
         state = os.stat(path)
         return _content_hash(path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @functools.lru_cache(maxsize=8192)
@@ -85,7 +86,7 @@ def _size(path: str) -> int:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not size:
-        raise ValueError(f"{path}: is empty (0 bytes); replace or remove the file")
+        raise DataError(f"{path}: is empty (0 bytes); replace or remove the file")
     return size

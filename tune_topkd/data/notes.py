@@ -33,7 +33,7 @@ def image_notes(parts: Sequence["Images"]) -> Iterator[str]:
     """What is worth saying of the image files of a dataset's parts.
 
     Raises:
-        ValueError: one of the files looked at cannot be decoded.
+        DataError: one of the files looked at cannot be decoded.
     """
     yield from _unread(parts)
     paths = [path for images in parts for path in images.paths]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tune_topkd.config import DataConfig
 from tune_topkd.data.datasets import read_as
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.splits import Dataset
 from tune_topkd.data.splits import Mapped
 from tune_topkd.data.splits import Split
@@ -54,12 +55,12 @@ def load_saved(config: DataConfig, path: Path) -> Dataset:
 
     Raises:
         OSError: the file is not there.
-        ValueError: it is damaged, or of another dataset.
+        DataError: it is damaged, or of another dataset.
     """
     state = path.stat()
     content = _mapped(str(path), state.st_ino, state.st_mtime_ns)
     if content["config"] != read_as(config):
-        raise ValueError(f"{path}: holds another dataset than {config.name!r} as this config has it")
+        raise DataError(f"{path}: holds another dataset than {config.name!r} as this config has it")
     splits = {
         name: Split(**split, workers=config.workers or 0, file=Mapped(str(path.absolute()), name))
         for name, split in content["splits"].items()
@@ -77,9 +78,9 @@ def _mapped(path: str, inode: int, time: int) -> dict[str, Any]:
     try:
         content = torch.load(path, mmap=True, weights_only=True)
     except Exception as error:  # whatever torch raises of what is not its own
-        raise ValueError(f"{path}: is no dataset that was saved here: {error}") from error
+        raise DataError(f"{path}: is no dataset that was saved here: {error}") from error
     if not isinstance(content, dict) or content.keys() != _KEYS:
-        raise ValueError(f"{path}: is no dataset that was saved here")
+        raise DataError(f"{path}: is no dataset that was saved here")
     return content
 
 

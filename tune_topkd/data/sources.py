@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tune_topkd.config import DataConfig
 from tune_topkd.config import unknown_choice
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.identity import tensors
 from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import DatasetInfo
@@ -51,7 +52,7 @@ class Source(ABC):
         """Class count and shape of the images as they are stored; looks at the disk only if it must.
 
         Raises:
-            ValueError: they cannot be known, since the files are missing or of different sizes.
+            DataError: they cannot be known, since the files are missing or of different sizes.
         """
 
     @abstractmethod
@@ -59,7 +60,7 @@ class Source(ABC):
         """All images.
 
         Raises:
-            ValueError: a file is damaged or does not fit the others; the message names it.
+            DataError: a file is damaged or does not fit the others; the message names it.
         """
 
     def on_disk(self, config: DataConfig) -> bool:
@@ -79,14 +80,14 @@ class Source(ABC):
         """What tells the images and labels from others, wherever they lie, as JSON has it; `config.kwargs` aside.
 
         Raises:
-            ValueError: files that are missing, cannot be read, or are not laid out as they must be.
+            DataError: files that are missing, cannot be read, or are not laid out as they must be.
         """
 
     def notes(self, config: DataConfig) -> Iterable[str]:
         """What is worth saying of files that are there.
 
         Raises:
-            ValueError: some are not laid out as they must be, or cannot be decoded.
+            DataError: some are not laid out as they must be, or cannot be decoded.
         """
         return ()
 
@@ -137,22 +138,22 @@ def check_kwargs(config: DataConfig, known: Iterable[str]) -> None:
     """Refuse arguments that a dataset does not have.
 
     Raises:
-        ValueError: the first one.
+        DataError: the first one.
     """
     for name in config.kwargs:
         if name not in known:
-            raise ValueError(f"dataset {config.name!r}: data.kwargs.{name}: unknown; {unknown_choice(name, known)}")
+            raise DataError(f"dataset {config.name!r}: data.kwargs.{name}: unknown; {unknown_choice(name, known)}")
 
 
 def class_count(config: DataConfig, default: int) -> int:
     """`num_classes` of the arguments.
 
     Raises:
-        ValueError: it is no whole number of at least 2.
+        DataError: it is no whole number of at least 2.
     """
     count = config.kwargs.get("num_classes", default)
     if type(count) is not int or count < 2:
-        raise ValueError(
+        raise DataError(
             f"dataset {config.name!r}: data.kwargs.num_classes must be a whole number of at least 2, "
             f"but got {json.dumps(count, default=repr)}"
         )

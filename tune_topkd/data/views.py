@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from tune_topkd.config import AugmentConfig
 from tune_topkd.data.decoding import decoded
+from tune_topkd.data.errors import DataError
 from tune_topkd.data.randomness import DETAIL
 from tune_topkd.data.randomness import DRAW
 from tune_topkd.data.randomness import DRAW_BITS
@@ -129,7 +130,7 @@ def views_of(
         epoch: absolute, from 1.
 
     Raises:
-        ValueError: a file that cannot be decoded, or an image that is not of the split's size; the message names it.
+        DataError: a file that cannot be decoded, or an image that is not of the split's size; the message names it.
         WorkerError: a process died or fell silent.
     """
     if isinstance(split, Split):
@@ -144,7 +145,7 @@ def views_of(
         made = map(views.__getitem__, lists)
     for result in made:
         if isinstance(result, str):
-            raise ValueError(result)
+            raise DataError(result)
         yield result
 
 
@@ -195,7 +196,7 @@ class _Views:
         """Each image, and which of its pixels are kept; torch's generator is left as it was.
 
         Raises:
-            ValueError: a file that cannot be decoded, or an image that is not of the right size.
+            DataError: a file that cannot be decoded, or an image that is not of the right size.
         """
         if self.augment is None:
             for index in indices:
@@ -226,7 +227,7 @@ class _Views:
             return image
         if not self.fitted:
             assert self.paths is not None, "images in memory have their size"
-            raise ValueError(
+            raise DataError(
                 f"{self.paths[index]}: is {image.shape[-1]} × {image.shape[-2]} pixels, not {self.size[1]} × "
                 f"{self.size[0]}; all images must be of that size unless data.image_size is given"
             )

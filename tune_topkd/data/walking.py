@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 
+from tune_topkd.data.errors import DataError
+
 ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff", ".webp",
     ".gif", ".avif",
@@ -62,14 +64,14 @@ def subfolders(folder: Path) -> dict[str, Path]:
     """The folders in a folder by their composed names, sorted by these.
 
     Raises:
-        ValueError: the folder cannot be read, or two names in it are one.
+        DataError: the folder cannot be read, or two names in it are one.
     """
     found: dict[str, Path] = {}
     for entry in _entries(str(folder)):
         if entry.is_dir():
             name = composed(entry.name)
             if name in found:
-                raise ValueError(
+                raise DataError(
                     f"{folder}: has two folders named {name}, in two of Unicode's forms; rename one of them"
                 )
             found[name] = Path(entry.path)
@@ -80,7 +82,7 @@ def listing(folder: Path, *, deep: bool = True) -> Listing:
     """The files of a folder and, unless `deep` is False, at any depth below it; each file once.
 
     Raises:
-        ValueError: a folder that cannot be read, or an image that is a link to nothing.
+        DataError: a folder that cannot be read, or an image that is a link to nothing.
     """
     found = Listing(str(folder), os.path.realpath(folder))
     for path, place, files in sorted(_walk(found, deep), key=lambda item: composed(item[0])):
@@ -124,7 +126,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not _is_leftover(e.name)), key=lambda e: (composed(e.name), e.name))
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
 
 def _walk(found: Listing, deep: bool) -> Iterator[tuple[str, str, list[os.DirEntry[str]]]]:
@@ -154,7 +156,7 @@ def _take(found: Listing, entry: os.DirEntry[str], place: str | None) -> None:
         return
     if not entry.is_file():
         if entry.is_symlink():
-            raise ValueError(
+            raise DataError(
                 f"{entry.path}: is a link to {os.readlink(entry.path)}, where no file is; mend or remove it"
             )
         found.others[ending] += 1  # a pipe or the like

@@ -30,6 +30,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tune_topkd.data.errors import DataError
+
 SILENCE = 300.0
 """Seconds that a worker may send nothing while it is waited for: longer than a file system takes to come back."""
 
@@ -54,7 +56,7 @@ class Maker(Protocol):
         """The batch."""
 
 
-class WorkerError(ValueError):
+class WorkerError(DataError):
     """A worker process died, fell silent, or met what nobody expected."""
 
 

@@ -1,0 +1,5 @@
+"""What is wrong with the user's data or with what the config says of it."""
+
+
+class DataError(ValueError):
+    """A dataset that cannot be used as the config has it; the message names the file or key, and what to do."""
