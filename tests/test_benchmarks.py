@@ -71,6 +71,12 @@ def test_the_cost_of_a_step():
     check(benchmarks("--quick", "step"), names)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_reading_a_bank_takes():
+    check(benchmarks("--quick", "reading"), ("peak memory", "CPU time"))
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
@@ -94,7 +100,9 @@ def test_what_catching_up_costs():
 def test_an_unknown_benchmark_is_refused():
     done = benchmarks("loss_costs")
     assert done.returncode == 2
-    assert "unknown benchmark loss_costs; known are loss_cost, step, bank, packing, sweep_overhead" in done.stderr
+    assert (
+        "unknown benchmark loss_costs; known are loss_cost, step, reading, bank, packing, sweep_overhead" in done.stderr
+    )
 
 
 @pytest.mark.slow

@@ -764,7 +764,7 @@ COMMANDS = {
     "track": "--runs-dir --mlflow-uri",
     "audit": "--mlflow --runs-dir --mlflow-uri",
     "export": "--format --output -o --runs-dir",
-    "teacher": "--set --fill-bank --seed --runs-dir",
+    "teacher": "--set --measure --fill-bank --prune --seed --runs-dir",
     "train": "--set --name --epochs --seed --runs-dir --mlflow-uri",
     "doctor": "--runs-dir --mlflow-uri --address",
 }

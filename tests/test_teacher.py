@@ -1,5 +1,7 @@
 import json
 import logging
+import re
+import shutil
 import threading
 import time
 from dataclasses import dataclass
@@ -9,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+import tune_topkd.models as models
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
 from tune_topkd.data import Dataset
 from tune_topkd.data import Split
+from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
@@ -22,6 +26,7 @@ from tune_topkd.models import write_atomically
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.teacher import load_teacher
 from tune_topkd.teacher import teacher_key
+from tune_topkd.teacher import training
 from tune_topkd.teacher.training import _checked_accuracy
 from tune_topkd.train import train
 
@@ -56,9 +61,9 @@ class CountingTrain:
     def __init__(self):
         self.calls: list[TrialConfig] = []
 
-    def __call__(self, config, report):
+    def __call__(self, config, report, resume_from=None):
         self.calls.append(config)
-        return train(config, report)
+        return train(config, report, resume_from)
 
 
 # --- the key --------------------------------------------------------------------------------------------------------
@@ -75,7 +80,7 @@ def test_key_changes_with_all_that_the_teacher_depends_on():
     changes = [
         {},
         {"teacher": {"name": "digits_cnn"}},
-        {"teacher": {"kwargs": {"widths": [2]}}},
+        {"teacher": {"name": "digits_cnn", "kwargs": {"widths": [2]}}},
         {"teacher": {"seed": 1}},
         {"teacher": {"recipe": {"epochs": 3, "lr": 0.05, "schedule": "constant"}}},
         {"data": {"split_seed": 1}},
@@ -88,7 +93,7 @@ def test_key_changes_with_all_that_the_teacher_depends_on():
 def test_key_is_of_the_data_and_not_of_where_it_lies(tmp_path: Path):
     def key(root: str, **data) -> str:
         named = {"name": "stl10", "root": str(tmp_path / root), **data}
-        return teacher_key(sweep(data=named))
+        return teacher_key(sweep(data=named, teacher={"name": "small_cnn"}))
 
     for root, byte in (("a", b"1"), ("b", b"1"), ("c", b"22")):
         folder = tmp_path / root / "stl10_binary"
@@ -298,6 +303,237 @@ def test_a_root_that_cannot_be_written_is_a_value_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file/\w+: teachers cannot be kept here: Not a directory"):
         ensure_teacher(sweep(), tmp_path / "file", train)
+
+
+# --- a network whose code changes -----------------------------------------------------------------------------------
+
+
+def two_layers(activation):
+    return lambda *, num_classes: nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), activation(), nn.Linear(32, num_classes)
+    )
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """A sweep whose teacher's code can be edited."""
+    recipe = {"epochs": 4, "lr": 0.1, "schedule": "constant"}
+
+    def edit(activation):
+        monkeypatch.setitem(models._REGISTRY, "edited", two_layers(activation))
+        return sweep(teacher={"name": "edited", "recipe": recipe})
+
+    return edit
+
+
+def test_a_teacher_whose_code_was_edited_is_another(tmp_path: Path, edited):
+    first = ensure_teacher(edited(nn.ReLU), tmp_path, train)
+    other = ensure_teacher(edited(nn.Hardsigmoid), tmp_path, train)
+    assert not other.was_cached
+    assert other.key != first.key
+    assert ensure_teacher(edited(nn.ReLU), tmp_path, no_training).key == first.key
+
+
+def test_a_teacher_that_is_no_longer_as_good_is_trained_again(tmp_path: Path, monkeypatch, caplog):
+    """Whatever its network depends on besides its code."""
+    is_broken = [False]
+
+    class Network(nn.Sequential):
+        def forward(self, images):
+            logits = super().forward(images)
+            return logits.roll(1, 1) if is_broken[0] and len(images) > 100 else logits
+
+    monkeypatch.setitem(
+        models._REGISTRY, "odd", lambda *, num_classes: Network(nn.Flatten(), nn.Linear(64, num_classes))
+    )
+    config = sweep(teacher={"name": "odd"})
+    first = ensure_teacher(config, tmp_path, train)
+    is_broken[0] = True
+    counting = CountingTrain()
+    with pytest.raises(ValueError, match="hardly better than chance"):
+        ensure_teacher(config, tmp_path, counting)
+    assert len(counting.calls) == 1
+    assert f"of {first.val_top1:.2f} % when it was trained, and is no longer what it was" in caplog.text
+
+
+# --- measured -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The device of each measurement; all of them count as long ones."""
+    found = []
+
+    def counting(model, *arguments, **options):
+        found.append(next(model.parameters()).device.type)
+        return count_hits(model, *arguments, **options)
+
+    monkeypatch.setattr(training, "count_hits", counting)
+    monkeypatch.setattr(training, "KEPT_FROM_SECONDS", 0.0)
+    return found
+
+
+def test_a_measurement_that_took_long_is_kept_with_its_date(tmp_path: Path, measured, caplog):
+    trained = ensure_teacher(sweep(), tmp_path, train)
+    assert ensure_teacher(sweep(), tmp_path, no_training).measured is not None
+    assert len(measured) == 1
+    config, root = given(trained.path), tmp_path / "given"
+    first, second = (ensure_teacher(config, root, no_training) for _ in range(2))
+    assert (first.measured, len(measured)) == (None, 2)
+    assert second.val_top1 == first.val_top1
+    assert second.measured.startswith("20")
+    ensure_teacher(config, root, no_training, measure=True)
+    assert len(measured) == 3
+    ensure_teacher(given(trained.path, augment={"pad": 1}), root, no_training)  # the same images are evaluated
+    assert len(measured) == 3
+    ensure_teacher(config.model_copy(update={"data": config.data.model_copy(update={"split_seed": 1})}), root, train)
+    assert len(measured) == 4
+    for file in root.glob("*/measured-*.json"):
+        file.write_text("{")
+    assert ensure_teacher(config, root, no_training).val_top1 == first.val_top1
+    assert len(measured) == 5
+    assert "is damaged, the teacher is measured again" in caplog.text
+
+
+def test_a_measurement_of_other_code_is_not_taken(tmp_path: Path, measured, edited):
+    path = ensure_teacher(edited(nn.ReLU), tmp_path, train).path
+    found = []
+    for activation in (nn.ReLU, nn.Identity, nn.ReLU):
+        config = edited(activation)
+        checkpoint = config.teacher.model_copy(update={"checkpoint": str(path), "recipe": None})
+        config = config.model_copy(update={"teacher": checkpoint})
+        found.append(ensure_teacher(config, tmp_path / "given", no_training).val_top1)
+    assert len(measured) == 3  # as it was trained, and one for each code
+    assert found[0] == found[2] != found[1]
+
+
+def test_a_measurement_that_took_no_time_is_taken_again(tmp_path: Path, measured, monkeypatch):
+    monkeypatch.setattr(training, "KEPT_FROM_SECONDS", 3600.0)
+    for count in (1, 2, 3):
+        ensure_teacher(sweep(), tmp_path, train)
+        assert len(measured) == count
+    assert not list(tmp_path.glob("*/measured-*"))
+
+
+def test_where_nothing_can_be_written_a_given_teacher_is_measured_and_a_kept_one_is_found(
+    tmp_path: Path, measured, monkeypatch, caplog
+):
+    trained = ensure_teacher(sweep(), tmp_path, train)
+
+    def refusing(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(training, "write_atomically", refusing)
+    monkeypatch.setattr(training, "_locked", refusing)
+    assert ensure_teacher(sweep(), tmp_path, no_training).path == trained.path
+    assert ensure_teacher(given(trained.path), tmp_path / "other", no_training).val_top1 == trained.val_top1
+    assert "the teacher is measured again the next time" in caplog.text
+
+
+@pytest.mark.parametrize("value", [7e4, float("nan")])
+def test_a_teacher_with_logits_that_float16_has_not_is_refused(tmp_path: Path, value):
+    model = constant(10, 3)
+    with torch.no_grad():
+        model[1].bias[5] = value
+    save_weights(model, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=rf"w\.pt: gives a logit of {value:g}, .*at most 65,504"):
+        ensure_teacher(given(tmp_path / "w.pt"), tmp_path, no_training)
+
+
+# --- interrupted ----------------------------------------------------------------------------------------------------
+
+
+def interrupted(root: Path, after: int) -> Path:
+    """A teacher's folder whose training was interrupted after some epoch."""
+
+    def progress(epoch, metrics):
+        if epoch == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_teacher(longer(), root, train, progress)
+    return root / teacher_key(longer())
+
+
+def longer() -> SweepConfig:
+    return sweep(teacher={"recipe": {"epochs": 4, "lr": 0.05, "schedule": "cosine"}})
+
+
+def epochs_of(root: Path) -> list[int]:
+    epochs: list[int] = []
+    ensure_teacher(longer(), root, train, lambda epoch, metrics: epochs.append(epoch))
+    return epochs
+
+
+def test_a_training_that_was_interrupted_goes_on_and_comes_to_the_same_bits(tmp_path: Path):
+    whole = ensure_teacher(longer(), tmp_path / "whole", train)
+    folder = interrupted(tmp_path / "cut", 1)
+    assert (folder / "checkpoint").is_dir()
+    interrupted(tmp_path / "cut", 3)
+    assert epochs_of(tmp_path / "cut") == [4]
+    assert (folder / "teacher.pt").read_bytes() == whole.path.read_bytes()
+    assert not (folder / "checkpoint").exists()
+
+
+def cut_off(checkpoint: Path) -> None:
+    (file,) = checkpoint.iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def of_another_config(checkpoint: Path) -> None:
+    other = checkpoint.parent.parent / "other"
+    trial = TrialConfig(
+        data=longer().data, student="digits_linear", method="ce", recipe={"epochs": 1, "lr": 0.01}, seed=3
+    )
+    train(trial, lambda epoch, metrics, save: save(other))
+    shutil.rmtree(checkpoint)
+    other.rename(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (cut_off, "the file is cut off|is damaged"),
+        (of_another_config, "is of another config"),
+        (lambda checkpoint: [file.unlink() for file in checkpoint.iterdir()], "cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_gone_on_from_is_passed_over_with_a_word(tmp_path: Path, caplog, damage, why):
+    folder = interrupted(tmp_path, 2)
+    damage(folder / "checkpoint")
+    assert epochs_of(tmp_path) == [1, 2, 3, 4]
+    assert re.search(rf"from the start, not from its last checkpoint: .*({why})", caplog.text)
+    assert not (folder / "checkpoint").exists()
+
+
+# --- of an older version --------------------------------------------------------------------------------------------
+
+
+def as_version_one(trained: Path, config: SweepConfig, **changes) -> Path:
+    """The folder as version 1 would have left it."""
+    record = json.loads((trained / "teacher.json").read_text())
+    inputs = {name: value for name, value in record["config"].items() if name != "network"}
+    old = trained.with_name("0123456789abcdef")
+    trained.rename(old)
+    record |= {"key": old.name, "config": {**inputs, "format": 1, "files": "f" * 16}, **changes}
+    (old / "teacher.json").write_text(json.dumps(record))
+    return old
+
+
+def test_a_teacher_of_an_older_version_is_found_if_it_is_as_good_as_it_was(tmp_path: Path):
+    first = ensure_teacher(sweep(), tmp_path, train)
+    old = as_version_one(first.path.parent, sweep())
+    found = ensure_teacher(sweep(), tmp_path, no_training)
+    assert (found.path, found.key, found.val_top1) == (old / "teacher.pt", old.name, first.val_top1)
+    assert not ensure_teacher(sweep(teacher={"seed": 4}), tmp_path, train).was_cached
+
+
+def test_a_teacher_of_an_older_version_that_is_not_as_good_is_not_used(tmp_path: Path, caplog):
+    first = ensure_teacher(sweep(), tmp_path, train)
+    as_version_one(first.path.parent, sweep(), val_top1=12.0)
+    assert not ensure_teacher(sweep(), tmp_path, train).was_cached
+    assert "of 12.00 % when it was trained, and is no longer what it was" in caplog.text
+    assert "it is not used, and another is trained" in caplog.text
 
 
 # --- given ----------------------------------------------------------------------------------------------------------

@@ -280,22 +280,36 @@ def export(
 
 @app.command()
 def teacher(
-    space: Annotated[str, typer.Argument(metavar="SPACE.yaml")],
+    space: Annotated[str | None, typer.Argument(metavar="SPACE.yaml")] = None,
     set_: Sets = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure it on the validation split again, though it took long before.")
+    ] = False,
     fill_bank: Annotated[
         bool, typer.Option("--fill-bank", help="Ask it ahead for all logits that trials need.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove the banks of logits that no sweep in the runs dir names.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the trials, where their views are drawn anew in each epoch.")] = 0,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
+    if prune:
+        from tune_topkd.cli.pruning import prune as remove_banks
+
+        remove_banks(_place(runs_dir, None, None), _stderr())
+        if space is None:
+            return
+    if space is None:
+        raise ConfigError("SPACE.yaml", [Problem(key="", rule="must be given, except for --prune")])
     config = preflight.load_checked_pair(space, [parse_set(text) for text in set_ or []])
     place = _place(runs_dir, None, None)
     preflight.check_writable(place.runs)
     if config.teacher is None:
         raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])
     running.ready_data(config)
-    taught = running.taught_by(config, place, _stderr(), seed)
+    taught = running.taught_by(config, place, _stderr(), seed, measure=measure)
     if fill_bank:
         running.fill_bank(config, taught, seed, _stderr())
     typer.echo(taught.teacher_checkpoint)

@@ -512,7 +512,9 @@ def ready_data(config: PairConfig) -> None:
         raise ConfigError("data", [Problem(key="", rule=str(error))]) from error
 
 
-def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0) -> SharedFiles:
+def taught_by(
+    config: PairConfig, place: Place, console: Console, seed: int = 0, *, measure: bool = False, once: bool = False
+) -> SharedFiles:
     """The teacher, trained first if need be, and the folder of the bank of its logits, if there is to be one.
 
     Args:
@@ -520,19 +522,24 @@ def taught_by(config: PairConfig, place: Place, console: Console, seed: int = 0)
         place: where teachers are kept.
         console: is told of the teacher, and why it is asked for every batch if it is.
         seed: of the trainings; a bank of endless views is for one seed.
+        measure: the teacher, even if it took long and was done before.
+        once: for one training alone.
 
     Raises:
         ConfigError: it cannot be had.
     """
-    return _files_of(_teacher(config, place, console), config, place, console, seed)
+    return _files_of(_teacher(config, place, console, measure), config, place, console, seed, once)
 
 
-def _files_of(teacher: "Teacher | None", config: PairConfig, place: Place, console: Console, seed: int) -> SharedFiles:
+def _files_of(
+    teacher: "Teacher | None", config: PairConfig, place: Place, console: Console, seed: int, once: bool = False
+) -> SharedFiles:
     if teacher is None:
         return NO_FILES
     folder = place.runs / "teachers" / teacher.key
     files = SharedFiles(teacher_checkpoint=str(teacher.path), teacher_bank=str(folder))
-    why_not = _no_bank(config, trial_with(config, files, seed))
+    trial = trial_with(config, files, seed)
+    why_not = _no_bank(config, trial if once else _on_a_trials_device(config, trial), once)
     if why_not:
         console.print(f"teacher logits: asked for every batch: {why_not}", highlight=False, soft_wrap=True)
     return files.model_copy(update={"teacher_bank": None}) if why_not else files
@@ -584,30 +591,42 @@ def _counted(number: float, noun: str) -> str:
     return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
+def _on_a_trials_device(config: PairConfig, trial: TrialConfig) -> TrialConfig:
+    """A bank is of the kind of device that computed it: the trials' may be the CPU though there is a GPU here."""
+    on_cpu = isinstance(config, SweepConfig) and config.sweep.gpus_per_trial == 0
+    return trial.model_copy(update={"gpu_share": 0.0}) if on_cpu else trial
+
+
 def fill_bank(config: PairConfig, files: SharedFiles, seed: int, console: Console) -> None:
     """Ask the teacher for all that its bank lacks; may be killed and gone on with.
 
     Raises:
-        ConfigError: there is to be no bank.
+        ConfigError: there is to be no bank, or it cannot be filled.
     """
     from tune_topkd.teacher import fill_bank as fill
-    from tune_topkd.train import default_device
+    from tune_topkd.train import device_of
 
     if files.teacher_bank is None:
         raise ConfigError("--fill-bank", [Problem(key="teacher", rule="has no bank for this space")])
+    trial = _on_a_trials_device(config, trial_with(config, files, seed))
     status = console.status("filling the bank") if console.is_terminal else None
     with status or contextlib.nullcontext():
         tell = (lambda share: status.update(f"filling the bank: {share:.0%}")) if status else (lambda share: None)
-        bank = fill(trial_with(config, files, seed), default_device(), tell)
+        try:
+            bank = fill(trial, device_of(trial), tell)
+        except ValueError as error:
+            raise ConfigError("--fill-bank", [Problem(key="teacher", rule=str(error))]) from error
     console.print(f"bank: {bank.filled():,} views in {bank.path}", highlight=False, soft_wrap=True)
 
 
-def _no_bank(config: PairConfig, trial: TrialConfig) -> str:
+def _no_bank(config: PairConfig, trial: TrialConfig, once: bool = False) -> str:
     """Why there is no bank of the teacher's logits; nothing if there is one."""
     from tune_topkd.data import load_dataset
+    from tune_topkd.data import view_count
     from tune_topkd.teacher import bank_file
     from tune_topkd.teacher import bank_size
     from tune_topkd.teacher import has_room
+    from tune_topkd.train import device_of
 
     assert config.teacher is not None, "it has a bank"
     if not config.teacher.bank:
@@ -616,19 +635,24 @@ def _no_bank(config: PairConfig, trial: TrialConfig) -> str:
     size = bank_size(config.data, config.recipe, dataset)
     if size is None:
         return "mixup shows each image once"
-    if not has_room(bank_file(trial, dataset), size):
+    path = bank_file(trial, dataset, device_of(trial))
+    if once and view_count(config.data.augment) is None and not path.exists():
+        return "a single training sees each view once"
+    if not has_room(path, size):
         return (
-            f"a bank of {size.images:,} images × {size.views} views would take {size.bytes / 1e9:,.1f} GB of the disk"
+            f"a bank of {size.images:,} images × {size.views} views would take {size.bytes / 1e9:,.1f} GB, and with it "
+            "banks more than half of the disk; `python launch.py teacher --prune` removes those that no sweep uses"
         )
     return ""
 
 
-def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | None":
+def _teacher(config: PairConfig, place: Place, console: Console, measure: bool = False) -> "Teacher | None":
     """Train or find the teacher, saying so: a checkpoint that is given is measured on the whole validation split."""
     if config.teacher is None:
         return None
     name, recipe = config.teacher.name, config.teacher.recipe
     from tune_topkd.teacher import ensure_teacher
+    from tune_topkd.train import default_device
     from tune_topkd.train import train
 
     status = console.status(f"teacher {name}") if console.is_terminal else None
@@ -640,11 +664,13 @@ def _teacher(config: PairConfig, place: Place, console: Console) -> "Teacher | N
 
     with status or contextlib.nullcontext():
         try:
-            teacher = ensure_teacher(config, place.runs / "teachers", train, progress)
+            root, device = place.runs / "teachers", default_device()
+            teacher = ensure_teacher(config, root, train, progress, device=device, measure=measure)
         except ValueError as error:
             raise ConfigError("teacher", [Problem(key="", rule=str(error))]) from error
     how = "found" if teacher.was_cached else "trained"
-    console.print(f"teacher {name}: {how}, validation top-1 {teacher.val_top1:.2f} %", highlight=False)
+    when = f", measured {teacher.measured}" if teacher.measured else ""
+    console.print(f"teacher {name}: {how}, validation top-1 {teacher.val_top1:.2f} %{when}", highlight=False)
     return teacher
 
 

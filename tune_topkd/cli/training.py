@@ -106,7 +106,7 @@ def train_one(config: PairConfig, name: str, seed: int, place: running.Place, co
     from tune_topkd.train import train
 
     running.ready_data(config)
-    taught = running.taught_by(config, place, console, seed) if config.method != "ce" else NO_FILES
+    taught = running.taught_by(config, place, console, seed, once=True) if config.method != "ce" else NO_FILES
     trial = running.trial_with(config, taught, seed)
     folder = _fresh(place.runs / FOLDER, f"{name}-seed{seed}")
     (folder / CONFIG_NAME).write_text(dump_config(trial), encoding="utf-8")

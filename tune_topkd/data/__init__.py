@@ -21,6 +21,7 @@ from tune_topkd.data.datasets import fingerprint
 from tune_topkd.data.datasets import load_dataset
 from tune_topkd.data.datasets import missing_data
 from tune_topkd.data.datasets import needs_files
+from tune_topkd.data.datasets import read_as
 from tune_topkd.data.errors import DataError
 from tune_topkd.data.saving import load_saved
 from tune_topkd.data.saving import save_dataset
@@ -57,6 +58,7 @@ __all__ = [
     "missing_data",
     "needs_files",
     "numbered_views",
+    "read_as",
     "save_dataset",
     "shown",
     "train_batches",

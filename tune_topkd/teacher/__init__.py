@@ -1,13 +1,18 @@
 """The teacher: trained once and kept by content hash, or given as a checkpoint; and the bank of its logits."""
 
+from tune_topkd.teacher.asking import AskedTeacher
+from tune_topkd.teacher.asking import TeacherError
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
+from tune_topkd.teacher.bank import StoredBank
 from tune_topkd.teacher.bank import bank_path
 from tune_topkd.teacher.bank import has_room
+from tune_topkd.teacher.bank import stored_banks
 from tune_topkd.teacher.logits import TeacherLogits
 from tune_topkd.teacher.logits import bank_file
 from tune_topkd.teacher.logits import bank_size
 from tune_topkd.teacher.logits import fill_bank
+from tune_topkd.teacher.logits import in_config
 from tune_topkd.teacher.logits import teacher_identity
 from tune_topkd.teacher.training import WEIGHTS_NAME
 from tune_topkd.teacher.training import Teacher
@@ -18,9 +23,12 @@ from tune_topkd.teacher.training import teacher_key
 
 __all__ = [
     "WEIGHTS_NAME",
+    "AskedTeacher",
     "BankSize",
     "LogitBank",
+    "StoredBank",
     "Teacher",
+    "TeacherError",
     "TeacherLogits",
     "bank_file",
     "bank_path",
@@ -29,7 +37,9 @@ __all__ = [
     "file_hash",
     "fill_bank",
     "has_room",
+    "in_config",
     "load_teacher",
+    "stored_banks",
     "teacher_identity",
     "teacher_key",
 ]

@@ -1,23 +1,31 @@
 """The bank of a teacher's logits: each view of an image is shown to the teacher once, whichever trial comes first.
 
-A bank is one file of float16 rows, mapped into the memory of all trials of a node: row `image × views + view` holds the
+A bank is one file of float16 rows, mapped into the memory of all trials of a node: row `view × images + image` holds the
 logits of one view of one image, raw and whole, so that K, scales and weights stay free, and a checksum. Rows are filled as
-they are asked for, or ahead. A row that was never written, or was torn by a kill, does not match its checksum and counts as
-empty; writers beside one another write the same. So nothing needs a lock to be right, and filling may be killed and gone on
-with at any instant. Locks only spare work: trials of a sweep come to the same batch at about the same time, and one of them
-asks while the others wait. The file's name is a hash of all that the logits depend on: another teacher, normalisation,
-augmentation, dataset or split is another file.
+they are asked for, or ahead. A row that was never written, was torn by a kill, or is another file's does not match its
+checksum and counts as empty; writers beside one another write the same. So nothing needs a lock to be right, and filling may
+be killed and gone on with at any instant. Locks only spare work: trials of a sweep come to the same batch at about the same
+time, and one of them asks while the others wait. A bank that cannot be written, since it is another user's, its disk is
+read-only or has no room, is read.
+
+The file's name is a hash of all that the logits depend on: another teacher, normalisation, augmentation, dataset or split
+is another file. Beside it lies what was hashed, as JSON. Where an image is shown another view in every epoch, views are
+numbered by the epoch: a longer training lengthens the file.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import logging
+import mmap
 import os
 import shutil
+import stat
 import time
+import uuid
+import warnings
 import weakref
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,18 +35,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FILL_BATCH = 64
-"""Images that the teacher is shown at once, always so many: its rounding may depend on it, and rows must not."""
-
 LARGEST_SHARE_OF_DISK = 0.5
-"""Of what is free; a bank that would take more is not begun."""
+"""Of what is free and what banks have taken: a bank with which all of them would take more is not begun."""
 
 LONGEST_WAIT_FOR_ANOTHER = 60.0
 """Seconds that a training waits for another that asks the same; then it asks by itself."""
 
-_FORMAT = 1
-_ROWS_AT_ONCE = 2**16
+BYTES_AT_ONCE = 2**22
+"""Of the numbers that checksums are computed with: what reading a bank takes besides the rows that are read."""
+
+_FORMAT = 2
+_CHECKSUM = 2
+"""Words of a row: of noise, one row in four thousand million passes for one of the bank's."""
+_MODULUS = 65521
 _SECONDS_BETWEEN_TRIES = 0.002
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,31 +64,29 @@ class BankSize:
     @property
     def bytes(self) -> int:
         """Of the file, which takes its room at once."""
-        return self.images * self.views * (self.num_classes + 1) * 2
+        return self.images * self.views * (self.num_classes + _CHECKSUM) * 2
 
 
 class LogitBank:
     """The logits of all views of a split's training images under one teacher.
 
-    **Threads and processes.** Any number may read and fill the same file at once. **Determinism.** `logits` gives the
-    float16 of the teacher's logits, whether the row was there or has just been filled.
+    **Threads and processes.** Any number may read and fill the same file at once. **Memory.** Reading rows takes their own
+    size and `BYTES_AT_ONCE`, whatever their number.
     """
 
     def __init__(self, path: Path, size: BankSize) -> None:
         """Map the file, which is made, with its room on the disk, if need be.
 
         Raises:
-            OSError: it cannot be made, or the disk has no room for it.
+            OSError: it cannot be made, the disk has no room for it, or what lies there cannot be read as a bank.
         """
         self.path = path
         self.size = size
-        _make(path, size.bytes)
-        words = size.images * size.views * (size.num_classes + 1)
-        mapped = torch.from_file(str(path), shared=True, size=words, dtype=torch.int16)
-        self._rows = mapped.view(-1, size.num_classes + 1)
-        generator = torch.Generator().manual_seed(_FORMAT)
+        self.is_writable, mapped = _mapped(path, size.bytes)
+        self._rows = mapped.view(-1, size.num_classes + _CHECKSUM)
         self._locks: int | None = None
-        self._odd = 2 * torch.randint(2**15, (size.num_classes,), generator=generator) + 1
+        generator = torch.Generator().manual_seed(int(hashlib.sha256(path.name.encode()).hexdigest()[:12], 16))
+        self._odd = (2 * torch.randint(2**15, (size.num_classes, _CHECKSUM), generator=generator) + 1).double()
 
     def read(self, images: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
         """What is there of some views of some images.
@@ -88,50 +98,48 @@ class LogitBank:
         Returns:
             The logits `(N, C)` float16, and which rows of them are there `(N,)` bool.
         """
-        rows = self._rows[images * self.size.views + views]
-        is_there = torch.cat([self._checksum(part) == part[:, -1] for part in torch.split(rows, _ROWS_AT_ONCE)])
-        return rows[:, :-1].contiguous().view(torch.float16), is_there
+        places = self._places(images, views)
+        given = torch.empty(len(places), self.size.num_classes, dtype=torch.float16)
+        is_there = torch.empty(len(places), dtype=torch.bool)
+        words = given.view(torch.int16)
+        for part in self._parts(len(places)):
+            rows = self._rows[places[part]]
+            is_there[part] = self._is_whole(rows)
+            words[part] = rows[:, :-_CHECKSUM]
+        return given, is_there
 
-    def fill(self, images: Tensor, views: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-        """Ask the teacher for some views of some images, and keep what it says.
+    def keep(self, images: Tensor, views: Tensor, logits: Tensor) -> None:
+        """Write what the teacher says of some views of some images; nothing if the bank can only be read.
 
         Args:
             images: as for `read`.
             views: as for `read`.
-            ask: given places in `images`, `(FILL_BATCH,)` int64, gives the teacher's logits `(FILL_BATCH, C)` of these;
-                some places come more than once, to make up the number.
-
-        Returns:
-            The logits `(N, C)` float16 on the CPU.
+            logits: `(N, C)` float16 on the CPU.
         """
-        given = torch.empty(len(images), self.size.num_classes, dtype=torch.float16)
-        for some in torch.split(torch.arange(len(images)), FILL_BATCH):
-            padded = torch.cat([some, some.new_full((FILL_BATCH - len(some),), int(some[0]))])
-            given[some] = ask(padded)[: len(some)].to(device="cpu", dtype=torch.float16)
-        rows = torch.empty(len(images), self.size.num_classes + 1, dtype=torch.int16)
-        rows[:, :-1] = given.view(torch.int16)
-        rows[:, -1] = self._checksum(rows)
-        self._rows[images * self.size.views + views] = rows
-        return given
+        if not self.is_writable:
+            return
+        places = self._places(images, views)
+        for part in self._parts(len(places)):
+            words = logits[part].contiguous().view(torch.int16)
+            self._rows[places[part]] = torch.cat([words, self._checksum(words)], 1)
 
     @contextlib.contextmanager
     def claimed(self, what: object) -> Iterator[None]:
         """Hold something that others would ask the teacher for as well; the kernel lets go of it if this process dies.
 
-        Waits for another process that holds it, though not for ever. On storage without locks nothing is held.
+        Waits for another process that holds it, though not for ever. On storage without locks, and where nothing could be
+        kept for the others, nothing is held.
 
         Args:
             what: the same for all that would ask the same.
         """
-        if self._locks is None:
-            self._locks = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-            weakref.finalize(self, os.close, self._locks)
         place = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:5])
         deadline = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER
         is_held = False
-        while not is_held and time.monotonic() < deadline:
+        locks = self._lock_file()
+        while locks is not None and not is_held and time.monotonic() < deadline:
             try:
-                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
                 is_held = True
             except (BlockingIOError, PermissionError):  # what POSIX allows for a lock that another holds
                 time.sleep(_SECONDS_BETWEEN_TRIES)
@@ -140,18 +148,42 @@ class LogitBank:
         try:
             yield
         finally:
-            if is_held:
-                fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
+            if is_held and locks is not None:
+                fcntl.lockf(locks, fcntl.LOCK_UN, 1, place)
 
     def filled(self) -> int:
         """How many rows are there."""
-        parts = torch.split(self._rows, _ROWS_AT_ONCE)
-        return sum(int((self._checksum(part) == part[:, -1]).sum()) for part in parts)
+        return sum(int(self._is_whole(self._rows[part]).sum()) for part in self._parts(len(self._rows)))
 
-    def _checksum(self, rows: Tensor) -> Tensor:
-        """Of each row's logits, `(n,)` int16; never 0, so that a row that was never written has none."""
-        words = (rows[:, :-1].to(torch.int32) & 0xFFFF) + 1
-        return ((words * self._odd.to(torch.int64)).sum(1) % 65521 + 1).to(torch.int16)
+    def _lock_file(self) -> int | None:
+        """The file that claims are locks of; None where there can be none."""
+        if self._locks is None and self.is_writable:
+            try:
+                self._locks = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:  # another user's: the work is done twice, the results are the same
+                _log.info("trials beside one another ask the teacher each by itself: %s", error)
+                return None
+            weakref.finalize(self, os.close, self._locks)
+        return self._locks
+
+    def _places(self, images: Tensor, views: Tensor) -> Tensor:
+        return views * self.size.images + images
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        """Of so many rows, those that are looked at at once."""
+        at_once = max(BYTES_AT_ONCE // (8 * self.size.num_classes), 1)
+        return (slice(start, start + at_once) for start in range(0, count, at_once))
+
+    def _is_whole(self, rows: Tensor) -> Tensor:
+        return (self._checksum(rows[:, :-_CHECKSUM]) == rows[:, -_CHECKSUM:]).all(1)
+
+    def _checksum(self, words: Tensor) -> Tensor:
+        """Of each row's logits, `(n, _CHECKSUM)` int16; never 0, so that a row that was never written has none.
+
+        The sums are whole numbers below 2^53, which float64 holds exactly in whatever order they are added up.
+        """
+        sums = words.view(torch.uint16).double() @ self._odd + self._odd.sum(0)
+        return (sums.long() % _MODULUS + 1).to(torch.int16)
 
 
 def bank_path(folder: Path, content: Mapping[str, Any]) -> Path:
@@ -160,23 +192,125 @@ def bank_path(folder: Path, content: Mapping[str, Any]) -> Path:
     return folder / f"bank-{hashlib.sha256(text.encode()).hexdigest()[:16]}.f16"
 
 
+def describe(path: Path, content: Mapping[str, Any]) -> None:
+    """Write beside a bank what it holds, if that is not there."""
+    beside = path.with_suffix(".json")
+    if beside.exists():
+        return
+    try:
+        partial = beside.with_name(f".{beside.name}.{uuid.uuid4().hex}")
+        partial.write_text(json.dumps({"format": _FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
+        partial.replace(beside)
+    except OSError as error:
+        _log.info("%s is not described beside it: %s", path, error)
+
+
+@dataclass(frozen=True)
+class StoredBank:
+    """A bank on the disk: its file, the bytes that it takes there, and what it holds, if that is known."""
+
+    path: Path
+    bytes: int
+    content: Mapping[str, Any]
+
+    def remove(self) -> None:
+        """Unlink it and what lies beside it; trainings that have mapped it go on with it.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        self.path.unlink(missing_ok=True)
+        for suffix in (".json", ".lock"):
+            self.path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def stored_banks(root: Path) -> list[StoredBank]:
+    """All banks below the folder of all teachers, also what killed processes have left of one they began."""
+    found = []
+    for path in sorted([*root.glob("*/bank-*.f16"), *root.glob("*/.bank-*.f16.*")]):
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            found.append(StoredBank(path, path.lstat().st_blocks * 512, _described(path)))
+    return found
+
+
+def _described(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.with_suffix(".json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and content.get("format") == _FORMAT else {}
+
+
 def has_room(path: Path, size: BankSize) -> bool:
-    """Whether a bank of this size may be begun at `path`, or is there already."""
-    if path.exists():
+    """Whether a bank of this size may be begun at `path`, in a teacher's folder, or is there already."""
+    there = path.stat().st_size if path.exists() else 0
+    if there >= size.bytes:
         return True
-    there = next(parent for parent in path.absolute().parents if parent.exists())
-    return size.bytes <= LARGEST_SHARE_OF_DISK * shutil.disk_usage(there).free
+    taken = sum(bank.bytes for bank in stored_banks(path.absolute().parent.parent))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    usable = shutil.disk_usage(folder).free + taken
+    return taken + size.bytes - there <= LARGEST_SHARE_OF_DISK * usable
+
+
+def _mapped(path: Path, size: int) -> tuple[bool, Tensor]:
+    """Whether the file can be written to, and its first `size` bytes as int16; it is made if it is not there."""
+    is_writable, descriptor = _opened(path, size)
+    try:
+        access = mmap.ACCESS_WRITE if is_writable else mmap.ACCESS_READ
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a tensor over read-only memory, which we do not write to
+            return is_writable, torch.frombuffer(mmap.mmap(descriptor, size, access=access), dtype=torch.int16)
+    finally:
+        os.close(descriptor)  # the map has its own
+
+
+def _opened(path: Path, size: int) -> tuple[bool, int]:
+    try:
+        descriptor = _open(path, os.O_RDWR)
+    except FileNotFoundError:
+        _make(path, size)
+        descriptor = _open(path, os.O_RDWR)
+    except OSError as error:
+        _log.info("the bank of the teacher's logits is only read: %s", error)
+        return False, _long_enough(path, _open(path, os.O_RDONLY), size)
+    try:
+        _reserve(descriptor, size)
+    except OSError as error:
+        os.close(descriptor)
+        _log.warning("the bank of the teacher's logits is only read: %s: %s", path, error.strerror)
+        return False, _long_enough(path, _open(path, os.O_RDONLY), size)
+    return True, descriptor
+
+
+def _open(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place is not waited for
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "is no file", str(path))
+    return descriptor
+
+
+def _long_enough(path: Path, descriptor: int, size: int) -> int:
+    if os.fstat(descriptor).st_size >= size:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(None, "is shorter than the bank it is to hold", str(path))
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Give a file all its room: a map that finds none, in a hole or past a cut-off end, kills the process."""
+    there = os.fstat(descriptor)
+    wanted = max(size, there.st_size)
+    if there.st_size < size or there.st_blocks * 512 < wanted:
+        os.posix_fallocate(descriptor, 0, wanted)
 
 
 def _make(path: Path, size: int) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size == size:
-            return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(beside, "wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, size)  # a mapped file that finds no room kills the process
+            os.posix_fallocate(stream.fileno(), 0, size)
         with contextlib.suppress(FileExistsError):
             os.link(beside, path)  # not a rename: another process may have begun to fill its own
     finally:

@@ -1,15 +1,17 @@
 """What a student is taught: the teacher's logits, batch by batch, out of the bank as far as it has them."""
 
+import functools
 import logging
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch import nn
 
 from tune_topkd.config import DataConfig
+from tune_topkd.config import ModelConfig
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import AnySplit
@@ -23,19 +25,30 @@ from tune_topkd.data import shown
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.models import laid_out
+from tune_topkd.models import network_fingerprint
+from tune_topkd.teacher.asking import AskedTeacher
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
+from tune_topkd.teacher.bank import describe
 from tune_topkd.teacher.training import file_hash
 from tune_topkd.teacher.training import load_teacher
 
+GROUP_BYTES = 2**25
+"""Of the logits that are looked up in the bank at once: those of the next batches."""
+
 _IMAGES_AT_ONCE = 512
+_CPU = torch.device("cpu")
 
 _log = logging.getLogger(__name__)
 
 
 class TeacherLogits:
-    """The teacher's logits for one training: from the bank where there is one, else asked for every batch."""
+    """The teacher's logits for one training: from the bank where there is one, else asked for every batch.
+
+    **Determinism.** They are the float16 of what `AskedTeacher` says, wherever they come from: a training is the same, bit
+    for bit, without a bank, with an empty one and with a full one, and on any number of threads as far as they go.
+    """
 
     def __init__(self, config: TrialConfig, dataset: Dataset, split: AnySplit) -> None:
         """Open the bank, or load the teacher.
@@ -53,70 +66,98 @@ class TeacherLogits:
         self._config = config
         self._num_classes = dataset.num_classes
         self._split = split
-        self._model: nn.Module | None = None
-        self._bank = open_bank(config, dataset)
+        self._asked: AskedTeacher | None = None
+        self._bank = open_bank(config, dataset, split.device)
+        batch_bytes = 2 * dataset.num_classes * config.recipe.batch_size
+        self._batches_at_once = max(GROUP_BYTES // batch_bytes, 1)
         self._places = self._views = torch.empty(0, dtype=torch.int64)
         self._epoch = 0
-        self._known = torch.empty(0)
-        self._is_known: Tensor | None = None
+        self._group = -1
+        self._known = self._is_known = torch.empty(0)
         self._on_device: Tensor | None = None
         if self._bank is None:
-            self._loaded()
+            self._teacher()
 
     def begin(self, epoch: int) -> None:
-        """Look up all logits of an epoch at once: nothing is waited for within it when they are there."""
+        """See which views an epoch shows.
+
+        Raises:
+            TeacherError: the teacher's logits in the epoch before were not finite or too large.
+        """
+        self._epoch, self._group = epoch, -1
         if self._bank is None:
+            self._teacher().check()
             return
-        config, self._epoch = self._config, epoch
+        config = self._config
         order = epoch_order(self._split, batch_size=config.recipe.batch_size, seed=config.seed, epoch=epoch).cpu()
         self._places, self._views = order, bank_views(config, order, epoch)
-        self._known, is_known = self._bank.read(self._places, self._views)
-        self._is_known = None if bool(is_known.all()) else is_known
-        self._on_device = self._known.to(self._split.device) if self._is_known is None else None
 
     def logits(self, images: Tensor, number: int) -> Tensor:
-        """The logits `(B, C)` of the epoch's batch `number`."""
+        """The logits `(B, C)` float32 of the epoch's batch `number`.
+
+        Raises:
+            TeacherError: they are not finite or too large.
+        """
         if self._bank is None:
-            return self.ask(images)
-        config = self._config
-        size = config.recipe.batch_size
-        part = slice(number * size, number * size + len(images))
-        if self._is_known is None:
-            assert self._on_device is not None, "begin has put it there"
+            return self._teacher().says(images).float()
+        self._look_up(number // self._batches_at_once)
+        size = self._config.recipe.batch_size
+        start = number % self._batches_at_once * size
+        part = slice(start, start + len(images))
+        if self._on_device is not None:
             return self._on_device[part].float()
         lacking = (~self._is_known[part]).nonzero()[:, 0]
         known = self._known[part]
         if len(lacking):
-            with self._bank.claimed((config.seed, size, self._epoch, number)):
-                known[lacking] = self._asked_or_found(images, self._places[part], self._views[part], lacking)
+            whole = slice(number * size, number * size + len(images))
+            with self._bank.claimed((self._config.seed, size, self._epoch, number)):
+                known[lacking] = self._asked_or_found(images, self._places[whole], self._views[whole], lacking)
         return known.to(images.device).float()
 
+    def _look_up(self, group: int) -> None:
+        """Read the logits of a group of batches: nothing is waited for within it when they are all there."""
+        assert self._bank is not None, "what is looked up is in a bank"
+        if group == self._group:
+            return
+        size = self._batches_at_once * self._config.recipe.batch_size
+        part = slice(group * size, (group + 1) * size)
+        self._known, self._is_known = self._bank.read(self._places[part], self._views[part])
+        self._group, self._on_device = group, None
+        if bool(self._is_known.all()):
+            self._on_device = self._known.to(self._split.device)
+            self._known = self._is_known = torch.empty(0)
+
     def _asked_or_found(self, images: Tensor, places: Tensor, views: Tensor, lacking: Tensor) -> Tensor:
-        """The logits of what a batch lacked when its epoch began: another may have filled them since."""
+        """The logits of what a batch lacked when it was looked up: another may have filled them since."""
         assert self._bank is not None, "what lacks is of a bank"
         given, is_there = self._bank.read(places[lacking], views[lacking])
         left = lacking[~is_there]
         if len(left):
-            shown = images[left.to(images.device)]
-            asked = self._bank.fill(places[left], views[left], lambda some: self.ask(shown[some.to(shown.device)]))
+            asked = self.ask(images[left.to(images.device)])
+            self._bank.keep(places[left], views[left], asked)
             given[~is_there] = asked
         return given
 
     def ask(self, images: Tensor) -> Tensor:
-        """What the teacher says of normalised images `(B, C, H, W)`: `(B, classes)`, not kept."""
-        with torch.no_grad():
-            logits: Tensor = self._loaded()(images)
-            return logits
+        """What the teacher says of normalised images `(B, C, H, W)`: `(B, classes)` float16 on the CPU, not kept.
 
-    def _loaded(self) -> nn.Module:
+        Raises:
+            TeacherError: it is not finite or too large.
+        """
+        said = self._teacher().says(images)
+        self._teacher().check()
+        return said.cpu()
+
+    def _teacher(self) -> AskedTeacher:
         """The network, which a full bank makes needless."""
-        if self._model is None:
+        if self._asked is None:
             assert self._config.teacher is not None, "checked at the start"
             path = Path(self._config.teacher_checkpoint or "")
             with torch.random.fork_rng(devices=[]):  # the training's random numbers are the same with a full bank
                 model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
-            self._model = laid_out(model, self._split.batch_shape[0])
-        return self._model
+            model = laid_out(model, self._split.batch_shape[0])
+            self._asked = AskedTeacher(model, f"{self._config.teacher.name} ({path})", self._split.device)
+        return self._asked
 
 
 def bank_size(data: DataConfig, recipe: RecipeConfig, dataset: Dataset) -> BankSize | None:
@@ -135,34 +176,73 @@ def bank_views(config: TrialConfig, indices: Tensor, epoch: int) -> Tensor:
     return view_numbers(indices, augment=augment, seed=config.seed, epoch=epoch)
 
 
-def bank_file(config: TrialConfig, dataset: Dataset) -> Path:
-    """The file of a training's bank, named by all that its logits depend on."""
-    assert config.teacher is not None, "only a teacher has a bank"
+def bank_file(config: TrialConfig, dataset: Dataset, device: torch.device = _CPU) -> Path:
+    """The file of a training's bank, named by all that its logits depend on.
+
+    Args:
+        config: the training's.
+        dataset: its dataset.
+        device: what the teacher works on.
+    """
     assert config.teacher_bank is not None, "asked for only where there may be one"
-    augment = config.data.augment
+    return bank_path(Path(config.teacher_bank), _content(config, dataset, device))
+
+
+def in_config(data: DataConfig, teacher: ModelConfig, seed: int) -> dict[str, Any]:
+    """What a config says of the logits in its bank; the rest is of the files and the machine."""
+    augment = data.augment
     is_endless = view_count(augment) is None
-    content = {
-        "teacher": teacher_identity(config),
-        "data": config.data.model_dump(mode="json", exclude={"root", "download", "workers", "augment"}),
+    return {
+        "teacher": teacher.model_dump(mode="json"),
+        "data": data.model_dump(mode="json", exclude={"root", "download", "workers", "augment"}),
+        "augment": augment.model_dump(mode="json") if is_endless else [augment.pad, augment.flip],
+        "seed": seed if is_endless else None,
+    }
+
+
+def _content(config: TrialConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    """All that the logits in a training's bank depend on."""
+    assert config.teacher is not None, "only a teacher has a bank"
+    assert config.teacher_checkpoint is not None, "only a teacher has a bank"
+    return in_config(config.data, config.teacher, config.seed) | {
+        "weights": file_hash(Path(config.teacher_checkpoint)),
+        "network": _network(config.teacher.model_dump_json(), dataset.num_classes, dataset.train.batch_shape),
         "files": fingerprint(config.data),
         "mean": dataset.mean,
         "std": dataset.std,
-        "augment": augment.model_dump(mode="json") if is_endless else [augment.pad, augment.flip],
-        "seeded": [config.seed, config.recipe.epochs] if is_endless else None,
+        "computed": _computed_by(device),
     }
-    return bank_path(Path(config.teacher_bank), content)
 
 
-def open_bank(config: TrialConfig, dataset: Dataset) -> LogitBank | None:
+@functools.lru_cache(maxsize=8)  # the code of a process does not change
+def _network(model: str, num_classes: int, image_shape: tuple[int, int, int]) -> str:
+    config = ModelConfig.model_validate_json(model)
+    return network_fingerprint(config, num_classes=num_classes, image_shape=image_shape)
+
+
+def _computed_by(device: torch.device) -> dict[str, str]:
+    """What the last bits of a network's logits depend on besides its weights: whose kernels compute them, and which."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        kernels = f"cuda {torch.version.cuda}, {major}.{minor}"
+    else:
+        kernels = f"{device.type} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": torch.__version__, "kernels": kernels}
+
+
+def open_bank(config: TrialConfig, dataset: Dataset, device: torch.device) -> LogitBank | None:
     """The bank of a training's teacher; None where there is to be none, or the disk has no room for it."""
     size = bank_size(config.data, config.recipe, dataset)
     if config.teacher_bank is None or size is None:
         return None
+    content = _content(config, dataset, device)
     try:
-        return LogitBank(bank_file(config, dataset), size)
-    except OSError as error:
+        bank = LogitBank(bank_path(Path(config.teacher_bank), content), size)
+    except (OSError, OverflowError) as error:
         _log.warning("no bank of the teacher's logits, it is asked for every batch: %s", error)
         return None
+    describe(bank.path, content)
+    return bank
 
 
 def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[float], None]) -> LogitBank:
@@ -170,18 +250,20 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
 
     Args:
         config: of a training that uses the bank.
-        device: where the teacher works.
+        device: where the teacher works: a bank is of one kind of device.
         progress: told the share that is done, now and then.
 
     Raises:
-        ValueError: there is no such bank, or no room for it.
+        ValueError: there is no such bank, no room for it, or it can only be read; or the teacher's logits are not finite.
     """
     dataset = load_dataset(config.data)
-    bank = open_bank(config, dataset)
+    bank = open_bank(config, dataset, device)
     if bank is None:
         raise ValueError(
             "there is no bank for this space: it is switched off, images are mixed, or the disk has no room"
         )
+    if not bank.is_writable:
+        raise ValueError(f"{bank.path}: can be read but not filled: another user's, or the disk is read-only or full")
     split = dataset.train.to(device)
     taught = TeacherLogits(config, dataset, split)
     if view_count(config.data.augment) is None:
@@ -197,14 +279,10 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
     for done, chunk in enumerate(chunks):
         for view in range(bank.size.views):
             images = chunk[~bank.read(chunk, torch.full_like(chunk, view))[1]]
-            views = torch.full_like(images, view)
-
-            def ask(some: Tensor, images: Tensor = images, views: Tensor = views) -> Tensor:
-                places = images[some].to(device), views[some].to(device)
-                return taught.ask(shown(split, *places, augment=augment, mean=mean, std=std))
-
             if len(images):
-                bank.fill(images, views, ask)
+                views = torch.full_like(images, view)
+                places = images.to(device), views.to(device)
+                bank.keep(images, views, taught.ask(shown(split, *places, augment=augment, mean=mean, std=std)))
         progress((done + 1) / len(chunks))
     return bank
 
