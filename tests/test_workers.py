@@ -168,9 +168,9 @@ def with_little_shared_memory(size: str) -> list[str]:
     return [*prefix, mount, "sh"]
 
 
-@pytest.mark.parametrize("size", ["16k", "256k"])
-def test_hardly_any_shared_memory_is_enough(tmp_path: Path, size):
-    """Less than a batch and, of the images themselves, less than all: a DataLoader waits for ever."""
+@pytest.mark.parametrize(("size", "are_started"), [("16k", False), ("1300k", True)])
+def test_hardly_any_shared_memory_is_enough(tmp_path: Path, size, are_started):
+    """Not enough for the images of 1152 kB, or just for these and no batch: a DataLoader waits for ever."""
     command = with_little_shared_memory(size)
     script = tmp_path / "epoch.py"
     script.write_text(SMALL_SHM)
@@ -181,4 +181,5 @@ def test_hardly_any_shared_memory_is_enough(tmp_path: Path, size):
     assert done.returncode == 0, done.stderr
     here, there = done.stdout.split()
     assert here == there
+    assert ("0 of 2 data workers can be started" in done.stderr) != are_started
     assert "Traceback" not in done.stderr
