@@ -533,3 +533,19 @@ def test_nodes_that_lack_the_data_or_the_folder_are_set_aside_and_every_trial_su
     assert {reason for _, reason, _ in moved} == {"node"}
     assert len(moved) <= 4
     assert findings(tmp_path / "s") == []
+
+
+JUST_AFTER_A_DEATH = """
+nodes.add_node(num_cpus=1)
+dead = nodes.add_node(num_cpus=2)
+nodes.remove_node(dead, allow_graceful=False)
+sweep()
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_begins_just_after_a_node_has_died(tmp_path):
+    told = on_nodes(tmp_path / "s", JUST_AFTER_A_DEATH)
+    state = read_state(tmp_path / "s" / "ledger.jsonl")
+    assert state.stop_reason == "finished", told
+    assert state.counts()["completed"] == len(state.trials) == 12

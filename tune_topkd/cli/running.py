@@ -701,6 +701,11 @@ def _search(
         terminal.flush()
         os._exit(USER_ERROR)
 
+    def note(text: str) -> None:
+        """Say what the user should know and need do nothing about at once."""
+        _log.warning("%s", text)
+        _say(terminal, f"note: {text}")
+
     search = Search(config, ledger, trackers)
     if search.is_finished or search.fatal:
         return search.stopped()
@@ -716,6 +721,7 @@ def _search(
             files=files,
             hashes=hashes,
             interruption=interruption,
+            note=note,
         )
 
 
