@@ -37,6 +37,7 @@ bench: $(STAMP)  ## what proves the speed: ratios, each with its baseline in the
 analysis: $(STAMP)  ## the notebook over a sweep as a page: make analysis SWEEP=digits
 	TUNE_TOPKD_SWEEP=$(SWEEP) TUNE_TOPKD_RUNS_DIR=$(abspath $(RUNS)) $(BIN)/jupyter nbconvert --log-level WARN \
 	  --execute --to html --output-dir $(RUNS)/$(SWEEP) analysis/sweep.ipynb
+	@echo "the page: $(RUNS)/$(SWEEP)/sweep.html"
 
 clean:  ## remove what can be made again, but never the sweeps in runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

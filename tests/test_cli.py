@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import formulas
 import numpy as np
 import pytest
 import torch
@@ -20,12 +21,19 @@ import typer.main
 import yaml
 from mlflow import MlflowClient
 from PIL import Image
-from rich.console import Console
 
+from tune_topkd import __version__
+from tune_topkd.cli import cost
 from tune_topkd.cli import main
+from tune_topkd.cli import preflight
 from tune_topkd.cli import running
+from tune_topkd.cli.app import _runnable
 from tune_topkd.cli.app import app
+from tune_topkd.cli.running import Place
+from tune_topkd.cli.terminal import Console
+from tune_topkd.cli.terminal import Terminal
 from tune_topkd.cli.training import train_one
+from tune_topkd.config import Override
 from tune_topkd.config import PairConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import read_yaml
@@ -37,9 +45,11 @@ from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
 from tune_topkd.models import load_weights
 from tune_topkd.models import save_weights
+from tune_topkd.tracking import sqlite_uri
 from tune_topkd.train import TrainResult
 from tune_topkd.train import train
 from tune_topkd.trials import Ledger
+from tune_topkd.trials import SweepState
 from tune_topkd.trials import read_events
 from tune_topkd.trials import read_state
 
@@ -395,7 +405,7 @@ def test_wrong_input_is_one_message_exit_2_and_nothing_half_written(space, tmp_p
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("case", ["missing", "k above the classes"])
+@pytest.mark.parametrize("case", ["misspelt", "k above the classes"])
 def test_a_process_refuses_without_a_traceback(space, tmp_path, case):
     arguments, words = REFUSED[case]
     environment = os.environ | {"TUNE_TOPKD_RUNS_DIR": str(tmp_path / "runs")}
@@ -425,6 +435,189 @@ def test_all_problems_of_all_files_come_at_once(space, tmp_path, inside):
     assert done.returncode == 2
     for words in ("small.yaml", "other.yaml", "missing.yaml", "sweep.seed", "sweep.trials"):
         assert words in done.stderr
+
+
+def test_a_wrong_space_lists_all_there_are_the_near_ones_first(tmp_path, inside, monkeypatch):
+    done = inside("check", "glyph")
+    assert done.returncode == 2
+    first, *others = done.stderr.splitlines()
+    assert first == "error: glyph: cannot be read: No such file or directory; did you mean glyphs? known by name:"
+    assert re.findall(r"[\w-]+", " ".join(others)) == sorted(p.stem for p in (ROOT / "search_spaces").glob("*.yaml"))
+    assert max(map(len, others)) <= 110
+
+
+@pytest.mark.parametrize("name", ["digits-linear", "digits-linear.yaml", "search_spaces/digits-linear.yaml"])
+def test_a_space_is_found_by_name_from_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert preflight.load_checked(name).source == str(ROOT / "search_spaces" / "digits-linear.yaml")
+    (tmp_path / "search_spaces").mkdir()
+    shutil.copy(ROOT / "search_spaces" / "digits-linear.yaml", tmp_path / "search_spaces")
+    assert preflight.load_checked(name).source == "search_spaces/digits-linear.yaml"
+
+
+def test_a_name_that_is_taken_does_not_hide_what_else_is_wrong(space, tmp_path, inside):
+    begun(tmp_path / "small")
+    done = inside("run", space, "--cpus-per-trial", 4096, "--runs-dir", tmp_path)
+    assert done.returncode == 2
+    for words in ("sweep.cpus_per_trial = 4096", "holds a sweep of this name"):
+        assert words in done.stderr
+
+
+# --- how sweeps stand ---------------------------------------------------------------------------------------------
+
+
+def begun(folder, *events):
+    """A sweep that has begun and is not driven, with these events."""
+    folder.mkdir(parents=True)
+    header = {"sweep": folder.name, "id": "i", "seed": 0, "trials": 4, "digest": "d", "first": []}
+    with Ledger.create(folder / "ledger.jsonl", **header) as ledger:
+        prepared = {"digest": "d", "teacher_file": {}, "identities": {}, "identity_version": 1, "share": [1.0, 0.0]}
+        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 4}), ("prepared", prepared), *events)
+    return folder / "ledger.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("finished", "finished"),
+        ("failed", "failed"),
+        ("time_budget", "out of time"),
+        ("trouble", "stopped by trouble"),
+        ("interrupted", "interrupted"),
+        (None, "killed"),
+    ],
+)
+def test_status_tells_how_a_sweep_ended(tmp_path, inside, reason, shown):
+    error = "OSError: [/mnt/x]" if reason in ("failed", "trouble") else ""
+    begun(tmp_path / "s", *([("stop", {"reason": reason, "error": error})] if reason else []))
+    told = inside("status", "--runs-dir", tmp_path).stdout
+    assert told == f"s: {shown}, no trials of 4{f'; {error}' if error else ''}\n"
+    found = json.loads(inside("status", "s", "--json", "--runs-dir", tmp_path).stdout)
+    assert (found["state"], found["error"]) == (shown, error)
+
+
+def flipped(ledger):
+    content = ledger.read_bytes()
+    ledger.write_bytes(content[:9] + b"7" + content[10:])
+    return "its checksum is wrong"
+
+
+def of_a_later_version(ledger):
+    ledger.unlink()
+    with Ledger(ledger, SweepState(), open(ledger, "x+b", buffering=0)) as writing:
+        writing.state.apply = lambda event: None
+        writing.append(("sweep", {"version": 99, "sweep": "b", "id": "i", "trials": 1, "digest": "d"}))
+    return "ledger version 99"
+
+
+def a_folder(ledger):
+    ledger.unlink()
+    ledger.mkdir()
+    return "Is a directory"
+
+
+def not_to_be_read(ledger):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    ledger.chmod(0)
+    return "Permission denied"
+
+
+def behind_a_closed_door(ledger):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    ledger.parent.chmod(0)
+    return "Permission denied"
+
+
+@pytest.mark.parametrize("damage", [flipped, of_a_later_version, a_folder, not_to_be_read, behind_a_closed_door])
+def test_status_shows_all_sweeps_and_names_the_damaged_ones(tmp_path, inside, damage):
+    for name in ("a", "b", "c"):
+        begun(tmp_path / name)
+    told = damage(tmp_path / "b" / "ledger.jsonl")
+    try:
+        done = inside("status", "--runs-dir", tmp_path)
+        as_json = inside("status", "--json", "--runs-dir", tmp_path)
+        unknown = inside("resume", "d", "--runs-dir", tmp_path)
+        only = inside("status", "b", "--runs-dir", tmp_path)
+    finally:
+        (tmp_path / "b").chmod(0o755)
+    assert (done.returncode, as_json.returncode, unknown.returncode, only.returncode) == (2, 2, 2, 2)
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert (lines["a"], lines["c"]) == ("killed, no trials of 4",) * 2
+    assert lines["b"].startswith("damaged; ")
+    assert told in lines["b"]
+    states = {entry["sweep"]: entry for entry in json.loads(as_json.stdout)}
+    assert {name: entry["state"] for name, entry in states.items()} == {"a": "killed", "b": "damaged", "c": "killed"}
+    assert told in states["b"]["error"]
+    assert "known: a, b, c" in unknown.stderr
+    assert told in only.stderr
+
+
+# --- what is printed to be pasted ---------------------------------------------------------------------------------
+
+
+def test_a_printed_command_carries_what_the_runs_need(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNE_TOPKD_RUNS_DIR")
+    monkeypatch.setattr(sys, "argv", ["../my checkout/launch.py", "run"])
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "../my checkout/launch.py", "run"])
+    program = ".venv/bin/python '../my checkout/launch.py'"
+
+    def command(*words, runs="runs", uri="", address=None):
+        runs = tmp_path / runs
+        return Place(runs, uri or sqlite_uri(runs / "mlflow.db"), address).command(*words)
+
+    assert command("resume", "s") == f"{program} resume s"
+    assert command("resume", "s", runs="my runs") == f"{program} resume s --runs-dir '{tmp_path}/my runs'"
+    monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", "my runs")
+    assert command("resume", "s", runs="my runs", address="h:1") == f"{program} resume s --address h:1"
+    on_server = {"runs": "my runs", "uri": "http://h:5000"}
+    assert command("resume", "s", **on_server) == f"{program} resume s --mlflow-uri http://h:5000"
+    assert command("export", "s", **on_server) == f"{program} export s"
+    assert "secret" not in command("resume", "s", runs="my runs", uri="http://me:secret@h:5000")
+    script = tmp_path / "bin" / "tune_topkd"
+    script.parent.mkdir()
+    script.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "run"])
+    assert command("resume", "s", runs="my runs") == f"{script} resume s"
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert command("resume", "s", runs="my runs") == "tune_topkd resume s"
+
+
+def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(tmp_path, capfd):
+    params = formulas.DEFAULTS | {"k": 7}
+    proposal = formulas.DEFAULTS | {"scale_last": 0.0, "scale_gt": 0.25}
+
+    def trial(number, value, **changes):
+        key = {"arm": "search", "number": number}
+        end = {"status": "completed", "reason": "budget", "epoch": 9, "value": value}
+        return ("suggest", {**key, "proposal": proposal, "params": params | changes}), ("end", {**key, **end})
+
+    begun(tmp_path / "s", *trial(0, 90.0), *trial(1, 80.0, k=5), *trial(2, 70.0, k=8), *trial(3, 60.0, lr=0.5))
+    config = formulas.sweep_config(space={"k": [3, 5, 9]})
+    console = Console(Terminal(2))
+    found = running.warm_starts("s", Place(tmp_path, ""), config, console)
+    console.terminal.close()
+    told = capfd.readouterr().err
+    assert [(f["k"], f["lr"]) for f in found] == [(9, 0.1), (5, 0.5)], "the others are the defaults, which come first"
+    assert told.splitlines() == [
+        "note: --warm-start s: trial 2: k = 8 becomes 9, the nearest in this space",
+        "note: --warm-start s: trial 3: k = 7 becomes 5, the nearest in this space",
+    ]
+
+
+def test_help_says_every_default_and_choice(inside):
+    told = " ".join(re.sub(r"[│╭╮╰╯─]", " ", inside("run", "--help").stdout).split())
+    for words in (
+        "[default: search_spaces/digits.yaml]",
+        "MLflow's URI [default: SQLite in the runs dir].",
+        "[default: a private one on this machine]",
+        "[default: the YAML's]",
+        "[default: what fits]",
+    ):
+        assert words in told
+    assert inside("--version").stdout == f"tune_topkd {__version__}\n"
 
 
 # --- one training -------------------------------------------------------------------------------------------------
@@ -758,8 +951,8 @@ def test_doctor_tells_what_is_there(tmp_path, inside):
 COMMANDS = {
     "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget "
     "--runs-dir --mlflow-uri --address --warm-start --set",
-    "check": "--set --show",
-    "resume": "--trials --time-budget --runs-dir --mlflow-uri --address",
+    "check": "--trials --epochs --set --show",
+    "resume": "--trials --time-budget --runs-dir --mlflow-uri --address --set",
     "status": "--json --runs-dir",
     "track": "--runs-dir --mlflow-uri",
     "audit": "--mlflow --runs-dir --mlflow-uri",
@@ -783,3 +976,30 @@ def test_help_is_quick_to_import():
         "import sys, tune_topkd.cli; sys.exit(bool({'torch', 'ray', 'mlflow', 'optuna', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_repeated_trials_are_told_and_a_space_of_the_project_says_nothing_of_itself(tmp_path):
+    few = tmp_path / "few.yaml"
+    content = yaml.safe_load(SPACE)
+    del content["relative"]
+    content |= {"space": {"k": {"low": 1, "high": 2}, "normalize": [True, False]}, "baselines": None}
+    few.write_text(yaml.safe_dump(content | {"sweep": {"trials": 12}}))
+    told = "the space has 4 points, so 8 of 12 trials repeat another, with the same seed and result"
+    assert preflight.load_checked(str(few)).warnings == (told,)
+    place = Place(tmp_path / "runs", "")
+    warned = {s: checked.warnings for s, checked in _runnable(["digits", str(few)], [], None, place).items()}
+    assert warned == {"digits": (), "few": (told,)}
+    assert preflight.load_checked("digits").warnings, "`check` tells all"
+
+
+def test_the_time_that_check_tells_counts_more_than_steps():
+    config = preflight.load_checked("digits").config
+    told = cost._time(config, 1524, 0.001, 0.001, (359, 898))
+    minutes = float(re.search(r"about (\d+) min one trial at a time", told)[1])
+    assert 1 < minutes < 4, "two minutes on two cores"
+
+
+def test_the_time_is_told_before_the_data_is_there(tmp_path):
+    config = preflight.load_checked("cifar100-resnet56-resnet20", [Override("data.root", str(tmp_path), "")]).config
+    *_, told = cost.describe(config)
+    assert re.search(r"about [\d.]+ (h|days) one trial at a time", told)

@@ -175,6 +175,15 @@ def test_methods_are_those_of_the_losses():
 RANGE = {"low": 1.0, "high": 4.0}
 BROKEN = {
     "unknown key": ({"methd": "kd"}, ["methd: unknown key", "did you mean 'method'", "known: baselines, data, "]),
+    "unknown key that a section has": (
+        {"trials": 5},
+        ["trials: unknown key; did you mean 'sweep.trials' or 'baselines.trials'? known: baselines, data, "],
+    ),
+    "known key in another section": (
+        {"recipe.grace_epochs": 5},
+        ["recipe.grace_epochs: unknown key; did you mean 'sweep.asha.grace_epochs'? known: batch_size, "],
+    ),
+    "unknown key that a range has": ({"low": 5}, ["low: unknown key; did you mean 'space.NAME.low'? known: "]),
     "unknown key one down": ({"recipe.epoch": 3}, ["recipe.epoch: unknown key", "'epochs'", "known: batch_size, "]),
     "unknown key two down": (
         {"data.augment.pd": 1},
@@ -358,15 +367,7 @@ def test_whatever_the_data_it_is_a_config_or_a_config_error(raw):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_file_names_the_known_search_spaces(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "search_spaces").mkdir()
-    (tmp_path / "search_spaces" / "digits.yaml").touch()
-    text = refusal("digit.yaml")
-    assert text == "cannot be read: No such file or directory; known in search_spaces/: digits.yaml"
-
-
-def test_a_missing_file_without_search_spaces_is_told_too(tmp_path, monkeypatch):
+def test_a_missing_file_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal("digit.yaml") == "cannot be read: No such file or directory"
 

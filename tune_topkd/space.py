@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +86,7 @@ class Space:
         return self._scaled(params)
 
     def proposal(self, params: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """The proposal that gives these parameters, each clipped into its range: the inverse of `params`.
+        """The proposal that gives these parameters, each brought to the nearest value of its range: the inverse of `params`.
 
         Of relative weights only the ratios matter: they are brought into their ranges together, as far as that goes.
 
@@ -98,7 +99,7 @@ class Space:
         for name, parameter in self._ranges.items():
             axis, value = _axis(name, parameter), params[name]
             if axis.kind == "choice":
-                proposal[name] = value if value in axis.choices else axis.choices[0]
+                proposal[name] = _nearest(value, axis.choices)
                 continue
             low, high = _bounds(name, parameter, kept)
             inside = min(max(float(value), low), high)
@@ -253,6 +254,14 @@ def _between(low: float, high: float, share: float, *, log: bool) -> float:
     else:
         value = low + share * (high - low)
     return min(max(value, low), high)
+
+
+def _nearest(value: Scalar, choices: Sequence[Scalar]) -> Scalar:
+    """The choice that is the value, or the nearest number to it, or the first."""
+    numbers = [c for c in choices if isinstance(c, int | float) and not isinstance(c, bool)]
+    if value in choices or isinstance(value, bool | str) or not numbers:
+        return value if value in choices else choices[0]
+    return min(numbers, key=lambda choice: abs(choice - value))
 
 
 def _share(low: float, high: float, value: float, *, log: bool) -> float:

@@ -193,6 +193,8 @@ class SweepState:
         """How many trials the search is to have."""
         self.stop_reason = ""
         """Why the last driver let go; empty while one is at work, or when it was killed."""
+        self.stop_error = ""
+        """What the last driver's `stop` said of it, in one line."""
         self.last_driver: Mapping[str, Any] = {}
         self.prepared: Mapping[str, Any] = {}
         """What all trials share, as the `prepared` event has it; empty before it."""
@@ -233,7 +235,7 @@ class SweepState:
             case "prepared":
                 self._apply_prepared(event)
             case "stop":
-                self.stop_reason = event.data["reason"]
+                self.stop_reason, self.stop_error = event.data["reason"], event.data.get("error", "")
             case "suggest":
                 self._apply_suggest(event)
             case "start" | "report" | "retry" | "end":

@@ -6,10 +6,12 @@ if the terminal was closed), and `resume` goes on.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -18,12 +20,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 from typing import Any
+from typing import TypeVar
 
 import typer
-from rich.console import Console
 
+from tune_topkd import __version__
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
+from tune_topkd.cli import terminal
+from tune_topkd.cli.calling import DEFAULT_RUNS
+from tune_topkd.cli.calling import MLFLOW_VARIABLE
+from tune_topkd.cli.calling import RUNS_DIR_VARIABLE
+from tune_topkd.cli.interruption import listening
+from tune_topkd.cli.terminal import Console
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
@@ -33,29 +42,37 @@ from tune_topkd.config import parse_set
 from tune_topkd.export import WRITERS
 from tune_topkd.export import write_text
 from tune_topkd.trials import LEDGER_FILE
+from tune_topkd.trials import LedgerError
 from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_state
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 FINDINGS = 1
+DAMAGED = "damaged"
+"""What `status` says of a sweep whose ledger cannot be read."""
 
 Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
 YAML = Format("yaml")
 
 app = typer.Typer(
-    help="Find the best K, scaling factors, loss weights and learning rate for a TopKD distillation.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="markdown",  # what stands in brackets is no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _sweeps() -> list[str]:
+    """For the shell's completion: the sweeps of the runs folder that is meant if none is given."""
+    return _place(Path(os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS), None, None).sweeps()
+
+
 RunsDir = Annotated[
-    Path, typer.Option("--runs-dir", envvar="TUNE_TOPKD_RUNS_DIR", help="Where sweeps, teachers and mlflow.db lie.")
+    Path, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="Where sweeps, teachers and mlflow.db lie.")
 ]
 MlflowUri = Annotated[
     str | None,
-    typer.Option("--mlflow-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow's URI [default: SQLite in the runs dir]."),
+    typer.Option("--mlflow-uri", envvar=MLFLOW_VARIABLE, help="MLflow's URI [default: SQLite in the runs dir]."),
 ]
 Address = Annotated[
     str | None,
@@ -68,20 +85,29 @@ Address = Annotated[
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML; may be repeated.")
 ]
-Spaces = Annotated[list[str] | None, typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]")]
+Sweep = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=_sweeps)]
+Spaces = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]", autocompletion=preflight.space_names),
+]
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
 TimeBudget = Annotated[float | None, typer.Option(help="Seconds after which no trial goes on.")]
 
 
 def main() -> None:
     """Run the command line and exit with its code; a user's mistake is one message on stderr."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where package.module:loss of a user's project is found
+    terminal.open_standard_streams()
     try:
-        app(standalone_mode=True)
+        with listening() as interruption:
+            interruption.say = lambda text: Console().print(f"\n{text}", soft_wrap=True)
+            _find_the_users_code()
+            app(standalone_mode=True)
     except Exception as error:  # noqa: BLE001 (what is not for the user is raised again)
         _tell(_told(error))
         sys.exit(running.USER_ERROR)
+    finally:
+        terminal.close_stderr()
 
 
 def _told(error: Exception) -> str:
@@ -97,12 +123,38 @@ def _told(error: Exception) -> str:
     raise error
 
 
+def _find_the_users_code() -> None:
+    """Let package.module:loss of a user's project be found where the user is."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError as error:
+        rule = "has been removed; `cd` into one that exists"
+        raise ConfigError("the working directory", [Problem(key="", rule=rule)]) from error
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        terminal.result(f"tune_topkd {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def general(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find the best K, scaling factors, loss weights and learning rate for a TopKD distillation."""
+
+
 @app.command()
 def run(
     spaces: Spaces = None,
     name: Annotated[str | None, typer.Option(help="The sweep's name [default: the YAML's].")] = None,
     trials: Trials = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a full trial.")] = None,
+    epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Of the proposals and of every trial.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Trials at once [default: what fits].")] = None,
     cpus_per_trial: Annotated[str | None, typer.Option(metavar="N|auto", help="auto: measured.")] = None,
@@ -111,34 +163,31 @@ def run(
         typer.Option(metavar="N|auto", help="May be a fraction: 0.25 shares a GPU by four. auto: measured."),
     ] = None,
     time_budget: TimeBudget = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
     warm_start: Annotated[str | None, typer.Option(metavar="SWEEP", help="Try that sweep's best first.")] = None,
     set_: Sets = None,
 ) -> None:
     """Search each SPACE.yaml and export its tuned config."""
-    options = {
-        "sweep.trials": ("--trials", trials),
-        "recipe.epochs": ("--epochs", epochs),
-        "sweep.seed": ("--seed", seed),
-        "sweep.max_concurrent": ("--max-concurrent", max_concurrent),
-        "sweep.cpus_per_trial": ("--cpus-per-trial", _number(cpus_per_trial)),
-        "sweep.gpus_per_trial": ("--gpus-per-trial", _number(gpus_per_trial)),
-        "sweep.time_budget": ("--time-budget", time_budget),
+    overrides = _overrides(
+        set_,
+        trials=trials,
+        epochs=epochs,
+        seed=seed,
+        max_concurrent=max_concurrent,
+        cpus_per_trial=_number(cpus_per_trial),
+        gpus_per_trial=_number(gpus_per_trial),
+        time_budget=time_budget,
+    )
+    place, console = _place(runs_dir, mlflow_uri, address), Console()
+    with console.phase("checking what is to run"):
+        sweeps = _runnable(spaces or [DEFAULT_SPACE], overrides, name, place)
+    warm = {
+        s: running.warm_starts(warm_start, place, c.config, console) if warm_start else [] for s, c in sweeps.items()
     }
-    overrides = [parse_set(text) for text in set_ or []]
-    overrides += [Override(key, value, option) for key, (option, value) in options.items() if value is not None]
-    sources = spaces or [DEFAULT_SPACE]
-    place, console = _place(runs_dir, mlflow_uri, address), _stderr()
-    sweeps = _named(_all_checked(sources, overrides), name)
-    for sweep, checked in sweeps.items():
-        running.check_name(sweep, place)
-        if place.address is None:
-            preflight.check_machine(checked.config, checked.source)
-    warm = {s: running.warm_starts(warm_start, place, c.config) if warm_start else [] for s, c in sweeps.items()}
     preflight.check_writable(place.runs)
-    _conclude(_each_run(sweeps, warm, place, console), console)
+    _conclude(_each_run(sweeps, warm, place, console), place, console)
 
 
 def _each_run(
@@ -150,7 +199,7 @@ def _each_run(
     """How each sweep ended, or what kept it from running; after an interruption the rest is not begun."""
     outcomes: dict[str, running.Outcome | str] = {}
     for sweep, checked in sweeps.items():
-        console.print(f"sweep {sweep}: {checked.source}", style="bold", highlight=False)
+        console.print(f"sweep {sweep}: {checked.source}", style="bold")
         try:
             outcomes[sweep] = outcome = running.start(checked, sweep, place, console, warm[sweep])
         except Exception as error:
@@ -167,29 +216,33 @@ def _each_run(
 @app.command()
 def check(
     spaces: Annotated[list[str], typer.Argument(metavar="SPACE.yaml...")],
+    trials: Trials = None,
+    epochs: Epochs = None,
     set_: Sets = None,
     show: Annotated[bool, typer.Option("--show", help="Print the complete config on stdout.")] = False,
 ) -> None:
     """Validate search spaces, print what would run and what it would cost; start nothing."""
     from tune_topkd.cli.cost import describe
 
-    console = _stderr()
-    for checked in _all_checked(spaces, [parse_set(text) for text in set_ or []]):
-        console.print(f"{checked.source}: valid", style="bold green", highlight=False)
+    console = Console()
+    overrides = _overrides(set_, trials=trials, epochs=epochs)
+    checks = [functools.partial(preflight.load_checked, source, overrides) for source in spaces]
+    for checked in _all_of(checks):
+        console.print(f"{checked.source}: valid", style="bold green")
         for line in describe(checked.config):
-            console.print(f"  {line}", soft_wrap=True, highlight=False)
+            console.print(f"  {line}", soft_wrap=True)
         for warning in checked.warnings:
-            console.print(f"  note: {warning}", style="yellow", soft_wrap=True, highlight=False)
+            console.print(f"  note: {warning}", style="yellow", soft_wrap=True)
         if show:
-            typer.echo(dump_config(checked.config))
+            terminal.result(dump_config(checked.config) + "\n", is_document=True)
 
 
 @app.command()
 def resume(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    sweep: Sweep,
     trials: Trials = None,
     time_budget: TimeBudget = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
     set_: Annotated[
@@ -200,35 +253,34 @@ def resume(
     """Go on with a sweep after any interruption; finished trials are not run again."""
     place = _place(runs_dir, mlflow_uri, address)
     moved = [parse_set(text) for text in set_ or []]
-    _conclude({sweep: running.resume(sweep, place, _stderr(), trials, time_budget, moved)}, _stderr())
+    console = Console()
+    _conclude({sweep: running.resume(sweep, place, console, trials, time_budget, moved)}, place, console)
 
 
 @app.command()
 def status(
     sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="[default: all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Show how sweeps stand."""
     place = _place(runs_dir, None, None)
     names = [sweep] if sweep else place.sweeps()
-    found = [_status(name, place) for name in names]
+    found = [_status(sweep, place)] if sweep else [_status_or_damage(name, place) for name in names]
     if as_json:
-        typer.echo(json.dumps(found[0] if sweep else found, indent=2))
-        return
+        terminal.result(json.dumps(found[0] if sweep else found, indent=2) + "\n", is_document=True)
+    else:
+        terminal.result("".join(f"{_status_line(entry)}\n" for entry in found))
     if not found:
-        _stderr().print(f"no sweeps in {place.runs}")
-    for entry in found:
-        counts = ", ".join(f"{n} {what}" for what, n in entry["trials"].items() if n)
-        best = entry["best"]
-        tail = f"; best {best['val_top1']:.2f} % (trial {best['number']})" if best else ""
-        typer.echo(f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}")
+        Console().print(f"no sweeps in {place.runs}")
+    if any(entry["state"] == DAMAGED for entry in found):
+        raise typer.Exit(running.USER_ERROR)
 
 
 @app.command()
 def track(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
-    runs_dir: RunsDir = Path("runs"),
+    sweep: Sweep,
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Write into MLflow what it lacks of a sweep; any number of times gives the same."""
@@ -236,14 +288,14 @@ def track(
 
     place = _place(runs_dir, mlflow_uri, None)
     write(sweep, place)
-    _stderr().print(f"MLflow has all of {sweep}", highlight=False)
+    Console().print(f"MLflow has all of {sweep}")
 
 
 @app.command()
 def audit(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    sweep: Sweep,
     mlflow: Annotated[bool, typer.Option(help="Compare MLflow with the ledger too.")] = True,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Check every decision of a sweep and all that is told of it against its ledger; exit 1 with a list of what is wrong."""
@@ -251,19 +303,19 @@ def audit(
 
     findings = findings_of(sweep, _place(runs_dir, mlflow_uri, None), mlflow)
     for finding in findings:
-        typer.echo(finding)
+        terminal.result(f"{finding}\n")
     if findings:
-        _stderr().print(f"{sweep}: {len(findings)} findings", style="bold red", highlight=False)
+        Console().print(f"{sweep}: {len(findings)} findings", style="bold red")
         raise typer.Exit(FINDINGS)
-    _stderr().print(f"{sweep}: nothing is wrong", style="bold green", highlight=False)
+    Console().print(f"{sweep}: nothing is wrong", style="bold green")
 
 
 @app.command()
 def export(
-    sweep: Annotated[str, typer.Argument(metavar="SWEEP")],
+    sweep: Sweep,
     format_: Annotated[Format, typer.Option("--format")] = YAML,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Write a sweep's tuned config for other projects."""
     place = _place(runs_dir, None, None)
@@ -272,10 +324,10 @@ def export(
     tuned = running.answer(running.begun_config(folder, state), state)
     text = WRITERS[format_.value](tuned)
     if output is None:
-        typer.echo(text, nl=False)
+        terminal.result(text, is_document=True)
     else:
         write_text(output, text)
-        _stderr().print(f"written: {output}", highlight=False, soft_wrap=True)
+        Console().print(f"written: {output}", soft_wrap=True)
 
 
 @app.command()
@@ -292,13 +344,13 @@ def teacher(
         bool, typer.Option("--prune", help="Remove the banks of logits that no sweep in the runs dir names.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the trials, where their views are drawn anew in each epoch.")] = 0,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
     if prune:
         from tune_topkd.cli.pruning import prune as remove_banks
 
-        remove_banks(_place(runs_dir, None, None), _stderr())
+        remove_banks(_place(runs_dir, None, None), Console())
         if space is None:
             return
     if space is None:
@@ -309,10 +361,10 @@ def teacher(
     if config.teacher is None:
         raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])
     running.ready_data(config)
-    taught = running.taught_by(config, place, _stderr(), seed, measure=measure)
+    taught = running.taught_by(config, place, Console(), seed, measure=measure)
     if fill_bank:
-        running.fill_bank(config, taught, seed, _stderr())
-    typer.echo(taught.teacher_checkpoint)
+        running.fill_bank(config, taught, seed, Console())
+    terminal.result(f"{taught.teacher_checkpoint}\n")
 
 
 @app.command()
@@ -322,7 +374,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="[default: the YAML's]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Of the training.")] = None,
     seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Train one config without a sweep: what the YAML and --set say, the method's defaults for the rest."""
@@ -337,22 +389,22 @@ def train(
         raise ConfigError("--name", [Problem(key=label, rule=rule)])
     place = _place(runs_dir, mlflow_uri, None)
     preflight.check_writable(place.runs)
-    result = train_one(config, label, seed, place, _stderr())
-    typer.echo(json.dumps(result, indent=2))
+    result = train_one(config, label, seed, place, Console())
+    terminal.result(json.dumps(result, indent=2) + "\n", is_document=True)
     if result["diverged"]:
         raise typer.Exit(running.NO_SUCCESS)
 
 
 @app.command()
-def doctor(runs_dir: RunsDir = Path("runs"), mlflow_uri: MlflowUri = None, address: Address = None) -> None:
+def doctor(runs_dir: RunsDir = Path(DEFAULT_RUNS), mlflow_uri: MlflowUri = None, address: Address = None) -> None:
     """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
     from tune_topkd.cli.doctor import examine
 
     place = dataclasses.replace(_place(runs_dir, mlflow_uri, None), address=_cluster_of(address))
     is_well = True
-    for finding in examine(place, _progress_of(_stderr())):
+    for finding in examine(place, _progress_of(Console())):
         mark = "ok " if finding.is_well else "BAD"
-        typer.echo(f"{mark} {finding.what}: {finding.text}")
+        terminal.result(f"{mark} {finding.what}: {finding.text}\n")
         is_well &= finding.is_well
     if not is_well:
         raise typer.Exit(running.USER_ERROR)
@@ -362,12 +414,33 @@ def _progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any
     """Shows on a terminal what is being done, while it is; says it in a line elsewhere."""
 
     def progress(what: str) -> AbstractContextManager[Any]:
-        if console.is_terminal:
-            return console.status(what)
-        console.print(f"{what} …", highlight=False)
+        if console.is_live:
+            return console.phase(what)
+        console.print(f"{what} …", soft_wrap=True)
         return nullcontext()
 
     return progress
+
+
+def _status_or_damage(name: str, place: running.Place) -> dict[str, Any]:
+    """How a sweep stands, also if that is not to be found out: the others are shown all the same."""
+    try:
+        return _status(name, place)
+    except (ConfigError, LedgerError) as error:
+        what = str(error)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}"
+    return {"sweep": name, "state": DAMAGED, "error": what}
+
+
+def _status_line(entry: dict[str, Any]) -> str:
+    why = f"; {entry['error']}" if entry["error"] else ""
+    if entry["state"] == DAMAGED:
+        return f"{entry['sweep']}: {DAMAGED}{why}"
+    counts = ", ".join(f"{n} {what}" for what, n in entry["trials"].items() if n)
+    best = entry["best"]
+    tail = f"; best {best['val_top1']:.2f} % (trial {best['number']})" if best else ""
+    return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
 
 
 def _status(name: str, place: running.Place) -> dict[str, Any]:
@@ -382,6 +455,7 @@ def _status(name: str, place: running.Place) -> dict[str, Any]:
     return {
         "sweep": name,
         "state": condition,
+        "error": state.stop_error,
         "trials": counts,
         "target": state.target,
         "best": best and {"number": best.key.number, "val_top1": best.value, "params": best.params},
@@ -393,32 +467,70 @@ def _status(name: str, place: running.Place) -> dict[str, Any]:
     }
 
 
-def _all_checked(sources: list[str], overrides: list[Override]) -> list[preflight.Checked]:
-    """All search spaces, or one error with the problems of all."""
-    checked, errors = [], []
-    for source in sources:
+_OPTIONS = {"epochs": "recipe.epochs"}
+"""The key that an option sets, where it is not `sweep.` and the option's name."""
+
+
+def _overrides(sets: list[str] | None, **options: float | str | None) -> list[Override]:
+    """What `--set` and the options of a command put in place of the YAML's values."""
+    given = {name: value for name, value in options.items() if value is not None}
+    by_option = [
+        Override(_OPTIONS.get(name, f"sweep.{name}"), value, f"--{name.replace('_', '-')}")
+        for name, value in given.items()
+    ]
+    return [parse_set(text) for text in sets or []] + by_option
+
+
+_ResultT = TypeVar("_ResultT")
+
+
+def _all_of(calls: Iterable[Callable[[], _ResultT]]) -> list[_ResultT]:
+    """The results of all calls, or one error with the problems that any of them finds."""
+    results, errors = [], []
+    for call in calls:
         try:
-            checked.append(preflight.load_checked(source, overrides))
+            results.append(call())
         except ConfigError as error:
             errors.append(error)
     if len(errors) > 1:
-        raise ConfigError("search spaces", [Problem(key="", rule=str(error)) for error in errors])
+        raise ConfigError("what was asked for", [Problem(key="", rule=str(error)) for error in errors])
     if errors:
         raise errors[0]
-    return checked
+    return results
 
 
-def _named(checked: list[preflight.Checked], name: str | None) -> dict[str, preflight.Checked]:
-    if name is not None and len(checked) > 1:
+def _runnable(
+    sources: list[str], overrides: list[Override], name: str | None, place: running.Place
+) -> dict[str, preflight.Checked]:
+    """The search spaces by the names of their sweeps.
+
+    Raises:
+        ConfigError: with all that is wrong with any of them, with their names and with this machine.
+    """
+    names = _names(sources, name)
+
+    def checked(source: str) -> preflight.Checked:
+        found = preflight.load_checked(source, overrides)
+        if place.address is None:
+            preflight.check_machine(found.config, found.source)
+        return dataclasses.replace(found, warnings=()) if found.is_reviewed else found
+
+    calls: list[Callable[[], preflight.Checked | None]] = [functools.partial(checked, source) for source in sources]
+    calls += [functools.partial(running.check_name, name, place) for name in names]
+    return dict(zip(names, filter(None, _all_of(calls)), strict=True))
+
+
+def _names(sources: list[str], name: str | None) -> list[str]:
+    if name is not None and len(sources) > 1:
         raise ConfigError("--name", [Problem(key=name, rule="names one sweep, but several search spaces were given")])
-    names = [name or Path(c.source).stem for c in checked]
+    names = [name or Path(source).stem for source in sources]
     doubled = sorted({n for n in names if names.count(n) > 1})
     if doubled:
         raise ConfigError("search spaces", [Problem(key=n, rule="two files would give this name") for n in doubled])
-    return dict(zip(names, checked, strict=True))
+    return names
 
 
-def _conclude(outcomes: Mapping[str, running.Outcome | str], console: Console) -> None:
+def _conclude(outcomes: Mapping[str, running.Outcome | str], place: running.Place, console: Console) -> None:
     """Tell of several sweeps in a table, of those that could not be run as well; exit with the highest code."""
     from tune_topkd.cli.display import summary_table
 
@@ -427,10 +539,10 @@ def _conclude(outcomes: Mapping[str, running.Outcome | str], console: Console) -
         console.print(summary_table([(o.config, o.state) for o in ended.values()]))
         for sweep, error in outcomes.items():
             if isinstance(error, str):
-                console.print(f"{sweep}: not run: {error}", style="red", soft_wrap=True, highlight=False)
+                console.print(f"{sweep}: not run: {error}", style="red", soft_wrap=True)
     for sweep, outcome in ended.items():
         if outcome.is_interrupted:
-            console.print(f"interrupted; `python launch.py resume {sweep}` goes on", style="bold")
+            console.print(f"interrupted; `{place.command('resume', sweep)}` goes on", style="bold", soft_wrap=True)
     codes = [outcome.exit_code for outcome in ended.values()]
     codes += [running.USER_ERROR for _ in outcomes.keys() - ended.keys()]
     raise typer.Exit(max(codes, default=0))
@@ -462,14 +574,9 @@ def _cluster_of(address: str | None) -> str | None:
     """The address of the Ray to use; None for a private one. That the environment names one is said."""
     if address and address == os.environ.get("RAY_ADDRESS") and address != "local":
         text = f"Ray: the cluster at {address}, as RAY_ADDRESS says; --address local starts a private one"
-        _stderr().print(text, highlight=False, soft_wrap=True, markup=False)
+        Console().print(text, soft_wrap=True)
     return None if address in (None, "", "local") else address
 
 
-def _stderr() -> Console:
-    width = None if sys.stderr.isatty() else 160
-    return Console(stderr=True, width=width)
-
-
 def _tell(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    terminal.stderr().write(f"error: {message}\n")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tune_topkd.cli.display import baseline_total
 from tune_topkd.cli.display import duration
 from tune_topkd.cli.preflight import loss_defaults
+from tune_topkd.cli.remaining import expected_epochs
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
 
@@ -15,6 +16,16 @@ _TIMED_STEPS = 10
 _TIMED_SECONDS = 5.0
 _TIMED_VALUES = 2**19
 """Values of the images in a timed step: of a large batch a part is timed."""
+
+
+_SHARE_OF_FORWARD = 1 / 3
+"""Of a step's time, what the evaluation of as many images takes: no backward pass."""
+_SECONDS_AROUND_AN_EPOCH = 0.035
+"""What report, ledger and checkpoint take of an epoch: measured by benchmarks/sweep_overhead on 2 cores."""
+_SECONDS_OF_THE_START = 20.0
+"""Of Ray and the first workers."""
+_TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tiny_imagenet": 100_000, "imagenet": 1_281_167}
+"""Of the datasets whose size is known without their files; a part of them is held back for validation."""
 
 
 def describe(config: SweepConfig) -> Iterator[str]:
@@ -45,21 +56,41 @@ def describe(config: SweepConfig) -> Iterator[str]:
     likely = most if asha is None else round(trials * _expected_epochs(config)) + baselines * epochs
     yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
     step, asking = _seconds_per_step(config)
-    if missing_data(config.data):
+    if not missing_data(config.data):
+        dataset = load_dataset(config.data)
+        bank = bank_size(config.data, config.recipe, dataset) if _has_bank(config) else None
+        if bank is not None:
+            rows = f"{bank.images:,} images × {bank.views} views"
+            yield f"teacher logits: {rows}, {_size(bank.bytes)} on the disk, asked for once by all trials"
+        elif config.teacher:
+            yield "teacher logits: asked for every batch of every trial"
+        images = len(dataset.train), len(dataset.val)
+    elif config.data.name in _TRAINING_IMAGES:
+        held_back = round(_TRAINING_IMAGES[config.data.name] * config.data.val_fraction)
+        images = _TRAINING_IMAGES[config.data.name] - held_back, held_back
+    else:
         yield f"about {step:.2g} s per step of {config.recipe.batch_size} images on this machine"
         return
-    dataset = load_dataset(config.data)
-    steps = max(len(dataset.train) // config.recipe.batch_size, 1)
-    asked = likely  # epochs that the teacher is asked for
-    bank = bank_size(config.data, config.recipe, dataset) if config.teacher and config.teacher.bank else None
-    if bank is not None:
-        asked = min(epochs, bank.views)  # all trials are shown the same views
-        rows = f"{bank.images:,} images × {bank.views} views"
-        yield f"teacher logits: {rows}, {_size(bank.bytes)} on the disk, asked for once by all trials"
-    elif config.teacher:
-        yield "teacher logits: asked for every batch of every trial"
-    seconds = likely * steps * step + asked * steps * asking
-    yield f"about {steps * step:.2g} s per epoch on this machine, so about {duration(seconds)} one at a time"
+    yield _time(config, likely, step, asking, images)
+
+
+def _time(config: SweepConfig, epochs: int, step: float, asking: float, images: tuple[int, int]) -> str:
+    """About how long the epochs of a sweep take, by the seconds per batch of student and teacher."""
+    from tune_topkd.data import view_count
+
+    steps, evaluated = (max(count / config.recipe.batch_size, 1) for count in images)
+    views = view_count(config.data.augment) or config.recipe.epochs
+    asked = min(config.recipe.epochs, views) if _has_bank(config) else epochs  # all trials are shown the same views
+    epoch = steps * step + evaluated * step * _SHARE_OF_FORWARD + _SECONDS_AROUND_AN_EPOCH
+    seconds = _SECONDS_OF_THE_START + epochs * epoch + asked * steps * asking
+    return (
+        f"about {epoch:.2g} s per epoch on this machine, with its evaluation and checkpoint; about {duration(seconds)} "
+        "one trial at a time, the start of Ray and its workers counted, a teacher's training not"
+    )
+
+
+def _has_bank(config: SweepConfig) -> bool:
+    return config.teacher is not None and config.teacher.bank and not config.data.augment.mixup
 
 
 def _size(count: int) -> str:
@@ -69,12 +100,7 @@ def _size(count: int) -> str:
 def _expected_epochs(config: SweepConfig) -> float:
     """Epochs of a mean trial if each rung lets its share of them on."""
     assert config.sweep.asha is not None, "only where ASHA stops trials"
-    rung, factor = config.sweep.asha.grace_epochs, config.sweep.asha.reduction_factor
-    expected, share, before = 0.0, 1.0, 0
-    while rung < config.recipe.epochs:
-        expected, before = expected + share * (rung - before), rung
-        share, rung = share / factor, rung * factor
-    return expected + share * (config.recipe.epochs - before)
+    return expected_epochs(config.sweep.asha, config.recipe.epochs)
 
 
 def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:

@@ -1,112 +1,160 @@
 """What a person sees: the live progress of a sweep, a line per finished trial, and the tables at the end."""
 
 import contextlib
-import os
-import sys
+import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+from typing import cast
 
-from rich.console import Console
 from rich.console import Group
-from rich.live import Live
-from rich.progress import BarColumn
-from rich.progress import MofNCompleteColumn
-from rich.progress import Progress
-from rich.progress import TextColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.cli import terminal
+from tune_topkd.cli.remaining import Pace
+from tune_topkd.cli.remaining import baseline_total as baseline_total
+from tune_topkd.cli.remaining import duration as duration
+from tune_topkd.cli.terminal import Console
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.trials import SEARCH
 from tune_topkd.trials import Event
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import TrialRecord
+from tune_topkd.trials import read_events
 
 BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
 STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
+SECONDS_PER_FRAME = 0.5
+LONGEST_CLOSE = 3.0
+"""Seconds that the end of a sweep waits for the display's last word."""
+
+_RETRIES = {"crash": "its worker died", "oom": "out of memory", "node": "its node was lost"}
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
 def chatter_into(log: Path) -> Iterator[TextIO]:
-    """Send all that this process and the libraries below it print into a file; gives the real stderr.
-
-    Ray's core prints from C++, so the file descriptors are redirected, not only Python's streams.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with open(log, "ab") as target, os.fdopen(os.dup(saved[1]), "w") as terminal:
-        os.dup2(target.fileno(), 1)
-        os.dup2(target.fileno(), 2)
-        try:
-            yield terminal
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, descriptor in enumerate(saved, start=1):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
+    """Send all that this process and the libraries below it print into a file; gives the real stderr."""
+    real = cast(TextIO, terminal.stderr())
+    with open(log, "ab") as target, terminal.streams_into(target):
+        yield real
 
 
 class ProgressDisplay:
-    """Shows a running sweep: live on a terminal, else one plain line per finished trial; a `Tracker`."""
+    """Shows a running sweep: live on a terminal, else one plain line per finished trial; a `Tracker`.
 
-    def __init__(self, config: SweepConfig, state: SweepState, console: Console) -> None:
+    **Threads.** It follows the ledger on a thread of its own, with a state of its own: whatever becomes of it there, the
+    sweep neither waits nor ends. What a reader that is asleep misses is printed when it is awake again.
+    """
+
+    def __init__(self, config: SweepConfig, ledger: Path, seen: int, console: Console) -> None:
+        """Start following.
+
+        Args:
+            config: the sweep's.
+            ledger: its ledger file.
+            seen: the number of the last event before this driver's trials; what it and those before it tell is old.
+            console: where to.
+        """
         self._config = config
-        self._state = state
+        self._ledger = ledger
+        self._seen = seen
         self._console = console
-        self._lock = threading.Lock()
-        self._started = time.monotonic()
-        self._ended_before = sum(r.status.is_end for r in state.trials.values())
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=console,
-            expand=True,
-        )
-        self._task = self._bar.add_task("trials", total=self._total(), left="")
-        self._live = Live(self._bar, console=console, refresh_per_second=4) if console.is_terminal else None
-        if self._live:
-            self._live.start()
+        self._state = SweepState()
+        self._offset = 0
+        self._pace = Pace()
+        self._began = time.time()
+        self._has_started = False
+        """Whether a trial was started by this driver: Ray's own start takes seconds."""
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
+        self._thread.start()
 
     def notify(self, event: Event) -> None:
-        """Show an event; called on the sweep's thread, so it only draws what has changed."""
-        if event.name == "end" and self._live is None:
-            self._console.print(self._line(self._state.trials[event.key]), soft_wrap=True, highlight=False)
-        if event.name == "retry":
-            reason = {"crash": "its worker died", "oom": "out of memory", "node": "its node was lost"}[
-                event.data["reason"]
-            ]
-            self._console.print(f"trial {event.key}: {reason}; it goes on from its checkpoint", highlight=False)
-        if self._live is not None and event.name in ("suggest", "start", "report", "end"):
-            ended = sum(r.status.is_end for r in self._state.trials.values())
-            self._bar.update(self._task, completed=ended, total=self._total(), left=self._time_left(ended))
-            self._live.update(Group(self._summary(), self._running_table(), self._bar))
+        """Something is new in the ledger; the thread will see it."""
+        self._news.set()
 
     def close(self) -> None:
-        """Take the live part off the screen."""
-        if self._live is not None:
-            self._live.update(Text(""))
-            self._live.stop()
+        """Print what is left to print and take the live part off the screen."""
+        self._closing.set()
+        self._news.set()
+        self._thread.join(LONGEST_CLOSE)
+        self._console.show(None)
+
+    def _follow(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._catch_up()
+                if self._console.is_live:
+                    self._console.show(self._frame())
+                    self._closing.wait(SECONDS_PER_FRAME)
+                else:
+                    self._news.wait()
+                    self._news.clear()
+            self._catch_up()
+        except BaseException:  # noqa: BLE001 (observing may fail, work goes on; rich may end the process)
+            _log.exception("the display has failed; the sweep goes on without it")
+
+    def _catch_up(self) -> None:
+        events, self._offset = read_events(self._ledger, self._offset)
+        for event in events:
+            self._state.apply(event)
+            if event.seq > self._seen:
+                self._take(event)
+
+    def _take(self, event: Event) -> None:
+        match event.name:
+            case "start":
+                self._has_started = True
+            case "report":
+                self._pace.reported(event.key, event.time)
+            case "end" if not self._console.is_live:
+                self._console.print(self._line(self._state.trials[event.key]), soft_wrap=True)
+            case "retry":
+                why = _RETRIES[event.data["reason"]]
+                self._console.print(f"trial {event.key}: {why}; it goes on from its checkpoint", soft_wrap=True)
+
+    def _frame(self) -> Group | Text:
+        if not self._has_started:
+            return Text(f"starting Ray and its workers: {duration(time.time() - self._began)}", "dim")
+        return Group(self._summary(), *self._running(), self._bar())
 
     def _total(self) -> int:
         return self._state.target + baseline_total(self._config)
 
-    def _time_left(self, ended: int) -> str:
-        here = ended - self._ended_before
-        if here < 1:
-            return ""
-        seconds = (time.monotonic() - self._started) / here * (self._total() - ended)
-        return f"about {duration(seconds)} left"
+    def _ended(self) -> int:
+        return sum(record.status.is_end for record in self._state.trials.values())
+
+    def _bar(self) -> Table:
+        ended, total = self._ended(), self._total()
+        bar = Table.grid(padding=(0, 1), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_column(no_wrap=True)
+        left = self._time_left()
+        bar.add_row("trials", ProgressBar(max(total, 1), ended), f"{ended}/{total}", left)
+        return bar
+
+    def _time_left(self) -> str:
+        seconds = self._pace.seconds_left(self._config, self._state, time.time())
+        passed = time.time() - self._began
+        budget = self._config.sweep.time_budget
+        if budget is not None:
+            seconds = min(budget - passed, budget if seconds is None else seconds)
+        if seconds is None:
+            return f"{duration(passed)} so far"
+        return f"about {duration(max(seconds, 0.0))} left"
 
     def _summary(self) -> Text:
         counts = self._state.counts()
@@ -119,34 +167,30 @@ class ProgressDisplay:
             text.append(f"best {best.value:.2f} % (trial {best.key.number}{k})", "bold")
         return text
 
-    def _running_table(self) -> Table:
+    def _running(self) -> Iterator[Table | Text]:
+        """The trials at work, as many as the screen has lines for."""
         table = Table.grid(padding=(0, 2))
-        for record in self._state.running():
+        running = self._state.running()
+        room = max(self._console.height - 5, 1)
+        for record in running[:room]:
             value = record.reports.get(record.epoch, {}).get("val_top1")
             table.add_row(
-                f"  {record.key}",
-                f"epoch {record.epoch}/{self._config.recipe.epochs}",
-                "" if value is None else f"val_top1 {value:.2f} %",
+                Text(f"  {record.key}", no_wrap=True),
+                Text(f"epoch {record.epoch}/{self._config.recipe.epochs}" if record.epoch else "starts", no_wrap=True),
+                Text("" if value is None else f"val_top1 {value:.2f} %", no_wrap=True),
                 Text(short_params(record.params), "dim", overflow="ellipsis", no_wrap=True),
             )
-        return table
+        yield table
+        if len(running) > room:
+            yield Text(f"  and {len(running) - room} more")
 
     def _line(self, record: TrialRecord) -> str:
-        ended = sum(r.status.is_end for r in self._state.trials.values())
         value = f"val_top1 {record.value:.2f} %" if record.value is not None else record.error or record.reason
         best = self._state.best()
         tail = f"; best {best.value:.2f} % (trial {best.key.number})" if best else ""
         name = f"trial {record.key}" if record.key.arm == SEARCH else f"baseline {record.key}"
         what = f"{name} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
-        return f"[{ended}/{self._total()}] {what}{tail}"
-
-
-def baseline_total(config: SweepConfig) -> int:
-    """How many baseline trials a sweep has."""
-    if config.baselines is None:
-        return 0
-    searched = any(name in RECIPE_PARAMETERS for name in config.space)
-    return len(config.baselines.methods) * (config.baselines.trials if searched else 1)
+        return f"[{self._ended()}/{self._total()}] {what}{tail}"
 
 
 def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
@@ -165,22 +209,70 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     return table
 
 
-def gains(config: SweepConfig, state: SweepState) -> list[str]:
-    """A sentence for each baseline: by how many points the best trial is above it."""
+@dataclass(frozen=True)
+class Gain:
+    """By how much the best trial is above a baseline."""
+
+    sentence: str
+    counts: bool
+    """Whether it is more than one image of the validation split."""
+
+
+def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
+    """What the best trial is worth beside each baseline, in points and in images.
+
+    Args:
+        config: the sweep's.
+        state: the sweep.
+        images: of the validation split.
+    """
     best = state.best()
-    sentences = []
+    found = []
     for method in config.baselines.methods if config.baselines and best else ():
         base = state.best(method)
         if base is not None and best is not None:
             points = (best.value or 0.0) - (base.value or 0.0)
+            worth = round(points / 100 * images)
             rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
-            sentences.append(f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})")
-    return sentences
+            over = f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})"
+            found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
+    return found
+
+
+def advice(config: SweepConfig, state: SweepState) -> str:
+    """What to do where a baseline is as good as the answer; nothing where none is."""
+    best = state.best()
+    bases = [(record.value or 0.0, m) for m in BASELINE_NAMES if (record := state.best(m)) is not None]
+    if best is None or not bases or max(bases)[0] < (best.value or 0.0):
+        return ""
+    name = BASELINE_NAMES[max(bases)[1]]
+    more = (
+        "more trials (`resume --trials N`)" if state.stop_reason == "finished" else "the rest of the trials (`resume`)"
+    )
+    return f"{name} does as well without {config.method}: try {more}, a wider space or longer trials, or use it instead"
+
+
+def is_same(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
+    """Whether two sets of parameters are one, but for rounding."""
+    return params.keys() == other.keys() and not any(changes(params, other))
+
+
+def changes(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> Iterator[str]:
+    """What is different in the other parameters, in words."""
+    for name, value in other.items():
+        before = params[name]
+        if isinstance(value, float) and isinstance(before, float | int):
+            is_same_value = math.isclose(value, before, rel_tol=1e-6)
+        else:
+            is_same_value = value == before
+        if not is_same_value:
+            yield f"{name} = {short(before)} becomes {short(value)}"
 
 
 def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
     """Several sweeps side by side: dataset × pair → best K, scales, weights, top-1, gain."""
     table = Table(title="all sweeps")
+    table.add_column("sweep", overflow="fold")
     table.add_column("dataset")
     table.add_column("teacher → student", overflow="fold")
     for column in ("K", "scale top/last/gt", "weight ce/tdl/contr.", "lr", "top-1 %", "over CE/KD"):
@@ -189,7 +281,9 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
         best = state.best()
         params: Mapping[str, Scalar] = config.loss | (best.params if best else {})
         bases = (state.best("ce"), state.best("kd"))
+        about = f"{state.header['sweep']}: {config.description}" if config.description else state.header["sweep"]
         table.add_row(
+            about,
             config.data.name,
             f"{config.teacher.name} → {config.student.name}" if config.teacher else config.student.name,
             _joined(params, "k"),
@@ -214,12 +308,3 @@ def short_params(params: Mapping[str, Scalar]) -> str:
 def short(value: Scalar) -> str:
     """A value in few characters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

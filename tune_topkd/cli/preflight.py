@@ -3,9 +3,14 @@
 `config` checks what a YAML says by itself; here it meets the rooms it names. All problems are reported at once.
 """
 
+import difflib
+import errno
 import importlib.util
+import itertools
+import math
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -27,7 +32,11 @@ from tune_topkd.config import SweepConfig
 from tune_topkd.config import load_config
 from tune_topkd.config import load_pair
 from tune_topkd.config import unknown_choice
+from tune_topkd.space import Axis
 from tune_topkd.space import Space
+
+SPACES = "search_spaces"
+"""The folder of the search spaces that have names."""
 
 CORNERS_CHECKED = 4096  # all of a space of eleven ranges; of a larger one the first so many
 
@@ -39,6 +48,8 @@ class Checked:
     config: SweepConfig
     source: str
     warnings: tuple[str, ...] = ()
+    is_reviewed: bool = False
+    """Whether it is one of the project's own spaces as it is: its warnings are known, and `check` tells them."""
 
 
 def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
@@ -55,7 +66,8 @@ def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
     config = _with_absolute_paths(load_config(path, overrides))
     if problems := [*_problems(config), *_idle_problems(config)]:
         raise ConfigError(str(path), problems)
-    return Checked(config, str(path), tuple(_warnings(config)))
+    is_reviewed = not overrides and path.resolve().parent == _space_folders()[1]
+    return Checked(config, str(path), tuple(_warnings(config)), is_reviewed)
 
 
 def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
@@ -173,10 +185,44 @@ def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
     return [{name: defaults[name] for name in config.space}] if set(config.space) <= set(defaults) else []
 
 
+def space_names() -> list[str]:
+    """The search spaces that can be had by their bare names: those beside the user and those of the checkout."""
+    return sorted({path.stem for folder in _space_folders() for path in folder.glob("*.yaml")})
+
+
+def _space_folders() -> tuple[Path, Path]:
+    return Path(SPACES), Path(__file__).resolve().parents[2] / SPACES
+
+
 def _space_path(source: str) -> Path:
-    path = Path(source)
-    bare = Path("search_spaces") / f"{source}.yaml"
-    return bare if not path.exists() and not path.suffix and bare.exists() else path
+    """Where a search space is: a path, or one of the spaces by name or file, from wherever the user is.
+
+    Raises:
+        ConfigError: nowhere; tells which there are.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = source if not path.suffix else path.stem if path.parts in ((path.name,), (SPACES, path.name)) else ""
+    for folder in _space_folders():
+        if name and (found := folder / f"{name}.yaml").exists():
+            return found
+    raise ConfigError(
+        source, [_problem("", f"cannot be read: {os.strerror(errno.ENOENT)}; {_known_spaces(path.stem)}")]
+    )
+
+
+def _known_spaces(name: str) -> str:
+    """The spaces there are, those with names like this one first; the others by their datasets."""
+    names = space_names()
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    datasets = itertools.groupby(names, key=lambda known: known.partition("-")[0])
+    lines = [
+        textwrap.fill(", ".join(group), 110, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
+        for _, group in datasets
+    ]
+    return "\n".join([f"{hint}known by name:" if names else "known by name: none", *lines])
 
 
 def _problem(key: str, rule: str, *value: object) -> Problem:
@@ -335,6 +381,17 @@ def _is_whole(name: str, parameter: ParameterRange) -> bool:
     return parameter.type == "int" or (parameter.type is None and name in ("k", "batch_size"))
 
 
+def _points(config: SweepConfig) -> float:
+    """How many different trials there can be."""
+    return math.prod(map(_values, Space.of(config).axes()))
+
+
+def _values(axis: Axis) -> float:
+    if axis.kind == "choice":
+        return len(set(axis.choices))
+    return axis.high - axis.low + 1 if axis.kind == "int" else 1 if axis.low == axis.high else math.inf
+
+
 def _warnings(config: SweepConfig) -> Iterator[str]:
     from tune_topkd.data import data_notes
     from tune_topkd.data import dataset_info
@@ -346,6 +403,10 @@ def _warnings(config: SweepConfig) -> Iterator[str]:
     highest = k.high if k is not None and isinstance(k.high, float | int) else fixed
     if isinstance(highest, float | int) and not isinstance(highest, bool) and 2 * highest >= num_classes:
         yield f"k up to {highest:g} of {num_classes} classes can leave no class outside the Top-K groups"
+    points = _points(config)
+    if points < config.sweep.trials:
+        repeated = f"{config.sweep.trials - points:,.0f} of {config.sweep.trials:,} trials repeat another"
+        yield f"the space has {points:,.0f} points, so {repeated}, with the same seed and result"
     if missing := missing_data(config.data):
         yield f"the data is not there yet: {missing}"
     else:

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-
 from tune_topkd.cli import running
+from tune_topkd.cli.terminal import Console
 from tune_topkd.config import ConfigError
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import config_from

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 from typing import Any
 from typing import TextIO
 
-from rich.console import Console
-
 from tune_topkd import __version__
+from tune_topkd.cli import calling
 from tune_topkd.cli import display
 from tune_topkd.cli import identity
 from tune_topkd.cli import preflight
 from tune_topkd.cli.interruption import Interruption
 from tune_topkd.cli.interruption import listening
+from tune_topkd.cli.terminal import Console
 from tune_topkd.config import AUTO
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import SWEEP_NAME
@@ -66,6 +66,8 @@ _FIRST_WITHOUT_PLACES = 3  # the ledger version whose digest leaves out where fi
 WARM_STARTS = 3
 """How many of another sweep's best trials `--warm-start` tries first."""
 
+_WITHOUT_MLFLOW = ("export", "status")
+_STATES = {"time_budget": "out of time", "trouble": "stopped by trouble", "": "killed"}
 _PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "numpy")
 
 _log = logging.getLogger(__name__)
@@ -84,9 +86,32 @@ class Place:
         return self.runs / sweep
 
     def sweeps(self) -> list[str]:
-        """The names of the sweeps that have begun, oldest first."""
-        ledgers = sorted(self.runs.glob(f"*/{LEDGER_FILE}"), key=lambda p: p.stat().st_mtime)
-        return [path.parent.name for path in ledgers if self.has_begun(path.parent.name)]
+        """The names of the sweeps that have begun, oldest first; those that cannot be looked into are among them."""
+        try:
+            names = [path.name for path in self.runs.iterdir() if SWEEP_NAME.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []
+        return sorted(filter(self._may_have_begun, names), key=lambda name: (self._changed_at(name), name))
+
+    def command(self, *words: str) -> str:
+        """A command line of this program for these runs."""
+        from tune_topkd.tracking import sqlite_uri
+
+        is_default = self.mlflow_uri == sqlite_uri(self.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
+        uri, address = "" if is_default else self.mlflow_uri, self.address if words[0] == "resume" else None
+        return calling.command(*words, runs=self.runs, mlflow_uri=uri, address=address)
+
+    def _may_have_begun(self, sweep: str) -> bool:
+        try:
+            return self.has_begun(sweep)
+        except OSError:
+            return True
+
+    def _changed_at(self, sweep: str) -> float:
+        try:
+            return (self.folder(sweep) / LEDGER_FILE).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def has_begun(self, sweep: str) -> bool:
         """Whether the sweep's ledger has a line; a kill may have come between the file and its first one."""
@@ -171,10 +196,10 @@ def _with_share(config: SweepConfig, share: Share) -> SweepConfig:
 
 
 def sweep_state_name(folder: Path, state: SweepState) -> str:
-    """`running`, `finished` or `interrupted`, as `status` says it."""
+    """`running`, or how it ended: `finished`, `failed`, `interrupted`, `out of time`, `stopped by trouble`, `killed`."""
     if is_driven(folder / LEDGER_FILE):
         return "running"
-    return "finished" if state.stop_reason in ("finished", "failed") else "interrupted"
+    return _STATES.get(state.stop_reason, state.stop_reason)
 
 
 def check_name(name: str, place: Place) -> None:
@@ -450,7 +475,7 @@ def _drive(
     with (
         display.chatter_into(folder / LOG_FILE) as terminal,
         _logging_to_stderr(),
-        _trackers(config, ledger, place, console, terminal) as trackers,
+        _trackers(config, ledger, place, console) as trackers,
         _dataset_file(config, folder, console) as dataset_file,
     ):
         interruption.say = functools.partial(_say, terminal)
@@ -576,8 +601,7 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     if (sizes := config.space.get("batch_size")) is not None:  # the largest takes the most memory
         largest = max(value for value in (*(sizes.choices or ()), sizes.high) if isinstance(value, int | float))
         trial = trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"batch_size": int(largest)})})
-    status = console.status("measuring how many trials to run at once") if console.is_terminal else None
-    with status or contextlib.nullcontext(), Cluster.attached(place.address):
+    with console.phase("measuring how many trials to run at once"), Cluster.attached(place.address):
         tried = pack(config, trial, Probe)
     best = tried[0]
     rates = ", ".join(f"{p.at_once}: {p.images_per_second:,.0f}" for p in sorted(tried, key=lambda p: p.at_once))
@@ -609,11 +633,9 @@ def fill_bank(config: PairConfig, files: SharedFiles, seed: int, console: Consol
     if files.teacher_bank is None:
         raise ConfigError("--fill-bank", [Problem(key="teacher", rule="has no bank for this space")])
     trial = _on_a_trials_device(config, trial_with(config, files, seed))
-    status = console.status("filling the bank") if console.is_terminal else None
-    with status or contextlib.nullcontext():
-        tell = (lambda share: status.update(f"filling the bank: {share:.0%}")) if status else (lambda share: None)
+    with console.phase("filling the bank") as show:
         try:
-            bank = fill(trial, device_of(trial), tell)
+            bank = fill(trial, device_of(trial), lambda share: show(f"filling the bank: {share:.0%}"))
         except ValueError as error:
             raise ConfigError("--fill-bank", [Problem(key="teacher", rule=str(error))]) from error
     console.print(f"bank: {bank.filled():,} views in {bank.path}", highlight=False, soft_wrap=True)
@@ -655,14 +677,13 @@ def _teacher(config: PairConfig, place: Place, console: Console, measure: bool =
     from tune_topkd.train import default_device
     from tune_topkd.train import train
 
-    status = console.status(f"teacher {name}") if console.is_terminal else None
+    with console.phase(f"teacher {name}") as show:
 
-    def progress(epoch: int, metrics: Any) -> None:
-        if status is not None and recipe is not None:
-            left = f"epoch {epoch}/{recipe.epochs}, val_top1 {metrics['val_top1']:.2f} %"
-            status.update(f"training the teacher {name}: {left}")
+        def progress(epoch: int, metrics: Any) -> None:
+            if recipe is not None:
+                top1 = next((f", {n} {v:.2f} %" for n, v in metrics.items() if n.endswith("_top1")), "")
+                show(f"training the teacher {name}: epoch {epoch}/{recipe.epochs}{top1}")
 
-    with status or contextlib.nullcontext():
         try:
             root, device = place.runs / "teachers", default_device()
             teacher = ensure_teacher(config, root, train, progress, device=device, measure=measure)
@@ -696,7 +717,7 @@ def _search(
 
     def give_up(message: str) -> None:
         """End the process where it hangs: what is in the ledger is on the disk."""
-        resume = f"`python launch.py resume {ledger.state.header['sweep']}` goes on"
+        resume = f"`{place.command('resume', ledger.state.header['sweep'])}` goes on"
         terminal.write(f"\nerror: {message}; nothing is lost: {resume}\n")
         terminal.flush()
         os._exit(USER_ERROR)
@@ -750,13 +771,10 @@ def _dataset_file(config: SweepConfig, folder: Path, console: Console) -> Iterat
 
 
 @contextlib.contextmanager
-def _trackers(
-    config: SweepConfig, ledger: Ledger, place: Place, console: Console, terminal: Any
-) -> Iterator[list[Any]]:
+def _trackers(config: SweepConfig, ledger: Ledger, place: Place, console: Console) -> Iterator[list[Any]]:
     from tune_topkd.tracking import MlflowTracker
 
-    screen = Console(file=terminal, force_terminal=console.is_terminal, width=console.width)
-    progress = display.ProgressDisplay(config, ledger.state, screen)
+    progress = display.ProgressDisplay(config, ledger.path, ledger.state.last_seq, console)
     mlflow = MlflowTracker(ledger.path, place.mlflow_uri)
     try:
         yield [mlflow, progress]
@@ -776,25 +794,33 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
         errors = sorted({f"{r.reason}: {r.error}" for r in state.trials.values() if r.error})
         console.print(f"{name}: no trial reached the full budget ({counts or 'no trials'})", style="bold red")
         for error in errors[:3]:
-            console.print(f"  {error}", style="red", soft_wrap=True, highlight=False)
-        console.print(f"  traces lie in {folder}/trials/*/error.txt, the libraries' words in {folder / LOG_FILE}")
+            console.print(f"  {error}", style="red", soft_wrap=True)
+        traces = f"  traces lie in {folder}/trials/*/error.txt, the libraries' words in {folder / LOG_FILE}"
+        console.print(traces, soft_wrap=True)
         return
     write_text(folder / TUNED_FILE, as_yaml(answer(config, state)))
     console.print(display.result_table(config, state))
-    for sentence in display.gains(config, state):
-        console.print(f"  {sentence}", style="bold", highlight=False)
-    console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", highlight=False)
+    images = _validation_images(config)
+    for gain in display.gains(config, state, images):
+        console.print(f"  {gain.sentence}", style="bold" if gain.counts else "", soft_wrap=True)
+    if advice := display.advice(config, state):
+        console.print(f"  {advice}", soft_wrap=True)
+    console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
     if state.stop_reason == "failed":
         text = f"  given up     the newest trials all ended on {state.ended[-1].error}"
-        console.print(text, style="red", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"  the answer   {folder / TUNED_FILE}", highlight=False, soft_wrap=True)
-    console.print(f"  the truth    {folder / LEDGER_FILE}", highlight=False, soft_wrap=True)
-    console.print(f"  MLflow       {ui_command(place.mlflow_uri)}", highlight=False, soft_wrap=True, markup=False)
-    console.print("  the analysis analysis/sweep.ipynb", highlight=False)
-    if state.stop_reason == "finished":
-        console.print(f"next: python launch.py export {name} --format python", style="bold", soft_wrap=True)
-    else:
-        console.print(f"next: python launch.py resume {name}", style="bold", soft_wrap=True)
+        console.print(text, style="red", soft_wrap=True)
+    console.print(f"  the answer   {folder / TUNED_FILE}", soft_wrap=True)
+    console.print(f"  the truth    {folder / LEDGER_FILE}", soft_wrap=True)
+    console.print(f"  MLflow       {ui_command(place.mlflow_uri)}", soft_wrap=True)
+    console.print("  the analysis analysis/sweep.ipynb")
+    following = ("export", name, "--format", "python") if state.stop_reason == "finished" else ("resume", name)
+    console.print(f"next: {place.command(*following)}", style="bold", soft_wrap=True)
+
+
+def _validation_images(config: SweepConfig) -> int:
+    from tune_topkd.data import load_dataset
+
+    return len(load_dataset(config.data).val)
 
 
 def answer(config: SweepConfig, state: SweepState) -> TunedConfig:
@@ -806,19 +832,36 @@ def answer(config: SweepConfig, state: SweepState) -> TunedConfig:
     return tuned_config(config, state, preflight.loss_defaults(config))
 
 
-def warm_starts(sweep: str, place: Place, config: SweepConfig) -> list[dict[str, Any]]:
-    """The parameters of another sweep's best trials, to be tried first, as far as this space has them.
+def warm_starts(sweep: str, place: Place, config: SweepConfig, console: Console) -> list[dict[str, Any]]:
+    """The parameters of another sweep's best trials, to be tried first, brought into this space: each only once.
+
+    Args:
+        sweep: the other one.
+        place: where it is.
+        config: of the sweep that is to begin; its defaults are tried anyway.
+        console: is told of each value that is another one here.
 
     Raises:
         ConfigError: there is no such sweep, or it lacks parameters of this space.
     """
-    state = read_state(place.existing(sweep) / LEDGER_FILE)
-    best = [record.params for record in state.ranked()[:WARM_STARTS]]
-    missing = sorted(set(config.space) - set(best[0])) if best else []
-    if not best or missing:
+    ranked = read_state(place.existing(sweep) / LEDGER_FILE).ranked()
+    missing = sorted(set(config.space) - set(ranked[0].params)) if ranked else []
+    if not ranked or missing:
         rule = f"its trials lack {', '.join(missing)}" if missing else "has no trial that reached the full budget"
         raise ConfigError("--warm-start", [Problem(key=sweep, rule=rule)])
-    return best
+    space = Space.of(config)
+    tried = [space.params(space.proposal(params)) for params in preflight.first_proposals(config)]
+    found: list[dict[str, Any]] = []
+    for record in ranked:
+        params = space.params(space.proposal(record.params))
+        if len(found) < WARM_STARTS and not any(display.is_same(params, other) for other in [*tried, *found]):
+            found.append(params)
+            scaled = config.relative.of if config.relative else []  # of which only the ratios matter
+            kept = {name: value for name, value in params.items() if name not in scaled}
+            for told in display.changes(record.params, kept):
+                text = f"note: --warm-start {sweep}: trial {record.key.number}: {told}, the nearest in this space"
+                console.print(text, style="yellow", soft_wrap=True)
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from tune_topkd.cli import running
+from tune_topkd.cli.terminal import Console
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import PairConfig
 from tune_topkd.config import dump_config

@@ -110,8 +110,7 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
         text = content.decode("utf-8") if len(content) <= MOST_BYTES else ""
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        known = _known_spaces() if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(str(path), [Problem(key="", rule=f"cannot be read: {reason}{known}")]) from error
+        raise ConfigError(str(path), [Problem(key="", rule=f"cannot be read: {reason}")]) from error
     if len(content) > MOST_BYTES:
         raise ConfigError(str(path), [Problem(key="", rule=f"is no config: it has more than {MOST_BYTES:,} bytes")])
     try:
@@ -271,11 +270,6 @@ def _leaves(raw: Mapping[str, Any], parent: str = "") -> Iterator[str]:
             yield from _leaves(value, f"{parent}{name}.")
         elif value is not None or parent not in _TAKE_AWAY:
             yield f"{parent}{name}"
-
-
-def _known_spaces() -> str:
-    known = sorted(p.name for p in Path("search_spaces").glob("*.yaml"))
-    return f"; known in search_spaces/: {', '.join(known)}" if known else ""
 
 
 def _apply(raw: dict[str, Any], override: Override, source: str) -> None:

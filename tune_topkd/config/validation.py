@@ -1,11 +1,13 @@
 """From plain data to the models, or to one `ConfigError` with every problem found."""
 
 import re
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 from typing import TypeVar
 from typing import get_args
+from typing import get_origin
 
 from pydantic import BaseModel
 from pydantic import ValidationError
@@ -91,7 +93,11 @@ def _problem(key: str, same: Sequence[ErrorDetails], root: type[BaseModel]) -> P
     details = next((d for d in same if d["type"] == "finite_number"), same[0])
     loc, kind, value = details["loc"], details["type"], details["input"]
     if kind == "extra_forbidden":
-        return Problem(key=key, rule=f"unknown key; {unknown_choice(str(loc[-1]), _fields_at(root, loc[:-1]))}")
+        near = [f"{known!r}" for known in sorted(_keys_ending_in(root, str(loc[-1])), key=_depth)]
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        choices = _fields_at(root, loc[:-1])
+        rule = f"{hint}known: {', '.join(sorted(choices))}" if near else unknown_choice(str(loc[-1]), choices)
+        return Problem(key=key, rule=f"unknown key; {rule}")
     if kind == "missing":
         return Problem(key=key, rule="is required but missing")
     if kind == "literal_error":
@@ -107,6 +113,21 @@ def _problem(key: str, same: Sequence[ErrorDetails], root: type[BaseModel]) -> P
         rule = re.sub(r"^(Value error|Assertion failed), ", "", details["msg"])
         rule = re.sub(r"^(Input|List|Dictionary) should", "must", rule)
     return Problem(key=key, rule=rule, value=value, has_value=not isinstance(value, dict | BaseModel))
+
+
+def _depth(key: str) -> int:
+    return key.count(".")
+
+
+def _keys_ending_in(model: type[BaseModel], name: str, parent: str = "") -> Iterator[str]:
+    """The dotted keys of a model's sections whose last part is this name."""
+    for field, info in model.model_fields.items():
+        if field == name:
+            yield f"{parent}{field}"
+        below = f"{parent}{field}.NAME." if get_origin(info.annotation) is dict else f"{parent}{field}."
+        for inner in (info.annotation, *get_args(info.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _keys_ending_in(inner, name, below)
 
 
 def _fields_at(root: type[BaseModel], loc: Sequence[object]) -> list[str]:

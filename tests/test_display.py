@@ -1,0 +1,360 @@
+"""The live display and the tables, on a real pty and on pipes, from a ledger; and, slow, from a real sweep."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import formulas
+import ptys
+import pytest
+
+from tune_topkd.cli import display
+from tune_topkd.cli.display import ProgressDisplay
+from tune_topkd.cli.remaining import Pace
+from tune_topkd.cli.terminal import Console
+from tune_topkd.cli.terminal import Terminal
+from tune_topkd.trials import SEARCH
+from tune_topkd.trials import Event
+from tune_topkd.trials import Ledger
+from tune_topkd.trials import SweepState
+from tune_topkd.trials import TrialKey
+
+ROOT = Path(__file__).parents[1]
+SIZES = [(80, 24), (160, 50)]
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """A ledger of a sweep of 60 trials that has begun."""
+    header = {"sweep": "s", "id": "i", "seed": 0, "trials": 60, "digest": "d", "first": []}
+    with Ledger.create(tmp_path / "ledger.jsonl", **header) as ledger:
+        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 60}))
+        yield ledger
+
+
+@pytest.fixture
+def pty(request, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    pty = ptys.Pty(*getattr(request, "param", SIZES[0]))
+    yield pty
+    pty.close()
+
+
+def suggest(number, arm=SEARCH):
+    return "suggest", {"arm": arm, "number": number, "proposal": {}, "params": dict(formulas.DEFAULTS)}
+
+
+def start(number):
+    return "start", {"arm": SEARCH, "number": number, "attempt": 1}
+
+
+def report(number, epoch):
+    metrics = {"val_top1": 50.0 + number}
+    return "report", {"arm": SEARCH, "number": number, "epoch": epoch, "metrics": metrics, "decision": "continue"}
+
+
+def failed(number, error):
+    end = {"status": "failed", "reason": "error", "error": error, "epoch": 2, "value": None}
+    return "end", {"arm": SEARCH, "number": number, **end}
+
+
+def shown_on(descriptor, ledger, config=None, seen=None):
+    console = Console(Terminal(descriptor))
+    return ProgressDisplay(
+        config or formulas.sweep_config(sweep={"trials": 60}),
+        ledger.path,
+        ledger.state.last_seq if seen is None else seen,
+        console,
+    ), console
+
+
+# --- on a terminal ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pty", SIZES, indirect=True)
+def test_a_terminal_shows_the_bar_the_running_trials_and_the_time_left_and_then_nothing(ledger, pty):
+    shown, console = shown_on(pty.slave, ledger)
+    pty.wait_for(lambda lines: lines[-1].startswith("starting Ray"))
+    for number in range(40):
+        ledger.append(suggest(number), start(number))
+    for epoch in (1, 2):
+        ledger.append(*(report(number, epoch) for number in range(40)))
+        time.sleep(0.01)
+    ledger.append(failed(0, "no [/mnt/x]"))
+    shown.notify(None)
+    lines = pty.wait_for(lambda lines: "1/60" in lines[-1] or "1/64" in lines[-1])
+    columns, rows = pty.screen.columns, pty.screen.lines
+    assert len(lines) < rows
+    assert lines[0] == "1 failed  39 running"
+    assert lines[1].startswith("  0001  epoch 2/9  val_top1 51.00 %  k=5 scale_top=2")
+    assert max(map(len, lines)) == columns - 1, "the whole width is used but for a column"
+    assert lines[-1].startswith(("trials ━", "trials ╸"))
+    assert lines[-1].endswith(" left")
+    at_work = sum("epoch 2/9" in line for line in lines)
+    assert at_work == 39 or f"  and {39 - at_work} more" in lines
+    shown.close()
+    console.print("the end")
+    pty.wait_for(lambda lines: lines == ["the end", ""])
+    console.terminal.close()
+
+
+def test_the_display_follows_the_size_of_its_terminal(ledger, pty):
+    shown, console = shown_on(pty.slave, ledger)
+    ledger.append(suggest(0), start(0))
+    pty.wait_for(lambda lines: lines[-1].startswith("trials") and len(lines[-1]) == 79)
+    for columns, lines in ((50, 20), (120, 40)):
+        pty.resize(columns, lines)
+        shown_lines = pty.wait_for(lambda lines, columns=columns: len(lines[-1]) == columns - 1)
+        assert len(shown_lines) == 3, "nothing of the former size is left"
+    shown.close()
+    console.terminal.close()
+
+
+# --- elsewhere ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipe():
+    reading, writing = os.pipe()
+    yield reading, writing
+    os.close(writing)
+
+
+def read_all(descriptor):
+    with os.fdopen(descriptor, "rb") as stream:
+        return stream.read().decode()
+
+
+def test_a_pipe_gets_a_line_per_trial_that_ends_from_now_on_with_texts_as_they_are(ledger, pipe):
+    reading, writing = pipe
+    ledger.append(suggest(0), failed(0, "of an earlier driver"))
+    shown, console = shown_on(writing, ledger)
+    ledger.append(suggest(1), start(1), report(1, 1), failed(1, "OSError: [/mnt/x] [bold]gone"))
+    shown.notify(None)
+    shown.close()
+    console.terminal.close()
+    os.set_blocking(reading, False)
+    told = os.read(reading, 65536).decode()
+    assert told.startswith("[2/64] trial 0001 failed at epoch 1: OSError: [/mnt/x] [bold]gone  k=5 scale_top=2")
+    assert told.count("\n") == 1
+    os.close(reading)
+
+
+def test_a_reader_that_is_asleep_does_not_slow_the_sweep_and_misses_nothing(ledger, pipe):
+    reading, writing = pipe
+    shown, console = shown_on(writing, ledger)
+    began = time.monotonic()
+    for number in range(60):
+        ledger.append(suggest(number), failed(number, "x" * 2000))
+        shown.notify(None)
+    assert time.monotonic() - began < 60, "it would wait for ever"
+    found = []
+    os.set_blocking(reading, True)
+
+    def read():
+        while not found or b"[60/64]" not in found[-1]:
+            found.append(os.read(reading, 1 << 20))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    shown.close()
+    console.terminal.close()
+    reader.join(60)
+    assert b"".join(found).count(b"failed at epoch") == 60
+    os.close(reading)
+
+
+def test_a_display_that_raises_anything_is_named_in_the_log_and_ends_nothing(ledger, pipe, caplog, monkeypatch):
+    reading, writing = pipe
+    shown, console = shown_on(writing, ledger)
+    monkeypatch.setattr(Console, "print", lambda *_, **__: sys.exit(1))
+    ledger.append(suggest(0), failed(0, "x"))
+    shown.notify(None)
+    shown._thread.join(60)
+    ledger.append(suggest(1))
+    shown.notify(None)
+    shown.close()
+    console.terminal.close()
+    assert "the display has failed; the sweep goes on without it" in caplog.text
+    os.close(reading)
+
+
+# --- the time left ------------------------------------------------------------------------------------------------
+
+
+class Simulated:
+    """A sweep whose trials take `seconds` per epoch, `slots` at once, after `start` seconds; the stopped ones by number."""
+
+    def __init__(self, config, slots, seconds, start, stopped_at):
+        self.config, self.state, self.pace = config, SweepState(), Pace()
+        self.now = 0.0
+        self._seq = 0
+        self._left, self._at = [], []
+        self._slots, self._seconds, self._start, self._stopped_at = slots, seconds, start, stopped_at
+
+    def run(self):
+        """The estimates as (time, seconds left), after each report; then how long it took."""
+        trials = self.config.sweep.trials
+        self._apply("sweep", version=2, sweep="s", id="i", seed=0, trials=trials, digest="d")
+        self._apply("driver", host="h", pid=1, trials=trials)
+        waiting = [(SEARCH, n, self._stopped_at(n)) for n in range(trials)]
+        waiting += [(m, n, self.config.recipe.epochs) for m in ("ce", "kd") for n in range(2)]
+        self.now = self._start
+        at_work, estimates = [], []
+        while waiting or at_work:
+            while waiting and len(at_work) < self._slots:
+                arm, number, last = waiting.pop(0)
+                self._apply("suggest", arm=arm, number=number, proposal={}, params={})
+                self._apply("start", arm=arm, number=number, attempt=1)
+                at_work.append([self.now + self._seconds * (1 + 0.3 * len(at_work)), arm, number, 1, last])
+            at_work.sort()
+            self.now, arm, number, epoch, last = at_work[0]
+            metrics = {"val_top1": 1.0}
+            self._apply("report", arm=arm, number=number, epoch=epoch, metrics=metrics, decision="continue")
+            self.pace.reported(TrialKey(arm, number), self.now)
+            if epoch == last:
+                end = {"status": "pruned", "reason": "asha", "epoch": epoch, "value": 1.0}
+                self._apply("end", arm=arm, number=number, **end)
+                at_work.pop(0)
+            else:
+                at_work[0] = [self.now + self._seconds, arm, number, epoch + 1, last]
+            estimates.append((self.now, self.pace.seconds_left(self.config, self.state, self.now)))
+        return estimates, self.now
+
+    def _apply(self, name, **data):
+        self.state.apply(Event(self._seq, self.now, name, data))
+        self._seq += 1
+
+
+@pytest.mark.parametrize("slots", [1, 2, 7])
+@pytest.mark.parametrize("start", [0.0, 500.0])
+@pytest.mark.parametrize("asha", [None, {"grace_epochs": 1, "reduction_factor": 3}])
+def test_the_time_left_counts_what_is_to_come_and_no_start(slots, start, asha):
+    config = formulas.sweep_config(sweep={"trials": 30, "asha": asha}, baselines={"trials": 2})
+
+    def stopped_at(number):  # a third goes on at each rung
+        return 9 if asha is None or number % 9 == 8 else 3 if number % 3 == 2 else 1
+
+    estimates, end = Simulated(config, slots, 10.0, start, stopped_at).run()
+    assert estimates[0][1] is None, "one report gives no pace"
+    for share, tolerance in ((0.25, 0.35), (0.5, 0.3), (0.75, 0.3)):
+        at, left = min(estimates, key=lambda e: abs(e[0] - start - share * (end - start)))
+        assert left == pytest.approx(end - at, rel=tolerance), (share, left, end - at)
+    assert estimates[-1][1] == 0.0
+
+
+def test_the_time_left_is_never_more_than_the_time_budget(ledger, pipe):
+    config = formulas.sweep_config(sweep={"trials": 60, "time_budget": 30.0})
+    shown, console = shown_on(pipe[1], ledger, config)
+    assert shown._time_left() in ("about 30 s left", "about 29 s left", "about 28 s left")
+    shown.close()
+    console.terminal.close()
+    os.close(pipe[0])
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------
+
+
+def answered(best, **bases):
+    """The state of a finished sweep with these values at the full budget."""
+    state = SweepState()
+    events = [("sweep", {"version": 2, "sweep": "s", "id": "i", "seed": 0, "trials": 1, "digest": "d"})]
+    for arm, value in {SEARCH: best, **bases}.items():
+        key = {"arm": arm, "number": 0}
+        end = {"status": "completed", "reason": "budget", "epoch": 9, "value": value}
+        params = dict(formulas.DEFAULTS) if arm == SEARCH else {"lr": 0.1}
+        events += [("suggest", {**key, "proposal": {}, "params": params}), ("end", {**key, **end})]
+    for seq, (name, data) in enumerate([*events, ("stop", {"reason": "finished", "error": ""})]):
+        state.apply(Event(seq, 0.0, name, data))
+    return state
+
+
+def test_a_gain_is_told_in_images_and_does_not_count_when_it_is_one_of_them():
+    config, state = formulas.sweep_config(), answered(77.78, ce=66.67, kd=44.44)
+    of_nine, of_many = display.gains(config, state, 9), display.gains(config, state, 900)
+    assert of_nine[0].sentence == "+11.11 points over cross-entropy (66.67 %, lr 0.1): +1 of 9 validation images"
+    assert [gain.counts for gain in (*of_nine, *of_many)] == [False, True, True, True]
+    assert display.advice(config, state) == ""
+
+
+def test_an_answer_that_loses_comes_with_what_to_do():
+    told = display.advice(formulas.sweep_config(), answered(80.0, ce=70.0, kd=80.0))
+    assert told.startswith("KD, T = 4 does as well without topkd: try more trials")
+
+
+def test_the_table_of_several_sweeps_tells_them_apart():
+    config = formulas.sweep_config(description="a [small] student")
+    console = Console(quiet=False)
+    with console.capture() as captured:
+        console.print(display.summary_table([(config, answered(80.0)), (config, answered(81.0))]))
+    assert captured.get().count("s: a [small] student") == 2
+
+
+# --- a real sweep -------------------------------------------------------------------------------------------------
+
+SPACE = """
+data: {name: digits, val_fraction: 0.25, test_fraction: 0.25}
+teacher: {name: digits_cnn, recipe: {epochs: 2, lr: 0.1}}
+student: digits_cnn_tiny
+recipe: {epochs: 25, batch_size: 64}
+space: {k: {low: 1, high: 4}, lr: {low: 0.01, high: 0.5, log: true}}
+sweep: {trials: 6, startup_trials: 3, asha: {grace_epochs: 5, reduction_factor: 2}}
+baselines: {trials: 1}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty):
+    (tmp_path / "small.yaml").write_text(SPACE)
+    command = [sys.executable, ROOT / "launch.py", "run", "small.yaml", "--runs-dir", "my runs"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=pty.slave, stderr=pty.slave, start_new_session=True)
+    seen = []
+
+    def appears(*words):
+        def holds(lines):
+            seen.append("\n".join(lines))
+            assert process.poll() is None, seen[-1]
+            return all(any(word in line for line in lines) for word in words)
+
+        return pty.wait_for(holds, seconds=200)
+
+    appears("teacher digits_cnn")
+    appears("starting Ray")
+    appears("epoch ", "val_top1", "━", "/8", "about ", " left")
+    pty.resize(160, 50)
+    lines = appears("running", "━", " left")
+    pty.wait_for(lambda lines: any(len(line) == 159 for line in lines))
+    assert lines[0].startswith("sweep small: ")
+    assert process.wait(200) == 0
+    lines = pty.wait_for(lambda lines: any(line.startswith("next: ") for line in lines))
+    screen = "\n".join(lines)
+    assert sum("━" in line for line in lines) <= 4, "only the table's rules are left"
+    assert "export small --format python --runs-dir '" in screen
+    assert f"{tmp_path}/my runs'" in screen.replace("\n", "")
+    assert not [w for w in ("Configuration for experiment", "raylet", "Traceback", "Warning") if w in pty.written]
+    assert pty.screen.unknown == []
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("reader", ["head -3", "sleep 1000"])
+def test_a_real_sweep_whose_reader_is_gone_or_asleep_ends_as_ever(tmp_path, reader):
+    (tmp_path / "small.yaml").write_text(SPACE.replace("trials: 6", "trials: 3").replace("trials: 1}", "trials: 1}"))
+    command = f'"{sys.executable}" "{ROOT}/launch.py" run small.yaml --runs-dir runs; echo $? > code'
+    process = subprocess.Popen(["sh", "-c", f"({command}) 2>&1 | {reader}"], cwd=tmp_path, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "code").exists() or not (tmp_path / "code").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / "code").read_text() == "0\n"
+    last = (tmp_path / "runs" / "small" / "ledger.jsonl").read_text().splitlines()[-1]
+    assert '"event":"stop","reason":"finished"' in last

@@ -1,0 +1,51 @@
+"""How this program was called, so that the commands it prints can be pasted where the user is."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+RUNS_DIR_VARIABLE = "TUNE_TOPKD_RUNS_DIR"
+MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
+RAY_VARIABLE = "RAY_ADDRESS"
+DEFAULT_RUNS = "runs"
+
+
+def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address: str | None = None) -> str:
+    """A command line of this program.
+
+    Args:
+        words: the command and its arguments.
+        runs: where the runs lie; stands in the command if it would be elsewhere without.
+        mlflow_uri: MLflow's, if it is not the default of these runs; one with a password is left out.
+        address: the Ray cluster, if it is not a private one; the environment may name it.
+    """
+    options = [] if runs is None or runs == _default_runs() else ["--runs-dir", str(runs)]
+    if mlflow_uri and mlflow_uri != os.environ.get(MLFLOW_VARIABLE) and not _has_secret(mlflow_uri):
+        options += ["--mlflow-uri", mlflow_uri]
+    if address is not None and address != os.environ.get(RAY_VARIABLE):
+        options += ["--address", address]
+    return shlex.join([*_program(), *words, *options])
+
+
+def _program() -> Sequence[str]:
+    script = sys.argv[0]
+    if Path(script).name == "__main__.py":
+        return sys.orig_argv[0], "-m", "tune_topkd"
+    if Path(script).suffix == ".py":
+        return sys.orig_argv[0], script
+    found = shutil.which(Path(script).name)
+    is_on_path = found is not None and Path(script).exists() and os.path.samefile(found, script)
+    return (Path(script).name,) if is_on_path else (script,)
+
+
+def _default_runs() -> Path:
+    return Path(os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS).expanduser().absolute()
+
+
+def _has_secret(uri: str) -> bool:
+    from tune_topkd.tracking import masked
+
+    return masked(uri) != uri

@@ -1,0 +1,99 @@
+"""How long a sweep will still take, by what its ledger tells of the time since this driver began."""
+
+from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import AshaConfig
+from tune_topkd.config import SweepConfig
+from tune_topkd.trials import SEARCH
+from tune_topkd.trials import SweepState
+from tune_topkd.trials import TrialKey
+from tune_topkd.trials import TrialRecord
+
+_WEIGHT_OF_THE_EXPECTED = 4
+"""Of how many ended trials what ASHA is expected to do counts as much: those that end first are the short ones."""
+
+
+class Pace:
+    """The epochs that a driver's trials report, and when: from the first on, so that no start of anything counts.
+
+    Nothing is added up but these: trials at once, what workers, evaluation and checkpoints cost, all is in the pace.
+    """
+
+    def __init__(self) -> None:
+        self._first = self._last = 0.0
+        self._epochs = 0
+        self._reported: dict[TrialKey, float] = {}
+        self._between = (0.0, 0)
+        """The seconds between the reports of one trial, added up, and how many there were."""
+
+    def reported(self, key: TrialKey, at: float) -> None:
+        """A trial has reported an epoch, at this time."""
+        if not self._epochs:
+            self._first = self._last = at
+        self._last = max(at, self._last)
+        self._epochs += 1
+        if key in self._reported:
+            seconds, count = self._between
+            self._between = seconds + max(at - self._reported[key], 0.0), count + 1
+        self._reported[key] = at
+
+    def seconds_left(self, config: SweepConfig, state: SweepState, now: float) -> float | None:
+        """Seconds from now on; none as long as there is nothing to go by."""
+        counted, seconds = self._epochs - 1, self._last - self._first
+        if counted < 1 or seconds <= 0:
+            return None
+        ahead = epochs_ahead(config, state)
+        of_one = self._between[0] / max(self._between[1], 1)  # seconds per epoch of a trial beside the others
+        longest = max((left_of(record, config, state) for record in state.running()), default=0.0)
+        since = min(max(now - self._last, 0.0), seconds / counted)  # the next report is on its way
+        return max(max(sum(ahead) * seconds / counted, longest * of_one) - since, 0.0)
+
+
+def epochs_ahead(config: SweepConfig, state: SweepState) -> list[float]:
+    """The epochs that each trial without an end is expected to need: those at work, and those to come."""
+    at_work = [left_of(record, config, state) for record in state.running()]
+    to_come = max(state.target - len(state.arm(SEARCH)), 0)
+    baselines = baseline_total(config) - sum(key.arm != SEARCH for key in state.trials)
+    return at_work + [mean_epochs(config, state)] * to_come + [float(config.recipe.epochs)] * max(baselines, 0)
+
+
+def left_of(record: TrialRecord, config: SweepConfig, state: SweepState) -> float:
+    """The epochs that a trial at work is expected to need still: what is beyond the mean goes to the end."""
+    mean = mean_epochs(config, state) if record.key.arm == SEARCH else config.recipe.epochs
+    return (mean if record.epoch < mean else config.recipe.epochs) - record.epoch
+
+
+def mean_epochs(config: SweepConfig, state: SweepState) -> float:
+    """The epochs of a mean trial of the search: as ASHA is expected to stop them, and more and more as it has."""
+    if config.sweep.asha is None:
+        return float(config.recipe.epochs)
+    ended = [record.epoch for record in state.arm(SEARCH) if record.status.is_end]
+    expected = expected_epochs(config.sweep.asha, config.recipe.epochs)
+    return (_WEIGHT_OF_THE_EXPECTED * expected + sum(ended)) / (_WEIGHT_OF_THE_EXPECTED + len(ended))
+
+
+def expected_epochs(asha: AshaConfig, epochs: int) -> float:
+    """Epochs of a mean trial if each rung lets its share of them on."""
+    rung, expected, share, before = asha.grace_epochs, 0.0, 1.0, 0
+    while rung < epochs:
+        expected, before = expected + share * (rung - before), rung
+        share, rung = share / asha.reduction_factor, rung * asha.reduction_factor
+    return expected + share * (epochs - before)
+
+
+def baseline_total(config: SweepConfig) -> int:
+    """How many baseline trials a sweep has."""
+    if config.baselines is None:
+        return 0
+    searched = any(name in RECIPE_PARAMETERS for name in config.space)
+    return len(config.baselines.methods) * (config.baselines.trials if searched else 1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.0f} days"
