@@ -19,6 +19,9 @@ from test_tracking import config
 from test_tracking import drive
 from test_tracking import everything
 from test_tracking import pytestmark as _mlflow_warnings
+from test_tracking import runs
+from test_tracking_shown import check_odd
+from test_tracking_shown import odd_ledger
 
 from tune_topkd.sweep import Search
 from tune_topkd.tracking import MlflowTracker
@@ -197,6 +200,18 @@ def test_a_database_that_is_killed_and_comes_back_misses_nothing(ledger, postgre
     assert tracker.is_caught_up, tracker.trouble
     catch_up(ledger.path, other)
     assert everything(direct) == everything(other)
+
+
+@pytest.mark.postgres
+def test_no_odd_text_or_number_holds_up_the_rest_in_postgresql(tmp_path, postgres):
+    """It takes no NUL and no half of a character."""
+    name = f"odd_{next(_NUMBERS)}"
+    postgres.copy("empty", name)
+    ledger = odd_ledger(tmp_path)
+    for _ in range(2):
+        catch_up(ledger, postgres.uri(name))
+        assert disagreements(ledger, postgres.uri(name)) == []
+    check_odd(runs(postgres.uri(name)))
 
 
 LOCK = """

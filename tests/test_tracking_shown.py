@@ -211,36 +211,50 @@ def test_what_is_shown_is_audited_and_not_the_rows_alone(ledger, new_store):
 ODD_TEXTS = ["half \udc80 a character", "a \0 NUL", "x" * 20_000, "é 🚀 \n\t\x1b[31m", ""]
 
 
-@pytest.mark.parametrize("where", ["memory", "sqlite"])
-def test_no_odd_text_or_number_holds_up_the_rest(tmp_path, new_store, monkeypatch, where, caplog):
-    uri, store = new_store("mlflow.db"), MemoryMlflow()
-    if where == "memory":
-        for module in (following, comparing):
-            monkeypatch.setattr(module, "client_of", lambda uri: store)
-    metrics = {"val_top1": 50.0, "acc@1": 1.0, "a/../b": 2.0, "": 3.0, "n" * 300: 4.0, "\udcff": 5.0, "inf": math.inf}
-    params = {"k": 10**40, "odd@name": "\udc80", "long": "y" * 7000, "none": "a\0b", "lr": 0.1}
-    with begin(tmp_path) as ledger:
+ODD_METRICS = {"val_top1": 50.0, "acc@1": 1.0, "a/../b": 2.0, "": 3.0, "n" * 300: 4.0, "\udcff": 5.0, "inf": math.inf}
+ODD_PARAMS = {"k": 10**40, "odd@name": "\udc80", "long": "y" * 7000, "none": "a\0b", "lr": 0.1, "tiny": 5e-324}
+
+
+def odd_ledger(folder):
+    """Trials that end on each of the odd texts; then one as it should be."""
+    with begin(folder) as ledger:
         for number, text in enumerate(ODD_TEXTS):
-            ledger.append(suggest(SEARCH, number, **params), report(SEARCH, number, 1, metrics))
+            ledger.append(
+                suggest(SEARCH, number, **ODD_PARAMS), report(SEARCH, number, 1, ODD_METRICS | {"tiny": 5e-324})
+            )
             ledger.append(end(SEARCH, number, None, "failed", error=text))
-        ledger.append(suggest("kd", 0, k=10**400, lr=0.5), report("kd", 0, 1, metrics), end("kd", 0, 70.0))
-        ledger.append(suggest(SEARCH, 5), report(SEARCH, 5, 1, metrics), end(SEARCH, 5, 50.0))
-    catch_up(ledger.path, uri)
-    assert disagreements(ledger.path, uri) == []
-    if where == "memory":
-        found = store.search_runs(["1"], "", max_results=9, page_token=None)
-        found = {run.data.tags.get("trial_number"): run for run in found}
-    else:
-        found = runs(uri)
+        ledger.append(suggest("kd", 0, k=10**400, lr=0.5), report("kd", 0, 1, ODD_METRICS), end("kd", 0, 70.0))
+        ledger.append(suggest(SEARCH, 5), report(SEARCH, 5, 1, ODD_METRICS), end(SEARCH, 5, 50.0))
+    return ledger.path
+
+
+def check_odd(found):
+    """Every run is there, with all that a database can hold of it."""
     assert [found[str(number)].info.status for number in range(6)] == ["FAILED"] * 5 + ["FINISHED"]
     errors = [found[str(number)].data.tags.get("error") for number in range(5)]
     assert errors[:2] == [r"half \udc80 a character", r"a \x00 NUL"]
     assert errors[2].endswith(" … (20000 characters)")
     assert errors[3:] == [ODD_TEXTS[3], None]
     assert found["0"].data.params["k"] == str(10**40)
-    assert len(found["0"].data.metrics) == 6
+    assert len(found["0"].data.metrics) == 7
     assert found[None].data.metrics["baseline_kd_val_top1"] == 70.0
     assert found[None].data.metrics["baseline_kd_lr"] == 0.5
+
+
+@pytest.mark.parametrize("where", ["memory", "sqlite"])
+def test_no_odd_text_or_number_holds_up_the_rest(tmp_path, new_store, monkeypatch, where, caplog):
+    uri, store = new_store("mlflow.db"), MemoryMlflow()
+    if where == "memory":
+        for module in (following, comparing):
+            monkeypatch.setattr(module, "client_of", lambda uri: store)
+    ledger = odd_ledger(tmp_path)
+    catch_up(ledger, uri)
+    assert disagreements(ledger, uri) == []
+    if where == "memory":
+        found = store.search_runs(["1"], "", max_results=9, page_token=None)
+        check_odd({run.data.tags.get("trial_number"): run for run in found})
+    else:
+        check_odd(runs(uri))
     for words in ("'acc@1' is called 'acc_1_", "'long' is not quite the ledger's"):
         assert caplog.text.count(words) == 1, "said once, and not for each trial"
 

@@ -172,6 +172,15 @@ def test_where_to_look_is_no_command_where_a_server_has_the_pages(uri, shown):
     assert ui_command(uri) == shown
 
 
+def test_the_page_of_an_older_version_s_experiment_opens_on_the_runs_too(uri, monkeypatch):
+    for name, tags in (("tune_topkd", {"mlflow.experimentKind": "custom_model_development"}), ("the user's own", {})):
+        experiment = client(uri).create_experiment(name)
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", name)
+        assert store.experiment_id(client(uri), uri) == experiment
+        found = client(uri).get_experiment(experiment).tags
+        assert {key: text for key, text in found.items() if "Kind" in key} == tags
+
+
 def test_the_page_opens_on_the_runs_and_the_sweep_says_what_it_is(ledger, uri):
     """MLflow's page opens on traces where an experiment does not say that models are trained in it."""
     drive(Search(config(), ledger), ends=3)

@@ -54,6 +54,7 @@ class Client(Protocol):
     def search_experiments(self, *, max_results: int) -> Any: ...  # noqa: D102
     def get_experiment_by_name(self, name: str) -> Any: ...  # noqa: D102
     def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str: ...  # noqa: D102
+    def set_experiment_tag(self, experiment_id: str, key: str, value: Any) -> None: ...  # noqa: D102
     def search_runs(  # noqa: D102
         self, experiment_ids: list[str], filter_string: str, *, max_results: int, page_token: Any
     ) -> Any: ...
@@ -209,10 +210,11 @@ def experiment_id(client: Client, uri: str) -> str:
     Raises:
         TrackingError: it was deleted, or cannot have this name.
     """
-    experiment = find_experiment(client, uri)
+    experiment, name = find_experiment(client, uri), experiment_name()
     if experiment is not None:
+        if name == EXPERIMENT and KIND_TAG not in experiment.tags:  # made by an earlier version
+            client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
         return str(experiment.experiment_id)
-    name = experiment_name()
     if uri.startswith("databricks") and not name.startswith("/"):
         rule = f"there is no experiment {name!r}, and Databricks takes absolute paths as names only"
         raise TrackingError(f"{rule}: set MLFLOW_EXPERIMENT_NAME=/Users/<you>/{name}")
