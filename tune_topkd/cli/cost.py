@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from tune_topkd.cli.display import baseline_total
 from tune_topkd.cli.display import duration
-from tune_topkd.cli.preflight import loss_defaults
+from tune_topkd.cli.preflight import usable_parameters
 from tune_topkd.cli.remaining import expected_epochs
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
@@ -117,8 +117,9 @@ def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:
     student = build_configured(config.student, num_classes=info.num_classes)
     if config.student.linear_probe:
         freeze_backbone(student)
-    fixed = {name: value for name, value in config.loss.items() if name not in config.space}
-    loss = build_loss(config.method, loss_defaults(config) | fixed)
+    parameters = usable_parameters(config)
+    assert parameters is not None, "the config has been checked"
+    loss = build_loss(config.method, parameters)
     images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch) % info.num_classes
     taught = torch.randn(batch, info.num_classes)
     cpus = config.sweep.cpus_per_trial

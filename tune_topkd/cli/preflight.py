@@ -3,8 +3,10 @@
 `config` checks what a YAML says by itself; here it meets the rooms it names. All problems are reported at once.
 """
 
+import contextlib
 import difflib
 import errno
+import functools
 import importlib.util
 import itertools
 import math
@@ -18,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
+
 from tune_topkd import machine
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
-from tune_topkd.config import ModelConfig
 from tune_topkd.config import Override
 from tune_topkd.config import PairConfig
 from tune_topkd.config import ParameterRange
@@ -64,10 +67,11 @@ def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
     """
     path = _space_path(source)
     config = _with_absolute_paths(load_config(path, overrides))
-    if problems := [*_problems(config), *_idle_problems(config)]:
+    notes: list[str] = []
+    if problems := [*_problems(config, notes), *_idle_problems(config)]:
         raise ConfigError(str(path), problems)
     is_reviewed = not overrides and path.resolve().parent == _space_folders()[1]
-    return Checked(config, str(path), tuple(_warnings(config)), is_reviewed)
+    return Checked(config, str(path), (*_warnings(config), *notes), is_reviewed)
 
 
 def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
@@ -173,10 +177,44 @@ def check_mlflow_uri(uri: str) -> None:
 
 
 def loss_defaults(config: PairConfig) -> dict[str, Scalar]:
-    """The defaults of the method's loss."""
+    """The defaults of the method's loss that a tuned config can hold, numbers of numpy's and torch's as Python's own."""
     from tune_topkd.loss import loss_parameters
 
-    return {name: value for name, value in loss_parameters(config.method).items() if isinstance(value, Scalar)}
+    defaults = ((name, _plain(value)) for name, value in loss_parameters(config.method).items())
+    return {name: value for name, value in defaults if value is not None and _can_be_kept(value)}
+
+
+def _plain(value: object) -> Scalar | None:
+    """A default as a config can say it; None if it cannot."""
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0:
+        value = item()
+    return value if isinstance(value, Scalar) and type(value) in (bool, int, float, str) else None
+
+
+@functools.lru_cache(maxsize=256)  # asked at each corner of a space
+def _can_be_kept(value: Scalar) -> bool:
+    """Whether a value is the same after it was written to a YAML and read again."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    try:
+        text = yaml.safe_dump({"value": value}, allow_unicode=True).encode()
+        return bool(yaml.safe_load(text)["value"] == value)
+    except (yaml.YAMLError, ValueError):  # text that no file can hold, a number of too many digits
+        return False
+
+
+def usable_parameters(config: PairConfig) -> dict[str, Scalar] | None:
+    """Parameters of the loss that a training of this config may have: the defaults, or else a corner of the space."""
+    num_classes, fixed = _num_classes(config), loss_defaults(config) | config.loss
+    if not _refusal(config, {}, num_classes):
+        return fixed
+    if isinstance(config, SweepConfig):
+        with contextlib.suppress(ValueError):  # a conditional range that is empty: another's to tell
+            for corner in itertools.islice(Space.of(config).corners(), CORNERS_CHECKED):
+                if not _refusal(config, corner, num_classes):
+                    return fixed | {n: v for n, v in corner.items() if n not in RECIPE_PARAMETERS}
+    return None
 
 
 def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
@@ -229,8 +267,9 @@ def _problem(key: str, rule: str, *value: object) -> Problem:
     return Problem(key=key, rule=rule, value=value[0] if value else None, has_value=bool(value))
 
 
-def _problems(config: SweepConfig) -> Iterator[Problem]:
-    problems = list(_pair_problems(config))
+def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[Problem]:
+    """Every problem of a sweep's config; what is only worth saying is added to the notes."""
+    problems = list(_pair_problems(config, notes))
     yield from problems
     if problems:
         return
@@ -247,21 +286,25 @@ def _idle_problems(config: SweepConfig) -> Iterator[Problem]:
         yield _problem("sweep.gpus_per_trial", rule, gpus)
 
 
-def _pair_problems(config: PairConfig) -> Iterator[Problem]:
+def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:
     yield from _missing_packages(config)
+    from tune_topkd.cli.fitting import try_on
+    from tune_topkd.data import dataset_info
     from tune_topkd.data import dataset_names
 
     if config.data.name not in dataset_names():
         yield _problem("data.name", unknown_choice(config.data.name, dataset_names()), config.data.name)
         return
     try:
-        num_classes = _num_classes(config)
+        info = dataset_info(config.data)
     except ValueError as error:
         yield _problem("data", str(error))
         return
-    yield from _model_problems(config, num_classes)
-    yield from _checkpoint_problems(config)
-    yield from _loss_problems(config)
+    of_loss = list(_loss_problems(config, info.num_classes, notes))
+    found = try_on(config, info, None if of_loss else usable_parameters(config))
+    yield from [*found.problems, *of_loss]
+    if notes is not None:
+        notes += found.notes
 
 
 def _num_classes(config: PairConfig) -> int:
@@ -275,47 +318,69 @@ def _missing_packages(config: PairConfig) -> Iterator[Problem]:
         yield _problem("data.name", "needs scikit-learn: pip install 'tune_topkd[sweep]'", config.data.name)
 
 
-def _model_problems(config: PairConfig, num_classes: int) -> Iterator[Problem]:
-    from tune_topkd.models import ModelNameError
-    from tune_topkd.models import check_model
+def _loss_problems(config: PairConfig, num_classes: int, notes: list[str] | None) -> Iterator[Problem]:
+    from tune_topkd.loss import loss_parameters
 
-    models: dict[str, ModelConfig] = {"student": config.student}
-    if config.teacher is not None:
-        models = {"teacher": config.teacher.model} | models
-    for key, model in models.items():
-        try:
-            check_model(model, num_classes=num_classes)
-        except ModelNameError as error:
-            yield _problem(f"{key}.name", str(error))
-        except ValueError as error:
-            yield _problem(f"{key}.kwargs", str(error), model.kwargs)
-
-
-def _checkpoint_problems(config: PairConfig) -> Iterator[Problem]:
-    given = {"teacher": config.teacher.checkpoint if config.teacher else None, "student": config.student.checkpoint}
-    for key, checkpoint in given.items():
-        if checkpoint is not None and not Path(checkpoint).is_file():
-            yield _problem(f"{key}.checkpoint", "must be an existing file", checkpoint)
-
-
-def _loss_problems(config: PairConfig) -> Iterator[Problem]:
     try:
-        defaults = loss_defaults(config)
-    except ValueError as error:  # a callable of the user's that cannot be had
+        known = loss_parameters(config.method)
+    except (ValueError, TypeError) as error:  # a callable of the user's that cannot be had
         yield _problem("method", str(error))
         return
-    unknown = [name for name in config.loss if name not in defaults]
+    unknown = [name for name in config.loss if name not in known]
     for name in unknown:
-        rule = f"is no parameter of method {config.method}; {unknown_choice(name, defaults)}"
+        rule = f"is no parameter of method {config.method}; {unknown_choice(name, known)}"
         yield _problem(f"loss.{name}", rule)
-    if type(config) is PairConfig and not unknown and (rule := _refusal(config, {}, _num_classes(config))):
+    above = list(_k_problems(config, num_classes))
+    yield from above
+    if isinstance(config, SweepConfig):
+        yield from _default_problems(config, known, notes)
+    elif not unknown and not above and (rule := _refusal(config, {}, num_classes)):
         yield _problem("loss", rule)
 
 
+def _default_problems(config: SweepConfig, known: Mapping[str, object], notes: list[str] | None) -> Iterator[Problem]:
+    """A default that the tuned config cannot hold would be found out once the whole sweep has been run."""
+    for name, default in known.items():
+        if name in config.loss or name in config.space or default is None:
+            continue
+        value = _plain(default)
+        if value is None and notes is not None:
+            notes.append(
+                f"loss.{name} is what the code of {config.method} says: no tuned config can hold {default!r:.60}"
+            )
+        elif value is not None and not _can_be_kept(value):
+            rule = "the default cannot be kept in a tuned config: set it here to a finite number, text, true or false"
+            yield _problem(f"loss.{name}", rule, value)
+
+
+def _k_problems(config: PairConfig, num_classes: int) -> Iterator[Problem]:
+    """K where it is not searched: fixed, or the method's default."""
+    if (isinstance(config, SweepConfig) and "k" in config.space) or not _has_top_k(config):
+        return
+    k = (loss_defaults(config) | config.loss)["k"]
+    if isinstance(k, int) and k > num_classes:
+        by_default = "" if "k" in config.loss else f", the default of method {config.method}"
+        rule = f"k must be at most {num_classes}, the number of classes, but got {k}{by_default}"
+        yield _problem("loss.k", rule)
+
+
+def _has_top_k(config: PairConfig) -> bool:
+    """Whether `k` is TopKD's: a loss of the user's may call another thing so."""
+    return "topkd" in config.method.split("+")
+
+
 def _space_name_problems(config: SweepConfig) -> Iterator[Problem]:
-    defaults = loss_defaults(config)
+    from tune_topkd.loss import loss_parameters
+
+    defaults = loss_parameters(config.method)
     for name in config.space:
-        if name not in defaults and name not in RECIPE_PARAMETERS:
+        if name in defaults and name in RECIPE_PARAMETERS:
+            rule = (
+                f"is a parameter of the recipe and of method {config.method} too, and a space cannot say which: give the "
+                f"loss's another name in its code; loss.{name} and recipe.{name} can fix either"
+            )
+            yield _problem(f"space.{name}", rule)
+        elif name not in defaults and name not in RECIPE_PARAMETERS:
             known = [*defaults, *RECIPE_PARAMETERS]
             rule = f"is no parameter of method {config.method} or of the recipe; {unknown_choice(name, known)}"
             yield _problem(f"space.{name}", rule)
@@ -323,7 +388,7 @@ def _space_name_problems(config: SweepConfig) -> Iterator[Problem]:
 
 def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
     """Build the loss at every corner of the space: what a trial would be refused for is found here."""
-    k = config.space.get("k")
+    k = config.space.get("k") if _has_top_k(config) else None
     if k is not None and k.choices is None and isinstance(k.high, float | int) and k.high > num_classes:
         rule = f"must be at most {num_classes}, the number of classes of {config.data.name}"
         yield _problem("space.k.high", rule, k.high)
@@ -333,13 +398,14 @@ def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
         yield from kinds
         return
     seen: set[str] = set()
+    defaults = loss_defaults(config)
     try:
         space = Space.of(config)
         space.check()
         for number, corner in enumerate(space.corners()):
             if number >= CORNERS_CHECKED:
                 break
-            rule = _refusal(config, corner, num_classes)
+            rule = _refusal(config, corner, num_classes, defaults)
             if rule and rule not in seen:
                 seen.add(rule)
                 shown = {n: v for n, v in corner.items() if n in rule}
@@ -349,16 +415,20 @@ def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
         yield _problem(key, rule)
 
 
-def _refusal(config: PairConfig, params: Mapping[str, Scalar], num_classes: int) -> str:
+def _refusal(
+    config: PairConfig, params: Mapping[str, Scalar], num_classes: int, defaults: Mapping[str, Scalar] | None = None
+) -> str:
+    """What a training with these parameters would be refused for, if anything."""
     from tune_topkd.loss import build_loss
 
     values = config.loss | {n: v for n, v in params.items() if n not in RECIPE_PARAMETERS}
+    complete = dict(loss_defaults(config) if defaults is None else defaults) | values
     try:
-        build_loss(config.method, loss_defaults(config) | values)
+        build_loss(config.method, complete)
         RecipeConfig.model_validate(config.recipe.model_dump() | {n: params[n] for n in set(params) - set(values)})
     except ValueError as error:
         return " ".join(str(error).split())
-    k = values.get("k", 1)
+    k = complete["k"] if _has_top_k(config) else 1
     assert isinstance(k, int), "build_loss has checked it"
     return f"k must be at most {num_classes}, the number of classes, but got {k}" if k > num_classes else ""
 
@@ -399,7 +469,7 @@ def _warnings(config: SweepConfig) -> Iterator[str]:
 
     num_classes = dataset_info(config.data).num_classes
     k = config.space.get("k")
-    fixed = config.loss.get("k", loss_defaults(config).get("k"))
+    fixed = config.loss.get("k", loss_defaults(config).get("k")) if _has_top_k(config) else None
     highest = k.high if k is not None and isinstance(k.high, float | int) else fixed
     if isinstance(highest, float | int) and not isinstance(highest, bool) and 2 * highest >= num_classes:
         yield f"k up to {highest:g} of {num_classes} classes can leave no class outside the Top-K groups"

@@ -92,6 +92,11 @@ def loss_parameters(method: str) -> dict[str, object]:
             f"unknown method {method!r}; known methods: {', '.join(METHODS)}; or a callable: package.module:loss"
         )
     base = loss_parameters(base_name)
+    if taken := [name for name in base if _BASE + name in defaults(TopKDPlugin)]:
+        own = ", ".join(_BASE + name for name in taken)
+        raise ValueError(
+            f"method {method!r}: {own} is the plug-in's own: give {', '.join(taken)} of the base another name"
+        )
     return defaults(TopKDPlugin) | {_BASE + name: base[name] for name in base if name != "ce_weight"}
 
 
@@ -144,10 +149,13 @@ def _resolved(method: str) -> Callable[..., Any]:
 
 
 def _parameters_of(loss: Callable[..., Any]) -> dict[str, object]:
-    given = inspect.signature(loss).parameters.values()
+    given = list(inspect.signature(loss).parameters.values())
+    if not inspect.isclass(loss):  # logits of both and labels, whatever their defaults
+        given = given[sum(each.kind in _BY_PLACE for each in given[:3]) :]
     return {each.name: each.default for each in given if each.default is not each.empty and each.kind in _BY_NAME}
 
 
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
