@@ -61,10 +61,13 @@ def header(path):
 def needed(config, folder):
     """Overrides for the checkpoints that a space expects the user to have; the files are made."""
     overrides = []
-    given = {"teacher": config.teacher.checkpoint if config.teacher else None, "student": config.student.checkpoint}
-    for key, checkpoint in given.items():
+    given = {"student": (config.student, config.student.checkpoint)}
+    if config.teacher:
+        given["teacher"] = config.teacher.model, config.teacher.checkpoint
+    for key, (model, checkpoint) in given.items():
         if checkpoint is not None:
-            (folder / f"{key}.pt").touch()
+            network = build_configured(model, num_classes=dataset_info(config.data).num_classes)
+            save_weights(network, folder / f"{key}.pt")
             overrides.append(Override(f"{key}.checkpoint", str(folder / f"{key}.pt"), "the test"))
     return overrides
 
@@ -251,7 +254,7 @@ def test_a_parent_says_what_it_is_and_is_no_search_space(path):
 
 
 @every_space
-def test_every_space_passes_preflight(path, tmp_path):
+def test_every_space_passes_preflight_and_a_step_reaches_every_weight(path, tmp_path):
     skip_without_timm(load_config(path))
     checked = load_checked(str(path), needed(load_config(path), tmp_path))
     config = checked.config
@@ -304,30 +307,6 @@ def test_the_plug_ins_search_no_more_than_they_have():
         assert config.method == f"{base}+topkd"
         assert not {"temperature", "normalize", "contrastive_weight"} & config.space.keys()
         assert config.loss["base_beta" if base == "dkd" else "base_kd_weight"] == fixed
-
-
-@every_space
-def test_a_step_of_teacher_student_and_loss(path):
-    config = load_config(path)
-    skip_without_timm(config)
-    info = dataset_info(config.data)
-    torch.manual_seed(0)
-    batch = 2 if info.image_shape[1] > 64 else 4
-    images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch)
-    student = build_configured(config.student, num_classes=info.num_classes)
-    logits = student(images)
-    assert logits.shape == (batch, info.num_classes)
-    taught = None
-    if config.teacher:
-        with torch.no_grad():
-            taught = build_configured(config.teacher.model, num_classes=info.num_classes)(images)
-        assert taught.shape == (batch, info.num_classes)
-    loss = build_loss(config.method, config.loss)(logits, taught, labels)
-    torch.autograd.backward(loss)
-    assert loss.isfinite()
-    without = [name for name, weight in student.named_parameters() if weight.grad is None]
-    assert without == []
-    assert all(weight.grad.isfinite().all() for weight in student.parameters())
 
 
 # --- one epoch ------------------------------------------------------------------------------------------------------
