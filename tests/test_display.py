@@ -300,19 +300,29 @@ SPACE = """
 data: {name: digits, val_fraction: 0.25, test_fraction: 0.25}
 teacher: {name: digits_cnn, recipe: {epochs: 2, lr: 0.1}}
 student: digits_cnn_tiny
-recipe: {epochs: 25, batch_size: 64}
+recipe: {epochs: 20, batch_size: 64}
 space: {k: {low: 1, high: 4}, lr: {low: 0.01, high: 0.5, log: true}}
-sweep: {trials: 6, startup_trials: 3, asha: {grace_epochs: 5, reduction_factor: 2}}
+sweep: {trials: 4, startup_trials: 3, asha: {grace_epochs: 5, reduction_factor: 2}}
 baselines: {trials: 1}
 """
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty):
+@pytest.fixture
+def process(tmp_path, pty):
+    """A real sweep on the terminal, in a folder with a blank in its name; killed if it does not end by itself."""
     (tmp_path / "small.yaml").write_text(SPACE)
     command = [sys.executable, ROOT / "launch.py", "run", "small.yaml", "--runs-dir", "my runs"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=pty.slave, stderr=pty.slave, start_new_session=True)
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty, process):
     seen = []
 
     def appears(*words):
@@ -325,7 +335,7 @@ def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty):
 
     appears("teacher digits_cnn")
     appears("starting Ray")
-    appears("epoch ", "val_top1", "━", "/8", "about ", " left")
+    appears("epoch ", "val_top1", "━", "/6", "about ", " left")
     pty.resize(160, 50)
     lines = appears("running", "━", " left")
     pty.wait_for(lambda lines: any(len(line) == 159 for line in lines))
@@ -342,10 +352,13 @@ def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("reader", ["head -3", "sleep 1000"])
-def test_a_real_sweep_whose_reader_is_gone_or_asleep_ends_as_ever(tmp_path, reader):
-    (tmp_path / "small.yaml").write_text(SPACE.replace("trials: 6", "trials: 3").replace("trials: 1}", "trials: 1}"))
-    command = f'"{sys.executable}" "{ROOT}/launch.py" run small.yaml --runs-dir runs; echo $? > code'
+@pytest.mark.parametrize(("before", "reader"), [("true", "head -3"), ("head -c 65536 /dev/zero", "sleep 1000")])
+def test_a_real_sweep_whose_reader_is_gone_or_asleep_ends_as_ever(tmp_path, before, reader):
+    """A pipe holds 65536 bytes: with so many before, the first word of the sweep waits for the reader."""
+    (tmp_path / "small.yaml").write_text(
+        SPACE.replace("trials: 4", "trials: 2").replace("startup_trials: 3", "startup_trials: 1")
+    )
+    command = f'{before}; "{sys.executable}" "{ROOT}/launch.py" run small.yaml --runs-dir runs; echo $? > code'
     process = subprocess.Popen(["sh", "-c", f"({command}) 2>&1 | {reader}"], cwd=tmp_path, start_new_session=True)
     try:
         deadline = time.monotonic() + 200

@@ -499,7 +499,8 @@ def _prepared(config: SweepConfig, ledger: Ledger, place: Place, console: Consol
     """
     state = ledger.state
     was_prepared = state.is_prepared
-    ready_data(config)
+    with console.phase("reading the data"):
+        ready_data(config)
     teacher = _teacher(config, place, Console(quiet=True) if was_prepared else console)
     files = _files_of(teacher, config, place, console, config.sweep.seed)
     if was_prepared:
