@@ -437,8 +437,9 @@ def batches(config, epoch):
     return batches_of(config, dataset, dataset.train, epoch)
 
 
-@pytest.mark.parametrize("augment", [{"pad": 1, "flip": True}, {"rotate": 10.0}])
-@pytest.mark.parametrize("method", ["kd", "topkd"])
+@pytest.mark.parametrize(
+    ("method", "augment"), [("kd", {"rotate": 10.0}), *((m, {"pad": 1, "flip": True}) for m in ("kd", "topkd"))]
+)
 def test_with_and_without_a_bank_a_training_comes_to_the_same_bits(teacher, tmp_path, method, augment):
     data = DIGITS.model_copy(update={"augment": AugmentConfig(**augment)})
     live, cold, warm = (train(trial(teacher, bank, data, method)) for bank in (None, tmp_path, tmp_path))
@@ -486,7 +487,7 @@ def test_trials_beside_one_another_ask_of_each_view_once(teacher, tmp_path):
     for process in beside:
         process.start()
     for process in beside:
-        process.join(120)
+        process.join(280)
         assert process.exitcode == 0
     dataset = load_dataset(config.data)
     filled = LogitBank(bank_file(config, dataset), bank_size(config.data, config.recipe, dataset)).filled()
@@ -750,14 +751,11 @@ def test_a_lock_that_cannot_be_opened_is_not_needed(tmp_path, monkeypatch):
 
 
 def test_a_bank_says_beside_it_what_it_holds(teacher, tmp_path):
-    config = trial(teacher, tmp_path)
-    train(config)
-    (there,) = stored_banks(tmp_path.parent)
-    assert {name: there.content[name] for name in in_config(DIGITS, teacher["teacher"], 0)} == in_config(
-        DIGITS, teacher["teacher"], 0
-    )
+    train(trial(teacher, tmp_path / "key", recipe={"epochs": 1}))
+    (there,) = stored_banks(tmp_path)
+    assert there.content.items() >= in_config(DIGITS, teacher["teacher"], 0).items()
     there.remove()
-    assert not list(tmp_path.glob("bank-*"))
+    assert not list((tmp_path / "key").iterdir())
 
 
 def test_what_has_no_bank_cannot_be_filled(teacher):
