@@ -97,11 +97,11 @@ def test_a_sweep_that_cannot_be_read_is_named(place, tmp_path):
     assert kept.exists()
 
 
-def test_prune_needs_no_space_and_all_else_does(place):
+def test_prune_needs_no_space_and_all_else_does(place, capfd):
     runner = CliRunner()
     done = runner.invoke(app, ["teacher", "--prune", "--runs-dir", str(place.runs)])
     assert (done.exit_code, done.stdout) == (0, "")
-    assert "banks: 0.000 GB removed, 0.000 GB kept" in done.stderr
+    assert "banks: 0.000 GB removed, 0.000 GB kept" in capfd.readouterr().err
     refused = runner.invoke(app, ["teacher", "--fill-bank"])
     assert "must be given, except for --prune" in str(refused.exception)
 
