@@ -354,6 +354,10 @@ REFUSED = {
         ["run", "SPACE", "--set", "space.k={low: 9, high: 2}"],
         ["small.yaml", "space.k", "low <= high must hold", "low = 9, high = 2"],
     ),
+    "empty between its ends": (
+        ["run", "SPACE", "--set", "space.k={type: int, low: scale_top, high: scale_gt}"],
+        ["small.yaml", "space.k", "low <= high must hold", "low = 3, high = 2, at scale_top = 2.854, scale_gt = 2.854"],
+    ),
     "k above the classes": (
         ["run", "SPACE", "--set", "space.k.high=50"],
         ["small.yaml", "space.k.high", "50", "at most 10, the number of classes"],

@@ -13,8 +13,10 @@ from ray.tune.experiment import Trial
 from tune_topkd.sweep import Cluster
 from tune_topkd.sweep import ResourceError
 from tune_topkd.sweep import Search
+from tune_topkd.sweep import SweepTroubleError
 from tune_topkd.sweep import run_sweep
 from tune_topkd.sweep import tuning
+from tune_topkd.sweep.search import Proposer
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
 from tune_topkd.trials import TrialStatus
@@ -178,6 +180,30 @@ def test_an_exception_is_kept_with_its_trace_and_one_that_all_make_ends_the_swee
     assert (record.reason, record.error) == ("error", "RuntimeError: the dataset is not there")
     trace = (tmp_path / "s" / "trials" / "0000" / "error.txt").read_text()
     assert "in raising" in trace
+
+
+BROKEN = [ZeroDivisionError("in\nthe sampler"), ValueError("space.k: low <= high must hold"), RuntimeError("")]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=repr)
+def test_a_decision_that_fails_ends_the_sweep_in_one_line_with_a_stop_and_so_does_the_next_resume(
+    sweep, tmp_path, monkeypatch, error
+):
+    def broken(self, number):
+        raise error
+
+    ledger = tmp_path / "s" / "ledger.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Proposer, "would_ask", broken)
+        for _ in range(2):
+            with pytest.raises(SweepTroubleError, match="what comes next cannot be decided") as told:
+                sweep(formulas.rising, sweep={"trials": 3, "asha": None})
+            assert "\n" not in str(told.value)
+            assert " ".join(str(error).split()) in str(told.value)
+            stop = read_events(ledger)[0][-1]
+            assert (stop.name, stop.data["reason"]) == ("stop", "trouble")
+            assert stop.data["error"] in str(told.value)
+    assert sweep(formulas.rising, sweep={"trials": 3, "asha": None}).counts()["completed"] == 3
 
 
 @pytest.mark.parametrize(
