@@ -1,6 +1,6 @@
 """What the audit of a long sweep costs, a trial: of 5,000 trials against 500, in CPU seconds.
 
-Every decision of a ledger is taken again: each report's by ASHA, and 500 proposals by the sampler. The work for a trial is
+Every decision of a ledger is taken again: each report's by ASHA, and 250 proposals by the sampler. The work for a trial is
 to be the same however many there are; of a longer sweep a smaller part of the proposals is drawn again, so it comes to
 less. The sweeps are of formula trials, without Ray.
 """

@@ -33,7 +33,7 @@ from tune_topkd.trials import TrialRecord
 from tune_topkd.trials import TrialStatus
 from tune_topkd.trials import read_events
 
-PROPOSALS_DRAWN_AGAIN = 500
+PROPOSALS_DRAWN_AGAIN = 250
 """Of a longer sweep so many proposals, evenly spread, are drawn again: each costs more the more there were before it."""
 
 _FIRST_WITH_COMMON_ERRORS = 3  # the ledger version
