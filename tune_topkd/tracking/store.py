@@ -222,11 +222,10 @@ def experiment_id(client: Client, uri: str) -> str:
     location = (file.resolve().parent / "mlartifacts").as_uri() if file is not None else None
     try:
         return client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND})
-    except Exception:
-        experiment = find_experiment(client, uri)  # another process has just made it
-        if experiment is None:
+    except Exception as error:
+        if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":
             raise
-        return str(experiment.experiment_id)
+        return str(find_experiment(client, uri).experiment_id)  # another process has just made it
 
 
 def sqlite_uri(file: Path) -> str:
