@@ -28,7 +28,7 @@ def test_a_signal_raises_and_says_so_at_once():
         deadline = time.monotonic() + WAIT
         while not said and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert said == ["interrupted: stopping; `resume s` goes on; again: at once"]
+    assert said == ["interrupted: stopping; `resume s` goes on; a second interruption ends it at once"]
     assert (interruption.is_asked, interruption.exit_code) == (True, 130)
 
 

@@ -16,12 +16,12 @@ import yaml
 from formulas import EPOCHS
 from formulas import value
 from PIL import Image
-from rich.console import Console
 
 from tune_topkd.cli import identity
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
 from tune_topkd.cli import upkeep
+from tune_topkd.cli.terminal import Console
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.models import build_model
@@ -120,6 +120,7 @@ class Sweeps:
             for epoch in range(1, EPOCHS + 1):
                 metrics = {"val_top1": value(search.trial_config(record), epoch)}
                 trial = ledger.path.parent / "trials" / str(record.key)
+                trial.mkdir(parents=True, exist_ok=True)
                 write_checkpoint(trial, epoch, metrics, lambda folder: (folder / "weights").touch())
                 if search.reported(record.key, epoch, metrics) is not Decision.CONTINUE:
                     break

@@ -73,7 +73,7 @@ class Interruption:
         if self._count >= _IMPATIENT:
             os._exit(self.exit_code)
         if self._count == 1:
-            text = f"interrupted: stopping{self.advice}; again: at once"
+            text = f"interrupted: stopping{self.advice}; a second interruption ends it at once"
             threading.Thread(target=self.say, args=(text,), daemon=True).start()
         if self._count > 1 or not self._is_deferred:
             self._raise()

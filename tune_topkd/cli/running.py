@@ -1,7 +1,6 @@
 """A sweep from a checked config to the exported answer: the folder, the teacher, the ledger, Ray, the trackers."""
 
 import contextlib
-import functools
 import logging
 import os
 import subprocess
@@ -423,7 +422,8 @@ def _carried_on(
 ) -> Outcome:
     """From the ledger's `driver` event to its `stop` and the answer, whatever comes between."""
     name = ledger.state.header["sweep"]
-    interruption.advice = f"; `resume {name}` goes on"
+    interruption.say = lambda text: console.print(f"\n{text}", soft_wrap=True)
+    interruption.advice = f"; `{place.command('resume', name)}` goes on"
     ledger.append(_driver(config, places or {}))
     try:
         reason, trouble = _conducted(config, ledger, place, console, interruption)
@@ -478,7 +478,6 @@ def _drive(
         _trackers(config, ledger, place, console) as trackers,
         _dataset_file(config, folder, console) as dataset_file,
     ):
-        interruption.say = functools.partial(_say, terminal)
         files = files.model_copy(update={"dataset_file": dataset_file})
         reason = _search(config, ledger, place, files, trackers, terminal, interruption)
     return reason, trackers[0].trouble
@@ -791,6 +790,10 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
     name = state.header["sweep"]
     folder = place.folder(name)
     counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
+    if state.best() is None and state.stop_reason in ("interrupted", "time_budget") and not state.counts()["failed"]:
+        done = f"{counts or 'no trials'} so far, none of them of the full budget"
+        console.print(f"{name}: {done}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
+        return
     if state.best() is None:
         errors = sorted({f"{r.reason}: {r.error}" for r in state.trials.values() if r.error})
         console.print(f"{name}: no trial reached the full budget ({counts or 'no trials'})", style="bold red")
