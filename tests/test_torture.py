@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,9 @@ SWEEPS = [(seed, concurrent) for seed in range(1 if KILLS <= SHORT else 3) for c
 KILLS_PER_SWEEP = math.ceil(KILLS / len(SWEEPS)) + 1  # a sweep may be done before its last
 WORKER_KILLS = 4 if KILLS <= SHORT else 15
 TRIALS = 12
+
+POLITE_SIGNALS = 2 if KILLS <= SHORT else 10
+ROOT = Path(__file__).parents[1]
 
 MARK = "TUNE_TOPKD_TORTURE"
 A_LIFE = 180.0
@@ -157,6 +161,60 @@ class Program:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+SPACE = """
+data: {name: digits, val_fraction: 0.25, test_fraction: 0.25}
+teacher: {name: digits_cnn, recipe: {epochs: 3, lr: 0.1}}
+student: digits_cnn_tiny
+recipe: {epochs: 4, batch_size: 128}
+space: {k: {low: 1, high: 9, log: true}, lr: {low: 0.01, high: 0.5, log: true}}
+sweep: {trials: 8, asha: {grace_epochs: 1, reduction_factor: 2}}
+baselines: {trials: 1}
+"""
+
+
+@dataclass
+class CommandLine(Program):
+    """A real sweep as a user begins it, and goes on with it once it is there: teacher, Ray, trials, MLflow, answer."""
+
+    @property
+    def runs(self):
+        return self.folder.parent
+
+    def start(self):
+        self.runs.mkdir(exist_ok=True)
+        space = self.runs.parent / f"{self.folder.name}.yaml"
+        space.write_text(SPACE)
+        what = ["resume", self.folder.name] if self.count("driver") else ["run", space]
+        self.launch(*what)
+
+    def launch(self, *arguments):
+        self.marks.append(uuid.uuid4().hex)
+        command = [sys.executable, ROOT / "launch.py", *arguments, "--runs-dir", self.runs]
+        environment = os.environ | {MARK: self.marks[-1], "TMPDIR": str(self.scratch)}
+        with open(self.output, "ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                start_new_session=True,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    @property
+    def output(self):
+        return self.runs / "output.txt"
+
+    def words(self):
+        return self.output.read_text(errors="replace")[-4000:]
+
+    def mlflow_statuses(self):
+        """The statuses of MLflow's runs."""
+        with contextlib.closing(sqlite3.connect(self.runs / "mlflow.db")) as database:
+            return Counter(status for (status,) in database.execute("select status from runs"))
 
 
 def processes(*marks):
@@ -469,6 +527,44 @@ def test_a_sweep_killed_at_random_instants_ends_as_if_it_had_not_been(program, u
     assert not left
     if concurrent == 1:
         assert sweep.told() == expected
+
+
+def polite_moments(rng, number):
+    """Half of them by the clock, in the first seconds of a command; the others just after a line of the ledger."""
+    for turn in range(number):
+        if turn % 2 == 0:
+            yield Moment("", rng.uniform(0.0, 2 * A_START))
+        else:
+            yield Moment("", rng.uniform(0.0, 0.3), 1, rng.choice(["suggest", "start", "report", "end"]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_real_sweep_that_is_asked_to_end_at_any_instant_stops_and_goes_on_to_its_end(tmp_path, scratch, number):
+    """A kill, a time limit, a terminal that closes: from the imports over the teacher and Ray's start to the trials."""
+    sweep, codes = CommandLine(tmp_path / "runs" / "asked", scratch), Counter()
+    code = 129 if number == signal.SIGHUP else 130
+    for moment in polite_moments(random.Random(number), POLITE_SIGNALS):
+        sweep.start()
+        if moment.comes(sweep):
+            sweep.process.send_signal(number)
+        codes[sweep.ends()] += 1
+        assert "Traceback" not in sweep.words()
+        if sweep.process.returncode == -number:  # in the first tenths of a second nobody listens yet
+            assert not sweep.lines() or sweep.lines()[-1]["event"] == "stop", sweep.words()
+            continue
+        assert sweep.process.returncode in (code, 0), sweep.words()
+        if sweep.lines():
+            reason = "finished" if sweep.process.returncode == 0 else "interrupted"
+            assert (sweep.lines()[-1]["event"], sweep.lines()[-1]["reason"]) == ("stop", reason), sweep.words()
+    assert codes[code] > 0, codes
+    sweep.start()
+    assert sweep.ends() == 0, sweep.words()
+    assert sweep.lines()[-1]["reason"] == "finished"
+    assert set(sweep.mlflow_statuses()) <= {"FINISHED", "KILLED", "FAILED"}
+    assert sum(line["event"] == "suggest" for line in sweep.lines()) == 8 + 2
+    sweep.launch("audit", sweep.folder.name)
+    assert sweep.ends() == 0, sweep.words()
+    assert not gone(sweep.marks, GRACE_OF_THE_KILLED)
 
 
 def trial_workers(sweep):
