@@ -61,6 +61,7 @@ def _sweep(folder: Path, trials: int) -> SweepConfig:
                     break
             if decision is Decision.COMPLETE:
                 at = folder / "trials" / str(record.key)
+                at.mkdir(parents=True)
                 write_checkpoint(at, epoch, metrics, lambda place: (place / "state").write_text("0"))
         search.stopped()
     return config

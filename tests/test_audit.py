@@ -62,9 +62,9 @@ def drive(folder, config, at_once=2, reports=None, faults=True):
                     continue
                 top1 = float("nan") if faults and record.key == ("search", 7) else formulas.value(trial, epoch)
                 metrics = {"val_top1": top1}
-                write_checkpoint(
-                    folder / "trials" / str(record.key), epoch, metrics, lambda f: (f / "w").write_text("w")
-                )
+                place = folder / "trials" / str(record.key)
+                place.mkdir(parents=True, exist_ok=True)
+                write_checkpoint(place, epoch, metrics, lambda f: (f / "w").write_text("w"))
                 if search.reported(record.key, epoch, metrics) is not Decision.CONTINUE:
                     live.remove(record)
         search.stopped()
