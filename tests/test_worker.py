@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -451,3 +452,22 @@ def test_a_network_that_finds_the_disk_full_is_the_disks_trouble(tmp_path):
     assert told.startswith(f"StorageError|{tmp_path}"), done.stderr
     assert "No space left on device" in told
     assert left == "[]"
+
+
+# --- what trials share ----------------------------------------------------------------------------------------------
+
+
+def test_weights_that_changed_under_a_sweep_are_no_trials_failure(tmp_path):
+    weights = tmp_path / "teacher.pt"
+    weights.write_bytes(b"one")
+    hashes = {str(weights): hashlib.sha256(b"one").hexdigest()}
+    worker._check_unchanged(hashes)
+    weights.write_bytes(b"two")
+    with pytest.raises(worker.ChangedFileError, match=r"teacher\.pt has been changed since the sweep began") as caught:
+        worker._check_unchanged(hashes)
+    told = worker._failure(caught.value, tmp_path)
+    assert (told["kind"], told["error"]) == ("storage", f"{weights} has been changed since the sweep began")
+    weights.unlink()
+    with pytest.raises(worker.ChangedFileError, match="was there when the sweep began: No such file") as caught:
+        worker._check_unchanged(hashes)
+    assert worker._failure(caught.value, tmp_path)["kind"] == "storage"

@@ -140,7 +140,11 @@ def _check_unchanged(hashes: Mapping[str, str]) -> None:
         ChangedFileError: one is not; names it.
     """
     for path, expected in hashes.items():
-        if _sha256(Path(path)) != expected:
+        try:
+            found = _sha256(Path(path))
+        except OSError as error:
+            raise ChangedFileError(f"{path} was there when the sweep began: {error.strerror}") from error
+        if found != expected:
             raise ChangedFileError(f"{path} has been changed since the sweep began")
 
 
