@@ -14,7 +14,18 @@ from types import ModuleType
 
 from benchmarks.ratio import Ratio
 
-NAMES = ("loss_cost", "data", "step", "bank", "packing", "sweep_overhead", "audit", "mlflow_outage", "mlflow_catch_up")
+NAMES = (
+    "loss_cost",
+    "data",
+    "step",
+    "reading",
+    "bank",
+    "packing",
+    "sweep_overhead",
+    "audit",
+    "mlflow_outage",
+    "mlflow_catch_up",
+)
 PACKAGES = ("torch", "ray", "optuna", "mlflow")
 RESULTS = Path(__file__).parent / "results"
 

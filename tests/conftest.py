@@ -2,6 +2,7 @@
 
 import os
 import sqlite3
+import sys
 
 import pytest
 
@@ -41,6 +42,14 @@ def clean_environment(monkeypatch, tmp_path_factory):
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
+
+
+@pytest.fixture(autouse=True)
+def a_terminal_of_its_own():
+    """What a test says on stderr goes where stderr goes in that test, not where it went in one before."""
+    yield
+    if "tune_topkd.cli.terminal" in sys.modules:
+        sys.modules["tune_topkd.cli.terminal"].close_stderr()
 
 
 @pytest.fixture(scope="session")

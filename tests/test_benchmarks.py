@@ -101,7 +101,8 @@ def test_an_unknown_benchmark_is_refused():
     done = benchmarks("loss_costs")
     assert done.returncode == 2
     assert (
-        "unknown benchmark loss_costs; known are loss_cost, step, reading, bank, packing, sweep_overhead" in done.stderr
+        "unknown benchmark loss_costs; known are loss_cost, data, step, reading, bank, packing, sweep_overhead"
+        in done.stderr
     )
 
 

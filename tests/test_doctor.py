@@ -6,13 +6,14 @@ import os
 import shutil
 
 import pytest
-from rich.console import Console
 
 from tune_topkd import machine
 from tune_topkd.cli import doctor
 from tune_topkd.cli import preflight
 from tune_topkd.cli.doctor import Finding
 from tune_topkd.cli.running import Place
+from tune_topkd.cli.terminal import Console
+from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.sweep import cluster
 
@@ -59,9 +60,11 @@ def test_each_look_is_announced_before_it_is_done_and_told_when_it_is(monkeypatc
     ]
 
 
-def test_a_line_says_what_is_done_where_there_is_no_terminal(capsys):
-    with app._progress_of(Console(stderr=True))("asking MLflow"):
-        assert capsys.readouterr().err == "asking MLflow …\n"
+def test_a_line_says_what_is_done_where_there_is_no_terminal(capfd):
+    console = Console()
+    with app._progress_of(console)("asking MLflow"):
+        console.terminal.flush()
+        assert capfd.readouterr().err == "asking MLflow …\n"
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path):
@@ -121,12 +124,13 @@ def test_a_place_for_temporary_files_that_cannot_be_had_is_a_finding(monkeypatch
         ("", "", None, ""),
     ],
 )
-def test_the_environment_s_cluster_is_used_and_said(monkeypatch, capsys, option, variable, used, said):
+def test_the_environment_s_cluster_is_used_and_said(monkeypatch, capfd, option, variable, used, said):
     """`option` is what Typer gives: the environment's value where there is no option."""
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
     assert app._cluster_of(option) == used
-    assert capsys.readouterr().err == said
+    close_stderr()
+    assert capfd.readouterr().err == said
 
 
 def test_the_environment_s_address_is_taken_by_the_commands_that_start_ray(monkeypatch):

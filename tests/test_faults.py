@@ -14,10 +14,10 @@ import formulas
 import pytest
 import test_sweep
 
+from tune_topkd.cli import running
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
-from tune_topkd.space import digest
 from tune_topkd.sweep import Cluster
 from tune_topkd.sweep import Search
 from tune_topkd.sweep import SweepTroubleError
@@ -46,7 +46,7 @@ def begun(folder, **sections):
     folder.mkdir()
     (folder / "sweep.yaml").write_text(dump_config(config))
     header = {"sweep": folder.name, "id": "i", "seed": config.sweep.seed, "trials": config.sweep.trials, "first": []}
-    what = digest(config.model_dump(mode="json", exclude={"description"}))
+    what = running._digest(config.model_dump(mode="json"))
     ledger = Ledger.create(folder / "ledger.jsonl", digest=what, **header)
     return config, ledger
 
@@ -340,7 +340,7 @@ def test_resume_on_a_read_only_disk_is_one_line(disk, launch):
 def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, launch):
     """The ledger ends where a page of the file system does, so that its next line needs room."""
     page = os.sysconf("SC_PAGESIZE")
-    with begun(disk.seen / "s")[1] as ledger:
+    with begun(disk.seen / "s", space={"k": {"low": 1, "high": 9}})[1] as ledger:
         while page - ledger.path.stat().st_size % page > 60:
             room = page - ledger.path.stat().st_size % page
             ledger.append(("stop", {"reason": "interrupted", "error": "x" * (room % 150)}))

@@ -1205,8 +1205,8 @@ USERS = """
 import torch
 from tune_topkd.loss import KDLoss
 
-def squared(student, teacher, labels, weight=2.0, *, power=2):
-    return weight * (student - teacher).abs().pow(power).mean()
+def squared(student, teacher, labels, factor=2.0, *, power=2):
+    return factor * (student - teacher).abs().pow(power).mean()
 
 def shapeless(student, teacher, labels):
     return student - teacher
@@ -1299,7 +1299,7 @@ def pair() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_function_of_the_users_is_a_loss_with_its_parameters(users: str) -> None:
     student, teacher, labels = pair()
-    assert loss_parameters(f"{users}:squared") == {"weight": 2.0, "power": 2}
+    assert loss_parameters(f"{users}:squared") == {"factor": 2.0, "power": 2}
     loss = build_loss(f"{users}:squared", {"power": 3})
     assert loss.terms(student, teacher, labels).keys() == {"loss"}
     torch.testing.assert_close(loss(student, teacher, labels), 2 * (student - teacher).abs().pow(3).mean())
@@ -1318,7 +1318,9 @@ def test_a_class_of_the_users_is_constructed_and_keeps_its_terms(users: str) -> 
 
 def test_a_loss_of_the_users_is_the_base_of_the_plug_in(users: str) -> None:
     student, teacher, labels = pair()
-    assert {"k", "tdl_weight", "base_weight", "base_power"} <= loss_parameters(f"{users}:squared+topkd").keys()
+    assert {"k", "tdl_weight", "base_weight", "base_factor", "base_power"} <= loss_parameters(
+        f"{users}:squared+topkd"
+    ).keys()
     assert "base_ce_weight" not in loss_parameters(f"{users}:Warm+topkd")
     ours = {"k": 2, "base_weight": 0.5}
     plugged = build_loss(f"{users}:squared+topkd", ours | {"base_power": 1})
@@ -1335,7 +1337,7 @@ def test_a_loss_of_the_users_is_the_base_of_the_plug_in(users: str) -> None:
         ("{}:missing", {}, "cannot be imported: AttributeError"),
         ("no_such_module_at_all:loss", {}, "cannot be imported: ModuleNotFoundError"),
         ("{}:number", {}, "must be callable, but is a int"),
-        ("{}:squared", {"gamma": 1.0}, "unknown parameters of method .*: 'gamma'; known parameters: weight, power"),
+        ("{}:squared", {"gamma": 1.0}, "unknown parameters of method .*: 'gamma'; known parameters: factor, power"),
         ("{}:Scaled", {"scale": -1.0}, "scale must be positive"),
         ("{}:Scaled", {"scale": "x"}, "cannot be constructed: TypeError"),
         ("{}:Hidden", {}, "its map holds what asks for a gradient, which is not trained there: derive the loss from"),

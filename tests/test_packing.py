@@ -30,6 +30,7 @@ from tune_topkd.speed import Probe
 from tune_topkd.sweep import ResourceError
 from tune_topkd.sweep import cluster
 from tune_topkd.sweep import packing
+from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
 
 pytestmark = test_sweep.pytestmark
@@ -419,7 +420,9 @@ def test_another_share_is_one_error_with_its_key(space, tmp_path, inside, case):
 def test_a_sweep_that_was_begun_with_more_gpus_may_go_on(tmp_path):
     config = formulas.sweep_config(sweep={"gpus_per_trial": 2.0})
     (tmp_path / "sweep.yaml").write_text(dump_config(config))
-    assert running.saved_config(tmp_path).sweep.gpus_per_trial == 2.0
+    what = running._digest(config.model_dump(mode="json"))
+    with Ledger.create(tmp_path / "ledger.jsonl", sweep="s", trials=1, digest=what) as ledger:
+        assert running.begun_config(tmp_path, ledger.state).sweep.gpus_per_trial == 2.0
 
 
 @pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
