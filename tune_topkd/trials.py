@@ -361,6 +361,7 @@ class Ledger:
         path: Path,
         before: Callable[[], object] = lambda: None,
         may_replace: Callable[[SweepState], bool] = lambda state: False,
+        undo: Callable[[], object] = lambda: None,
         /,
         **header: Any,
     ) -> Self:
@@ -372,6 +373,7 @@ class Ledger:
             path: the file.
             before: called once the file is this process's, before its first line is written.
             may_replace: whether a ledger that is there, and that no process drives, may be begun anew.
+            undo: called if it cannot be begun after `before` was called, while the file is still this process's.
             header: of the `sweep` event.
 
         Raises:
@@ -383,12 +385,16 @@ class Ledger:
         was_there = True
         try:
             was_there = _refuse_begun(path, may_replace)
-            before()
-            stream.truncate(0)
-            stream.seek(0)
-            ledger = cls(path, SweepState(), stream)
-            ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
-            sync(path.parent)
+            try:
+                before()
+                stream.truncate(0)
+                stream.seek(0)
+                ledger = cls(path, SweepState(), stream)
+                ledger.append(("sweep", {"version": LEDGER_VERSION, **header}))
+                sync(path.parent)
+            except BaseException:
+                undo()
+                raise
         except BaseException:
             if not was_there:
                 path.unlink(missing_ok=True)

@@ -251,19 +251,25 @@ def start(
     def freeze() -> None:
         write_text(folder / CONFIG_FILE, text)
 
-    with (
-        listening() as interruption,
-        Ledger.create(folder / LEDGER_FILE, freeze, _may_begin_again, **header) as ledger,
-    ):
-        try:
-            return _carried_on(config, ledger, place, console, interruption)
-        except ValueError:
-            if not ledger.state.is_prepared:
-                (folder / CONFIG_FILE).unlink(missing_ok=True)
-                ledger.withdraw()
-                with contextlib.suppress(OSError):  # it holds something of the user's
-                    folder.rmdir()
-            raise
+    def thaw() -> None:
+        (folder / CONFIG_FILE).unlink(missing_ok=True)
+
+    try:
+        with (
+            listening() as interruption,
+            Ledger.create(folder / LEDGER_FILE, freeze, _may_begin_again, thaw, **header) as ledger,
+        ):
+            try:
+                return _carried_on(config, ledger, place, console, interruption)
+            except (ValueError, OSError):
+                if not ledger.state.is_prepared:
+                    thaw()
+                    ledger.withdraw()
+                raise
+    except (ValueError, OSError):
+        with contextlib.suppress(OSError):  # it is not empty: what began stays, and so does what is the user's
+            folder.rmdir()
+        raise
 
 
 def _header(
