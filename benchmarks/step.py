@@ -51,7 +51,7 @@ USUAL = "the usual loop"
 
 def run(quick: bool) -> list[Ratio]:
     """Images per second of a step, of the data path, and of both beside their baselines."""
-    images, turns = (256, 1) if quick else (1280, 5)
+    images, turns = (2 * BATCH, 1) if quick else (1280, 5)
     with tempfile.TemporaryDirectory() as folder:
         config = trial_config(Path(folder), images)
         epochs = {kind: _epochs(config, kind) for kind in KINDS}
