@@ -1,6 +1,7 @@
 """A sweep from its claim to its end, and what a resume must find unchanged; trials are formulas, without Ray."""
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 import yaml
 from formulas import EPOCHS
 from formulas import value
@@ -22,6 +24,7 @@ from tune_topkd.cli import preflight
 from tune_topkd.cli import running
 from tune_topkd.cli import upkeep
 from tune_topkd.cli.terminal import Console
+from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.models import build_model
@@ -412,6 +415,37 @@ def test_trials_are_told_what_their_weights_must_be(sweeps, here):
     hashes = identity.file_hashes(config, state.prepared["identities"], here / "mine.pt")
     assert {Path(path).name for path in hashes} == {"mine.pt", "student.pt"}
     assert identity.file_hashes(config, {}, None) == {}
+
+
+# --- several ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_space_that_cannot_be_run_keeps_no_other_from_it(sweeps, here, monkeypatch, capfd):
+    command_line = importlib.import_module("tune_topkd.cli.app")
+    path = here / "space.yaml"
+    path.write_text(yaml.safe_dump(space(here)))
+    checked = dict.fromkeys("abc", preflight.load_checked(str(path)))
+    teacher = running._teacher
+
+    def failing(config, *rest):
+        if not sweeps.place.has_begun("b"):
+            raise ConfigError("teacher", [running.Problem(key="", rule="it diverged")])
+        return teacher(config, *rest)
+
+    monkeypatch.setattr(running, "_teacher", failing)
+    close_stderr()  # as it was when this file was read
+    console = Console()
+    outcomes = command_line._each_run(checked, dict.fromkeys(checked, ()), sweeps.place, console)
+    assert {name: getattr(outcome, "exit_code", outcome) for name, outcome in outcomes.items()} == {
+        "a": "teacher: it diverged",
+        "b": 0,
+        "c": 0,
+    }
+    with pytest.raises(typer.Exit) as ended:
+        command_line._conclude(outcomes, sweeps.place, console)
+    assert ended.value.exit_code == 2
+    close_stderr()
+    assert "a: not run: teacher: it diverged" in capfd.readouterr().err
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
