@@ -25,12 +25,20 @@ pytestmark = [
 ]
 
 PRIVATE = """
-import json, os, sys
+import json, os, signal, sys, threading
 import ray
 from tune_topkd.sweep import Cluster
 
-before = dict(os.environ)
+before, handlers, attached = dict(os.environ), set(), threading.Event()
+
+def watch():
+    while not attached.wait(0.01):
+        handlers.add(signal.getsignal(signal.SIGTERM))
+
+signal.signal(signal.SIGTERM, own := lambda number, frame: None)
+threading.Thread(target=watch).start()
 with Cluster.attached() as cluster:
+    attached.set()
     token = os.environ["RAY_AUTH_TOKEN_PATH"]
     there = ray.remote(num_cpus=0)(lambda: [os.environ.get("RAY_ADDRESS"), len(os.sched_getaffinity(0))]).remote()
     facts = {
@@ -38,6 +46,7 @@ with Cluster.attached() as cluster:
         "token": token,
         "nodes": cluster.nodes,
         "worker": ray.get(there),
+        "keeps its handler": handlers == {own, signal.getsignal(signal.SIGTERM)},
     }
     print(json.dumps(facts), flush=True)
     sys.stdin.read()
@@ -120,6 +129,10 @@ def credentials(monkeypatch, tmp_path):
 def test_a_private_ray_has_what_its_process_may_use(private):
     assert private.facts["nodes"] == [[1.0, 0.0]]
     assert private.facts["worker"] == [None, 1]
+
+
+def test_a_process_that_handles_sigterm_does_so_while_ray_starts_and_after(private):
+    assert private.facts["keeps its handler"]
 
 
 def test_its_token_is_in_a_folder_and_a_file_of_this_user_alone(private):

@@ -44,7 +44,7 @@ class Interruption:
         return 128 + signal.SIGHUP if self._number == signal.SIGHUP else 128 + signal.SIGINT
 
     def install(self) -> None:
-        """Listen, also where another library has put its own handler since; who ignores SIGHUP (nohup) goes on doing so."""
+        """Listen; who ignores SIGHUP (nohup) goes on doing so."""
         for number in _SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)

@@ -739,7 +739,6 @@ def _search(
     weights = Path(files.teacher_checkpoint) if files.teacher_checkpoint else None
     hashes = identity.file_hashes(config, ledger.state.prepared.get("identities", {}), weights)
     with Cluster.attached(place.address, give_up) as cluster:
-        interruption.install()  # Ray has put its own handler for SIGTERM
         return run_sweep(
             search,
             cluster=cluster,

@@ -7,6 +7,7 @@ import math
 import os
 import queue
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a trial with
 
 import ray
 from ray._private import ray_constants
+from ray._private import utils as ray_utils
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub lacks it
 from ray._raylet import Config  # type: ignore[attr-defined]  # its stub lacks it
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lacks it
@@ -237,14 +239,13 @@ def _running(address: str | None) -> Iterator[None]:
             rays = str(Path(scratch, "r"))  # Ray opens its own folder to everybody, who cannot come this far
             options |= {"address": "local", "include_dashboard": False, "_temp_dir": rays, "num_cpus": machine.cpus()}
             options |= _visible_gpus()
+        stack.callback(_shutdown)
         try:
-            with _no_uv_hook(is_private=not address):
+            with _no_uv_hook(is_private=not address), _own_signal_handler():
                 ray.init(**options)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             what = f"{_named(address)}: cannot be attached to" if address else "Ray cannot be started"
-            ray.shutdown()
             raise ResourceError(f"{what}: {_in_one_line(error)}") from error
-        stack.callback(_shutdown)
         yield
 
 
@@ -297,6 +298,20 @@ def _no_uv_hook(*, is_private: bool) -> Iterator[None]:
         yield
     finally:
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = before
+
+
+@contextmanager
+def _own_signal_handler() -> Iterator[None]:
+    """Who handles SIGTERM goes on doing so: Ray's handler leaves the process in the middle of `ray.init`."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        yield
+        return
+    before = ray_utils.set_sigterm_handler
+    ray_utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = before
 
 
 class _HeadWatch:
