@@ -19,7 +19,8 @@ class Interruption:
 
     By default the first signal raises `KeyboardInterrupt`, again and again until it gets through: a library may swallow
     it, as a callback from C does. While `deferred`, it only sets `is_asked`, since an exception would come out of the
-    middle of Ray's loop; a second signal raises. A third ends the process on the spot: what is in a ledger is on the disk.
+    middle of Ray's start or loop; a second signal raises. A third ends the process on the spot: what is in a ledger is
+    on the disk.
     """
 
     def __init__(self) -> None:
@@ -52,11 +53,16 @@ class Interruption:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """The first signal raises nothing while this lasts: who runs below looks at `is_asked`."""
-        self._is_deferred = True
+        before, self._is_deferred = self._is_deferred, True
         try:
             yield
         finally:
-            self._is_deferred = False
+            self._is_deferred = before
+
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` for a signal that came while it was deferred."""
+        if self.is_asked:
+            raise KeyboardInterrupt
 
     def close(self) -> None:
         """The process ends by itself from here on: no signal is raised again."""

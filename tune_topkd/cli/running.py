@@ -607,7 +607,10 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     if (sizes := config.space.get("batch_size")) is not None:  # the largest takes the most memory
         largest = max(value for value in (*(sizes.choices or ()), sizes.high) if isinstance(value, int | float))
         trial = trial.model_copy(update={"recipe": trial.recipe.model_copy(update={"batch_size": int(largest)})})
-    with console.phase("measuring how many trials to run at once"), Cluster.attached(place.address):
+    with console.phase("measuring how many trials to run at once"), contextlib.ExitStack() as stack:
+        with listening() as interruption, interruption.deferred():
+            stack.enter_context(Cluster.attached(place.address))
+        interruption.check()
         tried = pack(config, trial, Probe)
     best = tried[0]
     rates = ", ".join(f"{p.at_once}: {p.images_per_second:,.0f}" for p in sorted(tried, key=lambda p: p.at_once))
@@ -738,7 +741,7 @@ def _search(
         return search.stopped()
     weights = Path(files.teacher_checkpoint) if files.teacher_checkpoint else None
     hashes = identity.file_hashes(config, ledger.state.prepared.get("identities", {}), weights)
-    with Cluster.attached(place.address, give_up) as cluster:
+    with interruption.deferred(), Cluster.attached(place.address, give_up) as cluster:
         return run_sweep(
             search,
             cluster=cluster,

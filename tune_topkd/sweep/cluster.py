@@ -1,6 +1,7 @@
 """Ray: what its nodes have, and whether trials can be had there."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import math
@@ -27,6 +28,7 @@ os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "1000")  # how many are out 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a trial without a GPU leaves CUDA_VISIBLE_DEVICES
 
 import ray
+from ray import _raylet
 from ray._private import ray_constants
 from ray._private import utils as ray_utils
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub lacks it
@@ -44,6 +46,7 @@ LONGEST_SILENCE_OF_THE_HEAD = 25.0
 
 _SECONDS_BETWEEN_KNOCKS = 2.0
 _LONGEST_KNOCK = 4.0
+_CORES_HANDLER = "_ZN3ray6RayLog27InstallFailureSignalHandlerEPKcb"
 _OF_ANOTHER_CLUSTER = ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
@@ -302,16 +305,21 @@ def _no_uv_hook(*, is_private: bool) -> Iterator[None]:
 
 @contextmanager
 def _own_signal_handler() -> Iterator[None]:
-    """Who handles SIGTERM goes on doing so: Ray's handler leaves the process in the middle of `ray.init`."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+    """Who handles SIGTERM goes on doing so: Ray has a handler in Python and one in C++, and both end the process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler in (signal.SIG_DFL, None) or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda handler: None
+    with contextlib.suppress(AttributeError):  # it is put once in a process: now, and not while Ray's core starts
+        getattr(ctypes.CDLL(_raylet.__file__), _CORES_HANDLER)(None, False)
+    signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
         ray_utils.set_sigterm_handler = before
+        signal.signal(signal.SIGTERM, handler)
 
 
 class _HeadWatch:
