@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,6 +124,36 @@ def test_the_program_is_ended_while_it_is_still_being_imported(number, code):
     assert (ended.returncode, ended.stdout) == (code, "")
     assert "interrupted: stopping" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_an_import_is_finished_first_as_many_libraries_cannot_be_loaded_twice(tmp_path, monkeypatch):
+    """Such as NumPy, whose second loading is an ImportError."""
+    (tmp_path / "once.py").write_text(
+        "import os, sys, time\nos.kill(os.getpid(), 15)\ntime.sleep(0.3)\nsys.loaded += 1\n"
+    )
+    (tmp_path / "swallowing.py").write_text("try:\n    import once\nexcept BaseException:\n    import once\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "loaded", 0, raising=False)
+
+    def run():
+        import_module("swallowing")
+        time.sleep(WAIT)
+
+    with listening() as interruption:
+        interruption.say = lambda text: None
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert sys.loaded == 1
+    assert {"once", "swallowing"} <= set(sys.modules)
+
+
+def test_a_program_that_is_itself_run_by_an_import_is_interrupted(tmp_path, monkeypatch):
+    steps = "from tests_listening import listening, send, time\nwith listening():\n    send()\n    time.sleep(30)\n"
+    (tmp_path / "program.py").write_text(steps)
+    monkeypatch.setitem(sys.modules, "tests_listening", SimpleNamespace(listening=listening, send=send, time=time))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        import_module("program")
 
 
 def test_an_impatient_third_signal_ends_the_process_on_the_spot():

@@ -13,6 +13,7 @@ def main() -> None:
         try:
             from tune_topkd.cli.app import main as run
 
+            interruption.check()
             run()
         except KeyboardInterrupt:
             sys.exit(interruption.exit_code)

@@ -12,15 +12,17 @@ from types import FrameType
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _IMPATIENT = 3
 _SECONDS_UNTIL_REPEATED = 1.0
+_SECONDS_UNTIL_IMPORTED = 0.05
 
 
 class Interruption:
     """Makes one clean end of SIGINT, SIGTERM and SIGHUP, which each say so at once.
 
     By default the first signal raises `KeyboardInterrupt`, again and again until it gets through: a library may swallow
-    it, as a callback from C does. While `deferred`, it only sets `is_asked`, since an exception would come out of the
-    middle of Ray's start or loop; a second signal raises. A third ends the process on the spot: what is in a ledger is
-    on the disk.
+    it, as a callback from C does. It waits for the end of an import, which would leave a library half loaded, to be
+    loaded again by whoever comes next, and many cannot be. While `deferred`, it only sets `is_asked`, since an exception
+    would come out of the middle of Ray's start or loop; a second signal raises. A third ends the process on the spot:
+    what is in a ledger is on the disk.
     """
 
     def __init__(self) -> None:
@@ -33,6 +35,7 @@ class Interruption:
         self._is_deferred = False
         self._is_over = False
         self._is_repeated = False
+        self._imports = 0
 
     @property
     def is_asked(self) -> bool:
@@ -46,6 +49,7 @@ class Interruption:
 
     def install(self) -> None:
         """Listen; who ignores SIGHUP (nohup) goes on doing so."""
+        self._imports = _imports(sys._getframe())
         for number in _SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -72,7 +76,7 @@ class Interruption:
         if self._is_repeated:
             self._is_repeated = False
             if not self._is_over and not self._is_deferred:
-                self._raise()
+                self._raise(frame)
             return
         self._count += 1
         self._number = self._number or number
@@ -82,13 +86,16 @@ class Interruption:
             text = f"interrupted: stopping{self.advice}; a second interruption ends it at once"
             threading.Thread(target=self.say, args=(text,), daemon=True).start()
         if self._count > 1 or not self._is_deferred:
-            self._raise()
+            self._raise(frame)
 
-    def _raise(self) -> None:
-        """Raise where nothing is being wound up already, and see later whether it got through."""
-        again = threading.Timer(_SECONDS_UNTIL_REPEATED, self._repeat)
+    def _raise(self, frame: FrameType | None) -> None:
+        """Raise where nothing is imported or being wound up already, and see later whether it got through."""
+        is_importing = _imports(frame) > self._imports
+        again = threading.Timer(_SECONDS_UNTIL_IMPORTED if is_importing else _SECONDS_UNTIL_REPEATED, self._repeat)
         again.daemon = True
         again.start()
+        if is_importing:
+            return
         error: BaseException | None = sys.exc_info()[1]
         while error is not None:
             if isinstance(error, KeyboardInterrupt):
@@ -100,6 +107,16 @@ class Interruption:
         if not self._is_over:
             self._is_repeated = True
             os.kill(os.getpid(), self._number)
+
+
+def _imports(frame: FrameType | None) -> int:
+    """How many imports are at work in this frame."""
+    number = 0
+    while frame is not None:
+        code = frame.f_code
+        number += (code.co_filename, code.co_name) == ("<frozen importlib._bootstrap>", "_find_and_load")
+        frame = frame.f_back
+    return number
 
 
 _current: Interruption | None = None
