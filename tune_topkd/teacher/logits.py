@@ -210,7 +210,7 @@ def _content(config: TrialConfig, dataset: Dataset, device: torch.device) -> dic
         "files": fingerprint(config.data),
         "mean": dataset.mean,
         "std": dataset.std,
-        "computed": _computed_by(device),
+        "computed": computed_by(device),
     }
 
 
@@ -220,7 +220,7 @@ def _network(model: str, num_classes: int, image_shape: tuple[int, int, int]) ->
     return network_fingerprint(config, num_classes=num_classes, image_shape=image_shape)
 
 
-def _computed_by(device: torch.device) -> dict[str, str]:
+def computed_by(device: torch.device) -> dict[str, str]:
     """What the last bits of a network's logits depend on besides its weights: whose kernels compute them, and which."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

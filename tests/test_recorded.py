@@ -1,0 +1,72 @@
+"""Sweeps that earlier versions began are still read, and go on."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tune_topkd.teacher.logits import computed_by
+from tune_topkd.trials import read_events
+from tune_topkd.trials import read_state
+
+ROOT = Path(__file__).parents[1]
+RECORDED = Path(__file__).with_name("recorded")
+VERSIONS = (2, 3)
+OF_EACH_RUN = ("epoch_seconds", "images_per_second")
+
+
+@pytest.fixture(params=VERSIONS, ids="version {}".format)
+def runs(request, tmp_path):
+    shutil.copytree(RECORDED / f"version-{request.param}", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def launch(*arguments):
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+def told(path):
+    """What the lines say of trials, but for how fast they were."""
+    events = [e for e in read_events(path)[0] if e.name in ("suggest", "report", "end")]
+    for event in events:
+        for name in OF_EACH_RUN:
+            event.data.get("metrics", {}).pop(name, None)
+    return [(e.name, e.data) for e in events]
+
+
+def alike(one, other):
+    """Whether two tellings agree: by the bit where the same kernels computed them, else in what was proposed first."""
+    kernels = json.loads(next(RECORDED.glob("version-3/teachers/*/bank-*.json")).read_text())["computed"]
+    if kernels == computed_by(torch.device("cpu")):
+        return one == other
+    return [e for e in one if e[0] == "suggest"][:3] == [e for e in other if e[0] == "suggest"][:3]
+
+
+def test_what_it_says_is_read_and_nothing_in_it_is_wrong(runs):
+    state = read_state(runs / "small" / "ledger.jsonl")
+    assert state.counts() == {"running": 1, "pruned": 4, "completed": 1, "failed": 0}
+    assert (state.best().key.number, state.best().value) == (0, pytest.approx(53.11, abs=0.01))
+    done = launch("audit", "small", "--no-mlflow", "--runs-dir", runs)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_it_goes_on_to_the_end_of_one_that_was_not_interrupted(runs):
+    ledger = runs / "small" / "ledger.jsonl"
+    before = ledger.read_bytes()
+    files = {path: path.read_bytes() for path in runs.glob("teachers/*/teacher.pt")}
+    done = launch("resume", "small", "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
+    assert ledger.read_bytes().startswith(before)
+    assert {path: path.read_bytes() for path in runs.glob("teachers/*/teacher.pt")} == files
+    assert alike(told(ledger), told(RECORDED / "uninterrupted.jsonl"))
+    state = read_state(ledger)
+    assert (state.stop_reason, len(state.arm("search")), state.running()) == ("finished", 8, [])
+    done = launch("audit", "small", "--runs-dir", runs)
+    assert done.returncode == 0, done.stderr
