@@ -52,10 +52,10 @@ from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
 from tune_topkd.models import build_configured
 from tune_topkd.models import freeze_backbone
-from tune_topkd.models import laid_out
 from tune_topkd.models import load_backbone
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import read_checkpoint
+from tune_topkd.models import to_channels_last
 from tune_topkd.models import write_atomically
 from tune_topkd.teacher import TeacherLogits
 from tune_topkd.teacher import file_hash
@@ -241,7 +241,7 @@ class Training:
         self.train_split = _with_workers(self.dataset.train, config).to(device)
         self.val_split = _with_workers(self.dataset.val, config).to(device)
         student = _student(config.student, self.dataset.num_classes).to(device)
-        self.model = laid_out(student, self.train_split.batch_shape[0])
+        self.model = to_channels_last(student, self.train_split.batch_shape[0])
         self.loss = build_loss(config.method, config.loss)
         self.loss_state = LossState(self.loss, device)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)

@@ -111,7 +111,7 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     return linear[-1]
 
 
-def laid_out(model: nn.Module, channels: int) -> nn.Module:
+def to_channels_last(model: nn.Module, channels: int) -> nn.Module:
     """The network with its weights in the memory layout that is fastest for images of so many channels.
 
     With colour images convolutions are a fifth faster, some of them twice, with the channels last; the results are the
