@@ -89,8 +89,8 @@ class _Training(Training):
             for size, _, _ in self.steps():
                 yield size
 
-    def _taught(self, images: Tensor, number: int) -> Tensor | None:
+    def _teacher_logits(self, images: Tensor, number: int) -> Tensor | None:
         if not self.is_warm or self.config.teacher_bank is None:
-            self._known = super()._taught(images, number)
+            self._known = super()._teacher_logits(images, number)
             return self._known
         return None if self._known is None else self._known[: len(images)]

@@ -350,12 +350,12 @@ class Training:
             share, other = _mixup(len(batch.labels), alpha, (self.config.seed, self.epoch + 1, number))
             other = other.to(self.device)
             images = share * batch.images + (1 - share) * batch.images[other]
-            logits, taught = self._logits(images), self._taught(images, number)
-            one, two = (self._terms(logits, taught, labels) for labels in (batch.labels, batch.labels[other]))
+            logits, teacher_logits = self._logits(images), self._teacher_logits(images, number)
+            one, two = (self._terms(logits, teacher_logits, labels) for labels in (batch.labels, batch.labels[other]))
             terms = {name: share * one[name] + (1 - share) * two[name] for name in one}
         else:
             logits = self._logits(batch.images)
-            terms = self._terms(logits, self._taught(batch.images, number), batch.labels)
+            terms = self._terms(logits, self._teacher_logits(batch.images, number), batch.labels)
         strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
         total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
         if not total.requires_grad:
@@ -379,13 +379,13 @@ class Training:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _terms(self, logits: Tensor, taught: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        if taught is None:
+    def _terms(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        if teacher_logits is None:
             assert isinstance(self.loss, CELoss)
             return self.loss.terms(logits, None, labels)
-        return self.loss.terms(logits, taught, labels)
+        return self.loss.terms(logits, teacher_logits, labels)
 
-    def _taught(self, images: Tensor, number: int) -> Tensor | None:
+    def _teacher_logits(self, images: Tensor, number: int) -> Tensor | None:
         """The teacher's logits of a batch, if there is a teacher."""
         return None if self.teacher is None else self.teacher.logits(images, number)
 
