@@ -18,8 +18,9 @@ from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
 from tune_topkd.data import Dataset
 from tune_topkd.data import Split
-from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
+from tune_topkd.evaluate import Evaluation
+from tune_topkd.evaluate import evaluate
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
 from tune_topkd.models import write_atomically
@@ -286,7 +287,7 @@ def test_the_teacher_must_be_better_than_twice_chance_or_half_way_to_perfect(mon
     hits = [round(12 * limit), round(12 * limit) + 1]
     monkeypatch.setattr("tune_topkd.teacher.training.load_dataset", lambda config: dataset)
     monkeypatch.setattr(
-        "tune_topkd.teacher.training.count_hits", lambda *args, **kwargs: torch.tensor([hits.pop(0), 1200])
+        "tune_topkd.teacher.training.evaluate", lambda *args, **kwargs: Evaluation(hits.pop(0) / 12, None, 1.0)
     )
     with pytest.raises(ValueError, match=rf"more than {limit:.1f} % is needed"):
         _checked_accuracy(constant(classes, 0), sweep().data, "x")
@@ -366,9 +367,9 @@ def measured(monkeypatch):
 
     def counting(model, *arguments, **options):
         found.append(next(model.parameters()).device.type)
-        return count_hits(model, *arguments, **options)
+        return evaluate(model, *arguments, **options)
 
-    monkeypatch.setattr(training, "count_hits", counting)
+    monkeypatch.setattr(training, "evaluate", counting)
     monkeypatch.setattr(training, "KEPT_FROM_SECONDS", 0.0)
     return found
 

@@ -599,9 +599,9 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     settings = config.sweep
     if AUTO not in (settings.cpus_per_trial, settings.gpus_per_trial):
         return config
-    from tune_topkd.speed import Probe
     from tune_topkd.sweep import Cluster
     from tune_topkd.sweep import pack
+    from tune_topkd.train import Probe
 
     trial = trial_with(config, files, settings.seed)
     if (sizes := config.space.get("batch_size")) is not None:  # the largest takes the most memory

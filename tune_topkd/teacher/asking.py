@@ -60,7 +60,7 @@ class AskedTeacher:
         Raises:
             TeacherError: a logit was NaN, or too large for float16.
         """
-        check_logits(self._largest, self._name)
+        check_logits(float(self._largest), self._name)
 
     def _filled_up(self, images: Tensor) -> Tensor:
         """With the first of the images again and again, to make up the number."""
@@ -76,17 +76,16 @@ class AskedTeacher:
         return self._threads.logits(parts)
 
 
-def check_logits(largest: Tensor, name: str) -> None:
+def check_logits(largest: float, name: str) -> None:
     """Look at the largest magnitude of a teacher's logits.
 
     Raises:
         TeacherError: it is NaN, or too large for float16.
     """
-    value = float(largest)
-    if not value <= LARGEST:
+    if not largest <= LARGEST:
         raise TeacherError(
-            f"teacher {name}: gives a logit of {value:g}, but logits must be finite and at most {LARGEST:,.0f}, the largest "
-            "number of float16, which they are kept in; check its weights, and data.mean and data.std"
+            f"teacher {name}: gives a logit of {largest:g}, but logits must be finite and at most {LARGEST:,.0f}, the "
+            "largest number of float16, which they are kept in; check its weights, and data.mean and data.std"
         )
 
 
