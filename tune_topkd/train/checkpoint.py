@@ -22,6 +22,7 @@ from tune_topkd.models import read_checkpoint
 from tune_topkd.models import write_atomically
 from tune_topkd.teacher import file_hash
 from tune_topkd.teacher import teacher_identity
+from tune_topkd.user_code import is_users
 
 CHECKPOINT_NAME = "checkpoint.pt"
 CODE_KEY = "code"
@@ -32,7 +33,6 @@ _KEYS = {WEIGHTS_KEY, "optimizer", "scheduler", "rng", "epoch", "metrics", "conf
 
 _ADAMW = "tokens and positions do not decay, the warm-up comes before the schedule"
 """In the config of an AdamW checkpoint, as older versions had other rules."""
-_LIBRARIES = ("cifar:", "torchvision:", "timm:")
 
 _log = logging.getLogger(__name__)
 
@@ -131,9 +131,9 @@ def _code(config: TrialConfig, num_classes: int, image_shape: tuple[int, int, in
     """What the user's networks and loss that a config names compute."""
     code: dict[str, Any] = {}
     for role, network in {"student": config.student, "teacher": config.teacher}.items():
-        if network is not None and ":" in network.name and not network.name.startswith(_LIBRARIES):
+        if network is not None and is_users(network.name):
             code[role] = network_fingerprint(network, num_classes=num_classes, image_shape=image_shape)
-    if ":" in config.method and (values := _loss_values(config, num_classes)):
+    if is_users(config.method) and (values := _loss_values(config, num_classes)):
         code["method"] = values
     return code
 
