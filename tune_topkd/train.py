@@ -46,6 +46,7 @@ from tune_topkd.data import batches_of
 from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.loss import CELoss
 from tune_topkd.loss import LossState
 from tune_topkd.loss import build_loss
@@ -56,9 +57,9 @@ from tune_topkd.models import laid_out
 from tune_topkd.models import load_backbone
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import read_checkpoint
-from tune_topkd.models import write_atomically
+from tune_topkd.storage import file_hash
+from tune_topkd.storage import write_atomically
 from tune_topkd.teacher import TeacherLogits
-from tune_topkd.teacher import file_hash
 from tune_topkd.teacher import teacher_identity
 
 TRAIN_PREFIX = "train_"
@@ -99,7 +100,7 @@ _log = logging.getLogger(__name__)
 Save: TypeAlias = Callable[[Path], None]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TuneTopKDError):
     """A checkpoint is missing or damaged; the message names it."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
+from tune_topkd.storage import file_hash
 
 VERSION = 1
 """Of the rules below: identities taken by other rules are not compared."""
@@ -42,7 +43,6 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
     from tune_topkd.data import fingerprint
     from tune_topkd.loss import loss_parameters
     from tune_topkd.models import network_fingerprint
-    from tune_topkd.teacher import file_hash
 
     info = dataset_info(config.data)
     found = {DATA: fingerprint(config.data)}
