@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import tune_topkd.models as models
+from tune_topkd import storage
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
@@ -23,7 +24,7 @@ from tune_topkd.evaluate import Evaluation
 from tune_topkd.evaluate import evaluate
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
-from tune_topkd.models import write_atomically
+from tune_topkd.storage import write_atomically
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.teacher import load_teacher
 from tune_topkd.teacher import teacher_key
@@ -192,7 +193,7 @@ def test_a_training_that_was_killed_leaves_nothing_that_is_taken_for_a_teacher(t
 
         with monkeypatch.context() as patch:
             patch.setattr("tune_topkd.models.checkpoints.write_atomically", write)
-            patch.setattr("tune_topkd.teacher.training.write_atomically", write)
+            patch.setattr(storage, "write_atomically", write)  # as `write_text` calls it
             with pytest.raises(KeyboardInterrupt):
                 ensure_teacher(sweep(), tmp_path, train)
         counting = CountingTrain()
@@ -424,7 +425,7 @@ def test_where_nothing_can_be_written_a_given_teacher_is_measured_and_a_kept_one
     def refusing(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(training, "write_atomically", refusing)
+    monkeypatch.setattr(training, "write_text", refusing)
     monkeypatch.setattr(training, "_locked", refusing)
     assert ensure_teacher(sweep(), tmp_path, no_training).path == trained.path
     assert ensure_teacher(given(trained.path), tmp_path / "other", no_training).val_top1 == trained.val_top1

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tune_topkd.errors import TuneTopKDError
+
 LIBRARIES = ("cifar", "torchvision", "timm")
 """Prefixes, before the colon, of networks that this project or a library has."""
 
 
-class UserCodeError(ValueError):
+class UserCodeError(TuneTopKDError):
     """A name that cannot be imported; the message says why in one line."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
+from tune_topkd.storage import file_hash
 from tune_topkd.user_code import code_hash
 from tune_topkd.user_code import user_modules
 
@@ -40,7 +41,6 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
     from tune_topkd.data import fingerprint
     from tune_topkd.loss import loss_parameters
     from tune_topkd.models import network_fingerprint
-    from tune_topkd.teacher import file_hash
 
     info = dataset_info(config.data)
     found = {DATA: fingerprint(config.data)}

@@ -31,7 +31,6 @@ from tune_topkd.models.checkpoints import WEIGHTS_KEY
 from tune_topkd.models.checkpoints import load_backbone
 from tune_topkd.models.checkpoints import load_weights
 from tune_topkd.models.checkpoints import save_weights
-from tune_topkd.models.checkpoints import write_atomically
 from tune_topkd.models.fingerprint import network_fingerprint
 from tune_topkd.models.reading import read_checkpoint
 from tune_topkd.models.small import SmallCNN
@@ -54,5 +53,4 @@ __all__ = [
     "read_checkpoint",
     "save_weights",
     "to_channels_last",
-    "write_atomically",
 ]

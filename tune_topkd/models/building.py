@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import unknown_choice
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.models.cifar import CIFAR
 from tune_topkd.models.imagenet import IMAGENET
 from tune_topkd.models.small import SMALL
@@ -35,11 +36,11 @@ _COLOURS = 3
 _FORMS = "or cifar:NAME, torchvision:NAME, timm:NAME, package.module:FACTORY"
 
 
-class ModelNameError(ValueError):
+class ModelNameError(TuneTopKDError):
     """Nothing can be built under this name, whatever the arguments."""
 
 
-class OutputError(ValueError):
+class OutputError(TuneTopKDError):
     """What a network gives is no logits, nor holds them where they can be told from the rest."""
 
 

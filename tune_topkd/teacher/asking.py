@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from tune_topkd.errors import TuneTopKDError
+
 ON_CPU, ON_GPU = 16, 64
 """Images that a network is shown at once, always so many, since its rounding may depend on it. A thread of the CPU is as
 fast with 16 as with more, and so a batch of 64 keeps four of them busy."""
@@ -21,7 +23,7 @@ LARGEST = torch.finfo(torch.float16).max
 _log = logging.getLogger(__name__)
 
 
-class TeacherError(ValueError):
+class TeacherError(TuneTopKDError):
     """What a teacher says cannot be learned from."""
 
 

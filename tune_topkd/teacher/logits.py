@@ -26,12 +26,12 @@ from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import to_channels_last
+from tune_topkd.storage import file_hash
 from tune_topkd.teacher.asking import AskedTeacher
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
 from tune_topkd.teacher.bank import describe
-from tune_topkd.teacher.training import file_hash
 from tune_topkd.teacher.training import load_teacher
 
 GROUP_BYTES = 2**25

@@ -46,9 +46,10 @@ from tune_topkd.models import build_configured
 from tune_topkd.models import load_weights
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import save_weights
-from tune_topkd.models import write_atomically
 from tune_topkd.storage import Lock
+from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
+from tune_topkd.storage import write_text
 from tune_topkd.teacher.asking import check_logits
 
 WEIGHTS_NAME = "teacher.pt"
@@ -276,8 +277,7 @@ def _gone_on(trial: TrialConfig, checkpoint: Path, train: TrainFunction, progres
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
@@ -427,19 +427,6 @@ def _checked_accuracy(model: nn.Module, data: DataConfig, name: str) -> float:
             f"chance ({chance:.1f} %); more than {floor:.1f} % is needed"
         )
     return top1
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

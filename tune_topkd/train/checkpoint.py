@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import read_checkpoint
-from tune_topkd.models import write_atomically
-from tune_topkd.teacher import file_hash
+from tune_topkd.storage import file_hash
+from tune_topkd.storage import write_atomically
 from tune_topkd.teacher import teacher_identity
 from tune_topkd.user_code import is_users
 
@@ -37,7 +38,7 @@ _ADAMW = "tokens and positions do not decay, the warm-up comes before the schedu
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TuneTopKDError):
     """A checkpoint is missing or damaged; the message names it."""
 
 
