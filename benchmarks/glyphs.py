@@ -36,8 +36,8 @@ from tune_topkd.config import PairConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import load_pair
-from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
+from tune_topkd.evaluate import evaluate
 from tune_topkd.export import load_tuned_config
 from tune_topkd.loss import TopKDLoss
 from tune_topkd.teacher import Teacher
@@ -114,8 +114,8 @@ def run(pair: PairConfig, teacher: Teacher, job: Job) -> Result:
     result = train(config)
     seconds = time.perf_counter() - started
     dataset = load_dataset(pair.data)
-    hits = count_hits(result.model, dataset.test, mean=dataset.mean, std=dataset.std)
-    return Result(result.metrics["val_top1"], 100 * int(hits[0]) / len(dataset.test), seconds)
+    found = evaluate(result.model, dataset.test, mean=dataset.mean, std=dataset.std)
+    return Result(result.metrics["val_top1"], found.top1, seconds)
 
 
 class Bench:

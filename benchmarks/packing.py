@@ -15,10 +15,10 @@ from benchmarks import formula
 from benchmarks import step
 from benchmarks.ratio import Ratio
 from tune_topkd.config import AUTO
-from tune_topkd.speed import Probe
 from tune_topkd.sweep import Cluster
 from tune_topkd.sweep import Packed
 from tune_topkd.sweep import pack
+from tune_topkd.train import Probe
 
 
 def run(quick: bool) -> list[Ratio]:

@@ -183,9 +183,9 @@ class _UsualLoop:
         self._student.train()
         for images, labels in self.batches():
             with torch.no_grad():
-                taught = self._teacher(images)
+                teacher_logits = self._teacher(images)
             logits = self._student(images)
-            terms = self._loss.terms(logits, taught, labels)
+            terms = self._loss.terms(logits, teacher_logits, labels)
             loss = self._loss.total(terms)
             self._optimizer.zero_grad()
             torch.autograd.backward(loss)

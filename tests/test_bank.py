@@ -1,6 +1,7 @@
 """The bank of a teacher's logits: what a live teacher would have said, said once."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -186,7 +187,7 @@ def test_a_bank_whose_room_cannot_be_had_again_is_only_read(tmp_path, monkeypatc
     fill(again, 2)
     assert (again.is_writable, again.filled()) == (False, 2)
     os.truncate(tmp_path / "b.f16", SIZE.bytes - 2)
-    with pytest.raises(OSError, match="is shorter than the bank"):
+    with pytest.raises(OSError, match=f"is shorter than {SIZE.bytes:,} bytes"):
         LogitBank(tmp_path / "b.f16", SIZE)
 
 
@@ -546,7 +547,7 @@ def test_where_there_are_no_locks_nothing_is_waited_for(tmp_path, monkeypatch):
     def unsupported(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(bank.fcntl, "lockf", unsupported)
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
     monkeypatch.setattr(bank.time, "sleep", lambda seconds: pytest.fail("waits"))
     with LogitBank(tmp_path / "b.f16", SIZE).claimed("x"):
         pass

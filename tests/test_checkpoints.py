@@ -23,7 +23,6 @@ from tune_topkd.models import load_backbone
 from tune_topkd.models import load_weights
 from tune_topkd.models import read_checkpoint
 from tune_topkd.models import save_weights
-from tune_topkd.models import write_atomically
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -179,21 +178,6 @@ def test_a_pickled_namespace_is_refused_by_name(tmp_path: Path):
     torch.save({"opt": argparse.Namespace(lr=0.1), "model": model.state_dict()}, tmp_path / "resnet8_last.pth")
     with pytest.raises(ValueError, match=r"_last\.pth: is refused: it asks for argparse\.Namespace, and only tensors"):
         load_weights(model, tmp_path / "resnet8_last.pth")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path):
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half")
-        assert path.read_bytes() == b"old"
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- the published layouts ------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ from tune_topkd.config import PairConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import read_yaml
 from tune_topkd.config import validated
-from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
+from tune_topkd.evaluate import evaluate
 from tune_topkd.export import load_tuned_config
 from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
@@ -646,8 +646,8 @@ def test_train_trains_one_config_prints_and_logs_it(space, runs, inside):
     model = build_configured(trial.student, num_classes=10)
     load_weights(model, folder / "student.pt")
     dataset = load_dataset(trial.data)
-    hits = count_hits(model, dataset.val, mean=dataset.mean, std=dataset.std)
-    assert 100 * int(hits[0]) / len(dataset.val) == said["metrics"]["val_top1"]
+    found = evaluate(model, dataset.val, mean=dataset.mean, std=dataset.std)
+    assert found.top1 == said["metrics"]["val_top1"]
     assert said["weights"] == {"student.pt": {"epoch": 4, "val_top1": said["metrics"]["val_top1"]}}
     assert json.loads((folder / "result.json").read_text()) == said
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "result.json", "student.pt"}
@@ -701,8 +701,8 @@ def assert_each_file_does_what_is_said_of_it(folder, said):
         model = build_configured(trial.student, num_classes=10)
         load_weights(model, folder / name)
         dataset = load_dataset(trial.data)
-        hits = count_hits(model, dataset.val, mean=dataset.mean, std=dataset.std)
-        assert 100 * int(hits[0]) / len(dataset.val) == told["test_top1"]
+        found = evaluate(model, dataset.val, mean=dataset.mean, std=dataset.std)
+        assert found.top1 == told["test_top1"]
 
 
 class Killed(BaseException):

@@ -12,7 +12,6 @@ from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.data import DatasetInfo
 from tune_topkd.data import Split
-from tune_topkd.data import count_hits
 from tune_topkd.data import dataset_info
 from tune_topkd.data import eval_batches
 from tune_topkd.data import fingerprint
@@ -312,22 +311,6 @@ def test_evaluation_sees_every_image_once_in_order_and_as_it_is():
     assert torch.cat([b.indices for b in batches]).tolist() == list(range(11))
     assert torch.equal(torch.cat([b.images for b in batches]).round().to(torch.uint8), split.images)
     assert torch.equal(torch.cat([b.labels for b in batches]), split.labels)
-
-
-class Ranks(torch.nn.Module):
-    """Puts the class (first pixel) first, then the following ones in a circle of 8."""
-
-    def forward(self, images):
-        assert not self.training
-        return -((torch.arange(8) - images[:, 0, 0, :1].round()) % 8)
-
-
-def test_hits_are_counted_by_the_rank_of_the_label():
-    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7] * 100)  # more than one batch
-    split = Split(torch.zeros(800, 1, 1, 1, dtype=torch.uint8), labels)
-    model = Ranks().train()
-    assert count_hits(model, split, mean=(0.0,), std=(1 / 255,)).tolist() == [100, 500]
-    assert model.training
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +20,8 @@ from tune_topkd.export import as_python
 from tune_topkd.export import as_yaml
 from tune_topkd.export import load_tuned_config
 from tune_topkd.export import tuned_config
-from tune_topkd.export import write_text
 from tune_topkd.space import Space
+from tune_topkd.storage import write_text
 from tune_topkd.trials import Ledger
 
 CONFIG = config_from(
@@ -229,44 +228,6 @@ def test_a_file_that_breaks_a_rule_is_told_with_file_and_key(tmp_path, tuned, ch
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"tuned\.yaml: cannot be read: No such file or directory"):
         load_tuned_config(tmp_path / "tuned.yaml")
-
-
-# --- written whole or not at all ------------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    path = tmp_path / "tuned.yaml"
-    write_text(path, "old: é\n" * 1000)
-    write_text(path, "new: é\n")
-    assert path.read_bytes() == "new: é\n".encode()
-    assert os.listdir(tmp_path) == ["tuned.yaml"]
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "tuned.yaml"
-    write_text(path, "old")
-    monkeypatch.setattr(os, failing, fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["tuned.yaml"]
-
-
-def test_a_text_that_cannot_be_encoded_leaves_the_old_file(tmp_path):
-    path = tmp_path / "tuned.yaml"
-    write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "new \ud800")
-    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["tuned.yaml"])
-
-
-def test_a_missing_folder_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        write_text(tmp_path / "no" / "tuned.yaml", "new")
 
 
 # --- used by others -------------------------------------------------------------------------------------------------

@@ -26,10 +26,10 @@ from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
-from tune_topkd.speed import Probe
 from tune_topkd.sweep import ResourceError
 from tune_topkd.sweep import cluster
 from tune_topkd.sweep import packing
+from tune_topkd.train import Probe
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
 

@@ -15,12 +15,12 @@ from tune_topkd.config import DataConfig
 from tune_topkd.data import Dataset
 from tune_topkd.data import FileSplit
 from tune_topkd.data import Split
-from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
 from tune_topkd.data import save_dataset
 from tune_topkd.data import saving
 from tune_topkd.data import train_batches
+from tune_topkd.evaluate import evaluate
 from tune_topkd.models import build_model
 
 CPU = torch.device("cpu")
@@ -148,7 +148,7 @@ def test_the_images_are_the_file_itself_and_stay_so_when_they_are_used(tmp_path:
     train = loaded.train.to(CPU)
     seen = [len(b.labels) for b in train_batches(train, batch_size=64, seed=0, epoch=1, augment=augment, **constants)]
     assert sum(seen) > 1000
-    count_hits(build_model("digits_linear", num_classes=10), loaded.val.to(CPU), **constants)
+    evaluate(build_model("digits_linear", num_classes=10), loaded.val.to(CPU), **constants)
     assert mapping(train.images) == (str(path), 0)
     assert mapping(load_dataset(DIGITS).train.images)[0] != str(path)
 

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-import tune_topkd.train as training
 from tune_topkd.cli import running
 from tune_topkd.cli.interruption import Interruption
 from tune_topkd.config import NO_FILES
@@ -27,7 +26,9 @@ from tune_topkd.data import saving
 from tune_topkd.train import GPU_PART
 from tune_topkd.train import LONGEST_WAIT_FOR_MEMORY
 from tune_topkd.train import Training
+from tune_topkd.train import device
 from tune_topkd.train import in_share
+from tune_topkd.train import loop
 from tune_topkd.train import train
 from tune_topkd.trials import Ledger
 from tune_topkd.trials import Share
@@ -72,7 +73,7 @@ def test_a_trial_that_maps_the_dataset_is_the_one_that_reads_it(tmp_path: Path, 
     def read_anew(config):
         raise AssertionError("the dataset is read although it is in the file")
 
-    monkeypatch.setattr(training, "load_dataset", read_anew)
+    monkeypatch.setattr(loop, "load_dataset", read_anew)
     mapped_metrics, mapped_weights = run(config.model_copy(update={"dataset_file": str(tmp_path / "d.pt")}))
     assert mapped_metrics == metrics
     assert torch.equal(mapped_weights, weights)
@@ -329,7 +330,7 @@ def memory(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", fake.mem_get_info)
         monkeypatch.setattr(torch.cuda, "empty_cache", fake.empty_cache)
         monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fake.set_fraction)
-        monkeypatch.setattr(training, "time", fake)
+        monkeypatch.setattr(device, "time", fake)
         return fake
 
     return memory
@@ -352,8 +353,8 @@ def test_a_training_that_was_given_no_share_takes_what_it_needs_and_waits_for_no
 
 
 def test_without_a_part_of_a_gpu_a_training_is_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(training, "default_device", lambda: GPU)
-    assert [training.device_of(trial(gpu_share=share)) for share in (0.0, 0.25, 1.0, None)] == [CPU, GPU, GPU, GPU]
+    monkeypatch.setattr(device, "default_device", lambda: GPU)
+    assert [device.device_of(trial(gpu_share=share)) for share in (0.0, 0.25, 1.0, None)] == [CPU, GPU, GPU, GPU]
     assert train(trial(epochs=1, gpu_share=0.0)).epoch == 1  # on a GPU that is not there it could not
 
 

@@ -12,17 +12,19 @@ import torch
 from torch import nn
 
 import tune_topkd.models as models
+from tune_topkd import storage
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
 from tune_topkd.data import Dataset
 from tune_topkd.data import Split
-from tune_topkd.data import count_hits
 from tune_topkd.data import load_dataset
+from tune_topkd.evaluate import Evaluation
+from tune_topkd.evaluate import evaluate
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
-from tune_topkd.models import write_atomically
+from tune_topkd.storage import write_atomically
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.teacher import load_teacher
 from tune_topkd.teacher import teacher_key
@@ -191,7 +193,7 @@ def test_a_training_that_was_killed_leaves_nothing_that_is_taken_for_a_teacher(t
 
         with monkeypatch.context() as patch:
             patch.setattr("tune_topkd.models.checkpoints.write_atomically", write)
-            patch.setattr("tune_topkd.teacher.training.write_atomically", write)
+            patch.setattr(storage, "write_atomically", write)  # as `write_text` calls it
             with pytest.raises(KeyboardInterrupt):
                 ensure_teacher(sweep(), tmp_path, train)
         counting = CountingTrain()
@@ -286,7 +288,7 @@ def test_the_teacher_must_be_better_than_twice_chance_or_half_way_to_perfect(mon
     hits = [round(12 * limit), round(12 * limit) + 1]
     monkeypatch.setattr("tune_topkd.teacher.training.load_dataset", lambda config: dataset)
     monkeypatch.setattr(
-        "tune_topkd.teacher.training.count_hits", lambda *args, **kwargs: torch.tensor([hits.pop(0), 1200])
+        "tune_topkd.teacher.training.evaluate", lambda *args, **kwargs: Evaluation(hits.pop(0) / 12, None, 1.0)
     )
     with pytest.raises(ValueError, match=rf"more than {limit:.1f} % is needed"):
         _checked_accuracy(constant(classes, 0), sweep().data, "x")
@@ -366,9 +368,9 @@ def measured(monkeypatch):
 
     def counting(model, *arguments, **options):
         found.append(next(model.parameters()).device.type)
-        return count_hits(model, *arguments, **options)
+        return evaluate(model, *arguments, **options)
 
-    monkeypatch.setattr(training, "count_hits", counting)
+    monkeypatch.setattr(training, "evaluate", counting)
     monkeypatch.setattr(training, "KEPT_FROM_SECONDS", 0.0)
     return found
 
@@ -423,7 +425,7 @@ def test_where_nothing_can_be_written_a_given_teacher_is_measured_and_a_kept_one
     def refusing(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(training, "write_atomically", refusing)
+    monkeypatch.setattr(training, "write_text", refusing)
     monkeypatch.setattr(training, "_locked", refusing)
     assert ensure_teacher(sweep(), tmp_path, no_training).path == trained.path
     assert ensure_teacher(given(trained.path), tmp_path / "other", no_training).val_top1 == trained.val_top1

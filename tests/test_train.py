@@ -20,11 +20,11 @@ from tune_topkd.config import TrialConfig
 from tune_topkd.config import load_config
 from tune_topkd.data import DatasetInfo
 from tune_topkd.data import Split
-from tune_topkd.data import count_hits
 from tune_topkd.data import dataset_info
 from tune_topkd.data import load_dataset
 from tune_topkd.data import train_batches
 from tune_topkd.data.sources import Generated
+from tune_topkd.evaluate import evaluate
 from tune_topkd.loss import build_loss
 from tune_topkd.loss import loss_parameters
 from tune_topkd.models import build_configured
@@ -34,12 +34,12 @@ from tune_topkd.models import save_weights
 from tune_topkd.teacher import load_teacher
 from tune_topkd.train import CHECKPOINT_NAME
 from tune_topkd.train import CheckpointError
-from tune_topkd.train import _lr_factor as lr_factor
-from tune_topkd.train import _mixup as mixup
-from tune_topkd.train import _optimizer as optimizer_of
-from tune_topkd.train import _scheduler as scheduler_of
 from tune_topkd.train import checkpoint_metrics
 from tune_topkd.train import train
+from tune_topkd.train.loop import draw_mixup
+from tune_topkd.train.optim import build_optimizer
+from tune_topkd.train.optim import build_scheduler
+from tune_topkd.train.optim import lr_factor
 
 DIGITS = DataConfig.model_validate(
     {"name": "digits", "val_fraction": 0.4, "test_fraction": 0.4, "augment": {"pad": 1, "flip": True}}
@@ -199,7 +199,7 @@ def test_schedules_by_epoch(recipe, rates):
 def test_the_first_epoch_has_the_whole_learning_rate_however_short_a_training_is(epochs, rates):
     recipe = RecipeConfig(epochs=epochs, lr=0.2, milestones=[0.3, 0.6, 0.9])  # ImageNet's
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
-    scheduler = scheduler_of(optimizer, recipe)
+    scheduler = build_scheduler(optimizer, recipe)
     found = []
     for _ in range(epochs):
         found.append(scheduler.get_last_lr()[0])
@@ -472,7 +472,7 @@ def test_adamw_spares_tokens_and_positions():
     network.embedded = Embedded()
     network.norm = nn.LayerNorm(3)
     recipe = RecipeConfig(epochs=1, optimizer="adamw", weight_decay=0.3)
-    decaying, spared = optimizer_of([network], recipe, torch.device("cpu")).param_groups
+    decaying, spared = build_optimizer([network], recipe, torch.device("cpu")).param_groups
     assert (decaying["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     assert [w is network.encoder.weight for w in decaying["params"]] == [True]
     assert len(spared["params"]) == 7
@@ -484,7 +484,7 @@ def test_only_matrices_of_a_vision_transformer_decay(name):
         pytest.importorskip("timm")
     network = build_model(name, num_classes=3)
     recipe = RecipeConfig(epochs=1, optimizer="adamw")
-    decaying = set(map(id, optimizer_of([network], recipe, torch.device("cpu")).param_groups[0]["params"]))
+    decaying = set(map(id, build_optimizer([network], recipe, torch.device("cpu")).param_groups[0]["params"]))
     assert {n.rpartition(".")[2] for n, w in network.named_parameters() if id(w) in decaying} <= {
         "weight",
         "in_proj_weight",
@@ -561,7 +561,7 @@ def test_mixup_mixes_images_and_the_loss_of_both_labels(teacher):
         dataset.train, batch_size=64, seed=5, epoch=1, augment=data.augment, mean=dataset.mean, std=dataset.std
     )
     for number, batch in enumerate(batches):
-        share, other = mixup(len(batch.labels), 0.7, (5, 1, number))
+        share, other = draw_mixup(len(batch.labels), 0.7, (5, 1, number))
         shares.append(share)
         assert sorted(other.tolist()) == list(range(64))
         images = share * batch.images + (1 - share) * batch.images[other]
@@ -635,8 +635,8 @@ def test_the_best_test_epoch_is_named_so_and_trains_on_all_training_images(tmp_p
     assert [metrics["best_epoch_test_top1"] for metrics in seen.metrics] == [max(accuracies[:n]) for n in range(1, 6)]
     assert not [name for name in result.metrics if name.startswith("val_")]
     dataset, usual = load_dataset(data), load_dataset(DIGITS)
-    hits = count_hits(result.model, usual.test, mean=dataset.mean, std=dataset.std)
-    assert accuracies[-1] == pytest.approx(100 * int(hits[0]) / len(usual.test))
+    found = evaluate(result.model, usual.test, mean=dataset.mean, std=dataset.std)
+    assert accuracies[-1] == pytest.approx(found.top1)
     assert len(dataset.train) == len(usual.train) + len(usual.val)
     again = Recorder()
     train(trial(data=data, recipe={"lr": 0.8, "epochs": 5}), again, resume_from=tmp_path / "2")
@@ -842,7 +842,7 @@ def test_a_checkpoint_without_what_the_loss_had_learnt_is_refused(teacher, users
     del content["loss"]
     torch.save(content, path)
     with pytest.raises(
-        ValueError, match=r"checkpoint\.pt: cannot be gone on with: the loss has the state loss\.centre, loss\.map"
+        ValueError, match=r"checkpoint\.pt: cannot be resumed from: the loss has the state loss\.centre, loss\.map"
     ):
         train(config, resume_from=tmp_path / "1")
 

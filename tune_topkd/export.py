@@ -9,10 +9,7 @@ Other projects need only this and `tune_topkd.loss`:
     criterion = build_loss(tuned.method, tuned.loss)
 """
 
-import contextlib
 import json
-import os
-import uuid
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +34,7 @@ from tune_topkd.config import SweepConfig
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
 from tune_topkd.config import validated
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.trials import SweepState
 from tune_topkd.trials import TrialRecord
 
@@ -44,7 +42,7 @@ SCHEMA_VERSION = 1
 TUNED_FILE = "tuned.yaml"
 
 
-class NoAnswerError(ValueError):
+class NoAnswerError(TuneTopKDError):
     """The sweep has no trial that reached the full budget."""
 
 
@@ -145,27 +143,6 @@ def load_tuned_config(path: Path | str) -> TunedConfig:
         rule = f"is not the schema version that this tune_topkd reads: known: {SCHEMA_VERSION}"
         raise ConfigError(str(path), [Problem(key="schema_version", rule=rule, value=version, has_value=True)])
     return validated(TunedConfig, raw, str(path))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OSError: the disk refused; what was at `path` is still there.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def as_yaml(tuned: TunedConfig) -> str:

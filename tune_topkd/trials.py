@@ -53,8 +53,11 @@ from typing import Protocol
 from typing import Self
 
 from tune_topkd.config import Scalar
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.storage import Lock
 from tune_topkd.storage import lock
+from tune_topkd.storage import sync
+from tune_topkd.storage import sync_stream
 
 LEDGER_VERSION = 3
 _READABLE_VERSIONS = (1, 2, 3)  # 1 has no `retry`, 1 and 2 have no `prepared`
@@ -66,7 +69,7 @@ _LOCK_PAUSE = 0.02
 _LARGEST_CLOCK_STEP = 60.0
 
 
-class LedgerError(ValueError):
+class LedgerError(TuneTopKDError):
     """A ledger that cannot be used: damaged, of another version, or driven by another process."""
 
 
@@ -426,7 +429,7 @@ class Ledger:
             state = _replay(path, content[:whole])
             if whole < len(content):
                 stream.truncate(whole)
-                os.fsync(stream.fileno())
+                sync_stream(stream)
             stream.seek(0, os.SEEK_END)
         except BaseException:
             stream.close()
@@ -457,7 +460,7 @@ class Ledger:
             for event in written:
                 self.state.apply(event)
             _write_all(self._stream, content)
-            os.fsync(self._stream.fileno())
+            sync_stream(self._stream)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(self.path)
@@ -542,15 +545,6 @@ def is_driven(path: Path) -> bool:
 def driver_identity() -> dict[str, Any]:
     """Who drives: what a `driver` event says of this process."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-def sync(path: Path) -> None:
-    """Return when a file's content, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(stream: Any, path: Path) -> None:

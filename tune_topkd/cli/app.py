@@ -39,8 +39,9 @@ from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import WRITERS
-from tune_topkd.export import write_text
+from tune_topkd.storage import write_text
 from tune_topkd.trials import LEDGER_FILE
 from tune_topkd.trials import LedgerError
 from tune_topkd.trials import TrialStatus
@@ -118,7 +119,7 @@ def _told(error: Exception) -> str:
     """
     if isinstance(error, OSError):
         return f"{error.filename or 'the disk'}: {error.strerror or error}"
-    if isinstance(error, ValueError) and type(error).__module__.partition(".")[0] == "tune_topkd":
+    if isinstance(error, TuneTopKDError):
         return str(error)
     raise error
 

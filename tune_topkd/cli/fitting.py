@@ -95,8 +95,8 @@ def _tried(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         images = torch.randn(_IMAGES, *info.image_shape).to(device)
-        taught = _try_teacher(config, info, images, found)
-        _try_student(config, info, images, taught, parameters, found)
+        teacher_logits = _try_teacher(config, info, images, found)
+        _try_student(config, info, images, teacher_logits, parameters, found)
     return found
 
 
@@ -112,18 +112,18 @@ def _try_teacher(config: PairConfig, info: DatasetInfo, images: Tensor, found: F
     teacher = _network(role, info, images.device, found)
     if teacher is None or not _takes(role, teacher, images, info, found):
         return None
-    taught = _asked(teacher, images)
+    teacher_logits = _asked(teacher, images)
     if given.recipe is not None:
         teacher.train()
         _learn(role, teacher, images, build_loss("ce", {}), None, info, found)
-    return taught
+    return teacher_logits
 
 
 def _try_student(
     config: PairConfig,
     info: DatasetInfo,
     images: Tensor,
-    taught: Tensor | None,
+    teacher_logits: Tensor | None,
     parameters: Mapping[str, object] | None,
     found: Findings,
 ) -> None:
@@ -142,7 +142,7 @@ def _try_student(
         _check_images_are_kept(role, student, images, found)
     if parameters is not None and not found.problems:
         student.train(not given.linear_probe)
-        _learn(role, student, images, build_loss(config.method, parameters), taught, info, found, config.method)
+        _learn(role, student, images, build_loss(config.method, parameters), teacher_logits, info, found, config.method)
 
 
 def _smallest_batch(config: PairConfig) -> tuple[int, str]:
@@ -272,7 +272,7 @@ def _learn(
     network: nn.Module,
     images: Tensor,
     loss: DistillationLoss,
-    taught: Tensor | None,
+    teacher_logits: Tensor | None,
     info: DatasetInfo,
     found: Findings,
     method: str = "ce",
@@ -294,7 +294,7 @@ def _learn(
         return
     key = "loss" if method in METHODS else "method"
     try:
-        total = _total(loss, logits, taught, role.recipe)
+        total = _total(loss, logits, teacher_logits, role.recipe)
         torch.autograd.backward(total)
     except Exception as error:  # noqa: BLE001
         found.add(key, f"method {method!r} fails: {_told(error)}")
@@ -323,15 +323,15 @@ def _explain_training(
     found.add(f"{role.key}.name", f"in training mode: {rule}", role.model.name)
 
 
-def _total(loss: DistillationLoss, logits: Tensor, taught: Tensor | None, recipe: RecipeConfig) -> Tensor:
+def _total(loss: DistillationLoss, logits: Tensor, teacher_logits: Tensor | None, recipe: RecipeConfig) -> Tensor:
     """The loss of as many rows as a batch has, up to some: the networks' logits, each time moved a little."""
     times = max(1, min(recipe.batch_size, _LOSS_ROWS) // len(logits))
     rows = _moved(logits, times)
     labels = torch.arange(len(rows), device=rows.device) % rows.shape[1]
     if isinstance(loss, CELoss):
         return loss.total(loss.terms(rows, None, labels))
-    assert taught is not None, "every other loss has a teacher"
-    return loss.total(loss.terms(rows, _moved(taught[: len(logits)], times), labels))
+    assert teacher_logits is not None, "every other loss has a teacher"
+    return loss.total(loss.terms(rows, _moved(teacher_logits[: len(logits)], times), labels))
 
 
 def _moved(logits: Tensor, times: int) -> Tensor:

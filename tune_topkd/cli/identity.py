@@ -3,14 +3,14 @@
 Where these lie may change; what they are may not. Each is named by the config key that a user would look at.
 """
 
-import ast
-import hashlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
+from tune_topkd.storage import file_hash
+from tune_topkd.user_code import code_hash
+from tune_topkd.user_code import user_modules
 
 VERSION = 1
 """Of the rules below: identities taken by other rules are not compared."""
@@ -18,7 +18,6 @@ VERSION = 1
 DATA, TEACHER, TEACHER_NETWORK = "data", "teacher.checkpoint", "teacher.name"
 STUDENT, STUDENT_NETWORK, CODE = "student.checkpoint", "student.name", "code"
 
-_LIBRARIES = ("cifar", "torchvision", "timm")  # before the colon: networks that are no user's
 _WHAT = {
     DATA: "the dataset's files",
     TEACHER: "the teacher's weights",
@@ -42,7 +41,6 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
     from tune_topkd.data import fingerprint
     from tune_topkd.loss import loss_parameters
     from tune_topkd.models import network_fingerprint
-    from tune_topkd.teacher import file_hash
 
     info = dataset_info(config.data)
     found = {DATA: fingerprint(config.data)}
@@ -91,27 +89,3 @@ def _rule(key: str) -> str:
         f"{_WHAT.get(key, 'this file of yours')} changed since the sweep began, and trials of both would be mixed; {cure}; "
         "to use what is there now, `run` a new sweep under another name"
     )
-
-
-def user_modules(name: str) -> dict[str, Path]:
-    """The loaded modules of the package that a user's `package.module:object` names, and their files."""
-    package, colon, _ = name.partition(":")
-    if not colon or package in _LIBRARIES:
-        return {}
-    package = package.partition(".")[0]
-    loaded = {m: sys.modules[m] for m in sorted(sys.modules) if m == package or m.startswith(f"{package}.")}
-    files = {module: getattr(there, "__file__", None) or "" for module, there in loaded.items()}
-    return {module: Path(file) for module, file in files.items() if file.endswith(".py")}
-
-
-def code_hash(path: Path) -> str:
-    """16 hex digits of a Python file that a comment, a docstring or a line break does not change."""
-    content = path.read_bytes()
-    try:
-        tree = ast.parse(content)
-    except SyntaxError:  # being edited right now
-        return hashlib.sha256(content).hexdigest()[:16]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = node.body[ast.get_docstring(node) is not None :] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]

@@ -41,9 +41,10 @@ from tune_topkd.export import TUNED_FILE
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import as_yaml
 from tune_topkd.export import tuned_config
-from tune_topkd.export import write_text
 from tune_topkd.space import Space
 from tune_topkd.space import digest
+from tune_topkd.storage import file_hash
+from tune_topkd.storage import write_text
 from tune_topkd.trials import LEDGER_FILE
 from tune_topkd.trials import LEDGER_VERSION
 from tune_topkd.trials import Ledger
@@ -393,8 +394,6 @@ def changed_since(config: SweepConfig, state: SweepState, place: Place) -> Itera
     if not before:
         key = state.teacher_file.get("key")
         if key and weights is not None and config.teacher is not None and config.teacher.checkpoint is not None:
-            from tune_topkd.teacher import file_hash
-
             before, now = {identity.TEACHER: key}, {identity.TEACHER: file_hash(weights)[:16]}
             yield from identity.changes(before, now, config)
         return
@@ -599,9 +598,9 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     settings = config.sweep
     if AUTO not in (settings.cpus_per_trial, settings.gpus_per_trial):
         return config
-    from tune_topkd.speed import Probe
     from tune_topkd.sweep import Cluster
     from tune_topkd.sweep import pack
+    from tune_topkd.train import Probe
 
     trial = trial_with(config, files, settings.seed)
     if (sizes := config.space.get("batch_size")) is not None:  # the largest takes the most memory

@@ -15,7 +15,9 @@ from tune_topkd.cli.terminal import Console
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import PairConfig
 from tune_topkd.config import dump_config
-from tune_topkd.export import write_text
+from tune_topkd.storage import rename
+from tune_topkd.storage import write_atomically
+from tune_topkd.storage import write_text
 
 FOLDER = "trained"
 """Below the runs folder: where single trainings lie."""
@@ -62,7 +64,6 @@ class _Log:
 
         from tune_topkd.models import WEIGHTS_KEY
         from tune_topkd.models import read_checkpoint
-        from tune_topkd.models import write_atomically
         from tune_topkd.train import CHECKPOINT_NAME
         from tune_topkd.train import TEST_TOP1
 
@@ -80,7 +81,7 @@ class _Log:
     def finish(self) -> dict[str, dict[str, float]]:
         """Give the files of weights their names; the epoch of each, and how it did."""
         for name in self.kept:
-            (self.folder / _partial(name)).replace(self.folder / name)
+            rename(self.folder / _partial(name), self.folder / name)
         return {
             name: {"epoch": epoch, **{key: value for key, value in metrics.items() if key in ("val_top1", "test_top1")}}
             for name, (epoch, metrics) in self.kept.items()

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tune_topkd.errors import TuneTopKDError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -20,7 +22,7 @@ class Problem:
         return f"{self.key}{got}: {self.rule}" if self.key else self.rule
 
 
-class ConfigError(ValueError):
+class ConfigError(TuneTopKDError):
     """What the user wrote cannot be run; the message names the source and every problem found in it."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:

@@ -9,7 +9,6 @@ number of worker processes, and a resumed or repeated epoch is the same epoch.
 
 from tune_topkd.data.batches import Batch
 from tune_topkd.data.batches import batches_of
-from tune_topkd.data.batches import count_hits
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
 from tune_topkd.data.batches import shown
@@ -45,7 +44,6 @@ __all__ = [
     "FileSplit",
     "Split",
     "batches_of",
-    "count_hits",
     "data_notes",
     "data_root",
     "dataset_info",

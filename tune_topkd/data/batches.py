@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch import nn
 
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import TrialConfig
@@ -132,7 +131,7 @@ def shown(
 
 
 def eval_batches(
-    split: AnySplit, *, mean: Sequence[float], std: Sequence[float], batch_size: int = EVAL_BATCH
+    split: AnySplit, *, mean: Sequence[float], std: Sequence[float], batch_size: int | None = None
 ) -> Iterator[Batch]:
     """All images in their order, not augmented but normalised, on the device of `split`; the last batch may be smaller.
 
@@ -143,7 +142,8 @@ def eval_batches(
         DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
     """
     normalise = _normaliser(mean, std, split.device)
-    for images, indices in raw_batches(split, batch_size):
+    size = batch_size or min(EVAL_BATCH, max(1, EVAL_BYTES // _image_bytes(split)))
+    for images, indices in raw_batches(split, size):
         yield Batch(normalise(images), split.labels[indices], indices)
 
 
@@ -156,28 +156,6 @@ def raw_batches(split: AnySplit, batch_size: int = EVAL_BATCH) -> Iterator[tuple
     else:
         for images, indices in zip(torch.split(split.images, batch_size), batches, strict=True):
             yield resized(images, split.image_size), indices
-
-
-def count_hits(model: nn.Module, split: AnySplit, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """How many images have their label first, and among the first five, of the model's logits: `(2,)` int64.
-
-    The model and the split are on one device, on which the result stays: no wait for the GPU. With five classes or
-    fewer the second count is of all images. Leaves the model in the mode it was in.
-
-    Raises:
-        DataError: as `eval_batches`.
-    """
-    was_training = model.training
-    model.eval()
-    hits = torch.zeros(2, dtype=torch.int64, device=split.device)
-    batch_size = min(EVAL_BATCH, max(1, EVAL_BYTES // _image_bytes(split)))
-    with torch.no_grad():
-        for batch in eval_batches(split, mean=mean, std=std, batch_size=batch_size):
-            logits = model(batch.images)
-            hit = logits.topk(min(5, logits.shape[1])).indices == batch.labels[:, None]
-            hits += torch.stack([hit[:, 0].sum(), hit.sum()])
-    model.train(was_training)
-    return hits
 
 
 def _image_bytes(split: AnySplit) -> int:

@@ -13,7 +13,7 @@ from tune_topkd.data.errors import DataError
 from tune_topkd.data.splits import Dataset
 from tune_topkd.data.splits import Mapped
 from tune_topkd.data.splits import Split
-from tune_topkd.models import write_atomically
+from tune_topkd.storage import write_atomically
 
 _SPLITS = ("train", "val", "test")
 _KEYS = {"config", "splits", "num_classes", "constants", "selection"}

@@ -20,7 +20,7 @@ they are with ``torch.nn.CrossEntropyLoss``.
 Docstrings mark a formula as **paper** where it is reported of the named paper and as **ours** where the
 public text leaves a gap that this project fills.
 
-Inside: `parts` are the formulas of TopKD and `topkd` its losses, `baselines` the losses it is compared with,
+Inside: `functional` holds the formulas of TopKD and `topkd` its losses, `baselines` the losses it is compared with,
 `methods` finds a loss by name, `state` is what a user's loss keeps between calls. Below them lie `interface`,
 which all losses share, `precision` and `checks`.
 """
@@ -29,13 +29,13 @@ from tune_topkd.loss.baselines import CELoss
 from tune_topkd.loss.baselines import DKDLoss
 from tune_topkd.loss.baselines import KDLoss
 from tune_topkd.loss.baselines import LogitStandardKDLoss
+from tune_topkd.loss.functional import contrastive_loss
+from tune_topkd.loss.functional import top_k_decoupled_loss
+from tune_topkd.loss.functional import top_k_scaling
 from tune_topkd.loss.interface import DistillationLoss
 from tune_topkd.loss.methods import METHODS
 from tune_topkd.loss.methods import build_loss
 from tune_topkd.loss.methods import loss_parameters
-from tune_topkd.loss.parts import contrastive_loss
-from tune_topkd.loss.parts import top_k_decoupled_loss
-from tune_topkd.loss.parts import top_k_scaling
 from tune_topkd.loss.state import LossState
 from tune_topkd.loss.topkd import TopKDLoss
 from tune_topkd.loss.topkd import TopKDPlugin

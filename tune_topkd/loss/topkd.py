@@ -13,10 +13,10 @@ from tune_topkd.loss.checks import check_k_fits
 from tune_topkd.loss.checks import check_numbers
 from tune_topkd.loss.checks import check_scaling
 from tune_topkd.loss.checks import check_temperature
+from tune_topkd.loss.functional import contrastive_entropy
+from tune_topkd.loss.functional import decoupled_distance
+from tune_topkd.loss.functional import scaled_teacher
 from tune_topkd.loss.interface import DistillationLoss
-from tune_topkd.loss.parts import contrastive_entropy
-from tune_topkd.loss.parts import decoupled_distance
-from tune_topkd.loss.parts import scaled_teacher
 
 
 class _TopK(DistillationLoss):

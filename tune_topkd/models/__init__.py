@@ -25,13 +25,12 @@ from tune_topkd.models.building import check_model
 from tune_topkd.models.building import count_parameters
 from tune_topkd.models.building import find_head
 from tune_topkd.models.building import freeze_backbone
-from tune_topkd.models.building import laid_out
 from tune_topkd.models.building import model_names
+from tune_topkd.models.building import to_channels_last
 from tune_topkd.models.checkpoints import WEIGHTS_KEY
 from tune_topkd.models.checkpoints import load_backbone
 from tune_topkd.models.checkpoints import load_weights
 from tune_topkd.models.checkpoints import save_weights
-from tune_topkd.models.checkpoints import write_atomically
 from tune_topkd.models.fingerprint import network_fingerprint
 from tune_topkd.models.reading import read_checkpoint
 from tune_topkd.models.small import SmallCNN
@@ -47,12 +46,11 @@ __all__ = [
     "count_parameters",
     "find_head",
     "freeze_backbone",
-    "laid_out",
     "load_backbone",
     "load_weights",
     "model_names",
     "network_fingerprint",
     "read_checkpoint",
     "save_weights",
-    "write_atomically",
+    "to_channels_last",
 ]

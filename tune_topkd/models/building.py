@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -18,9 +17,15 @@ from torch.nn import functional
 
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import unknown_choice
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.models.cifar import CIFAR
 from tune_topkd.models.imagenet import IMAGENET
 from tune_topkd.models.small import SMALL
+from tune_topkd.user_code import LIBRARIES
+from tune_topkd.user_code import UserCodeError
+from tune_topkd.user_code import is_users
+from tune_topkd.user_code import one_line
+from tune_topkd.user_code import resolve
 
 _Factory = Callable[..., nn.Module]
 
@@ -31,11 +36,11 @@ _COLOURS = 3
 _FORMS = "or cifar:NAME, torchvision:NAME, timm:NAME, package.module:FACTORY"
 
 
-class ModelNameError(ValueError):
+class ModelNameError(TuneTopKDError):
     """Nothing can be built under this name, whatever the arguments."""
 
 
-class OutputError(ValueError):
+class OutputError(TuneTopKDError):
     """What a network gives is no logits, nor holds them where they can be told from the rest."""
 
 
@@ -84,7 +89,7 @@ def check_model(config: ModelConfig, *, num_classes: int) -> None:
         ValueError: the arguments do not fit.
     """
     factory = _factory(config.name)  # imports first: tensors that a module makes for itself must be real
-    if ":" not in config.name or config.name.startswith(tuple(f"{prefix}:" for prefix in _SOURCES)):
+    if not is_users(config.name):
         try:
             with torch.device("meta"):
                 _configured(config, factory, num_classes)
@@ -111,7 +116,7 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     return linear[-1]
 
 
-def laid_out(model: nn.Module, channels: int) -> nn.Module:
+def to_channels_last(model: nn.Module, channels: int) -> nn.Module:
     """The network with its weights in the memory layout that is fastest for images of so many channels.
 
     With colour images convolutions are a fifth faster, some of them twice, with the channels last; the results are the
@@ -190,7 +195,7 @@ def _network(name: str, factory: _Factory, num_classes: int, kwargs: Mapping[str
     try:
         network: object = factory(num_classes=num_classes, **kwargs)
     except Exception as error:  # others' code can raise anything
-        raise ValueError(f"model {name!r}: {_told(error)}") from error
+        raise ValueError(f"model {name!r}: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise ModelNameError(f"model {name!r}: must give a torch.nn.Module, but gave a {type(network).__name__}")
     return network
@@ -203,7 +208,7 @@ def _factory(name: str) -> _Factory:
     prefix, colon, inner = name.partition(":")
     if not colon:
         return _own(name, name, _REGISTRY, _FORMS)
-    return _SOURCES[prefix](inner) if prefix in _SOURCES else _resolved(name)
+    return _resolved(name) if is_users(name) else _FROM_LIBRARY[prefix](inner)
 
 
 def _own(name: str, bare: str, known: Mapping[str, _Factory], also: str = "") -> _Factory:
@@ -249,17 +254,18 @@ def _timm(bare: str) -> _Factory:
     return build
 
 
-_SOURCES: dict[str, Callable[[str], _Factory]] = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
+_FROM_LIBRARY: dict[str, Callable[[str], _Factory]] = {"cifar": _cifar, "torchvision": _torchvision, "timm": _timm}
+assert set(_FROM_LIBRARY) == set(LIBRARIES), "every prefix that is not the user's has networks"
 
 
 def _resolved(name: str) -> _Factory:
     """The factory that `package.module:FACTORY` names."""
     try:
-        factory: Any = pkgutil.resolve_name(name)
-    except Exception as error:  # importing runs others' code
+        factory = resolve(name)
+    except UserCodeError as error:
         prefix = name.partition(":")[0]
-        hint = f"; {unknown_choice(prefix, _SOURCES)}" if difflib.get_close_matches(prefix, _SOURCES) else ""
-        raise ModelNameError(f"unknown model {name!r}: cannot be imported: {_told(error)}{hint}") from error
+        hint = f"; {unknown_choice(prefix, LIBRARIES)}" if difflib.get_close_matches(prefix, LIBRARIES) else ""
+        raise ModelNameError(f"unknown model {name!r}: {error}{hint}") from error
     if not callable(factory):
         raise ModelNameError(f"unknown model {name!r}: must be callable, but is a {type(factory).__name__}")
     found: _Factory = factory
@@ -271,7 +277,7 @@ def _library(name: str, module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a library that does not fit torch can raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
-        reason = f"{name} is not installed: pip install 'tune_topkd[{extra}]'" if missing else _told(error)
+        reason = f"{name} is not installed: pip install 'tune_topkd[{extra}]'" if missing else one_line(error)
         raise ModelNameError(f"{name}: its networks cannot be built: {reason}") from error
 
 
@@ -288,7 +294,3 @@ def _refuse(kwargs: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if name in kwargs:
             raise ValueError(f"kwargs must not set {name}: nothing is downloaded; weights come from a checkpoint file")
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removeprefix("ValueError: ")

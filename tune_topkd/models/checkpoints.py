@@ -1,14 +1,10 @@
 """The files that weights are kept in: ours, and those that the distillation field has published."""
 
-import os
-import uuid
 from collections import Counter
-from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 from typing import Any
 from typing import NamedTuple
 
@@ -18,6 +14,7 @@ from torch import nn
 
 from tune_topkd.models.building import find_head
 from tune_topkd.models.reading import read_checkpoint
+from tune_topkd.storage import write_atomically
 
 WEIGHTS_KEY = "model"
 """Where the state dict lies in a file of weights, as the distillation field has it."""
@@ -66,30 +63,6 @@ def load_backbone(model: nn.Module, path: Path, key: str | None = None) -> None:
     """
     head, _ = find_head(model)
     _load(model, path, key, {n: value for n, value in model.state_dict().items() if n.rpartition(".")[0] == head})
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace the file at `path` by what `write` writes: in one step, and only once it is on the disk.
-
-    Raises:
-        OSError: the disk refused; it names `path`, and what was there still is. torch hides it in an error of its own.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError):
-                raise OSError(cause.errno, cause.strerror, str(path)) from error
-            cause = cause.__cause__ or cause.__context__
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- the state dict -------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lack
 
 from tune_topkd import machine
 from tune_topkd.config import SweepConfig
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.sweep.scratch import NoScratchError
 from tune_topkd.sweep.scratch import scratch_folder
 from tune_topkd.trials import Share
@@ -50,7 +51,7 @@ _CORES_HANDLER = "_ZN3ray6RayLog27InstallFailureSignalHandlerEPKcb"
 _OF_ANOTHER_CLUSTER = ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
-class ResourceError(ValueError):
+class ResourceError(TuneTopKDError):
     """The cluster can never give a trial what it asks for, or cannot be reached."""
 
 

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.storage import Lock
 from tune_topkd.storage import lock
+from tune_topkd.storage import rename
 
 CHOSEN_BY_USER = ("RAY_TMPDIR", "TMPDIR", "TEMP", "TMP")
 """The variables that may say where, the first one first."""
@@ -28,7 +30,7 @@ _told: set[str] = set()
 _log = logging.getLogger(__name__)
 
 
-class NoScratchError(ValueError):
+class NoScratchError(TuneTopKDError):
     """There is no folder for temporary files that can be used."""
 
 
@@ -44,7 +46,7 @@ def scratch_folder() -> Iterator[str]:
     try:
         with open(folder / "claim", "xb") as owner:
             lock(owner)  # held until this process is gone
-            (folder / "claim").rename(folder / _OWNER_FILE)  # nobody sees it unlocked
+            rename(folder / "claim", folder / _OWNER_FILE)  # nobody sees it unlocked
             yield str(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

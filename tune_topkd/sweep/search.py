@@ -37,6 +37,7 @@ from tune_topkd.config import Scalar
 from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
@@ -65,7 +66,7 @@ LONGEST_HISTORY = 500
 _log = logging.getLogger(__name__)
 
 
-class UndecidedError(ValueError):
+class UndecidedError(TuneTopKDError):
     """What a sweep does next cannot be decided: it cannot go on, and what it has is safe."""
 
     @classmethod

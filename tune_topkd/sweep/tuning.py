@@ -34,6 +34,7 @@ from ray.tune.stopper import Stopper
 
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import SharedFiles
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.sweep.cluster import Cluster
 from tune_topkd.sweep.cluster import ResourceError
 from tune_topkd.sweep.cluster import share_of
@@ -71,7 +72,7 @@ _ANY_NUMBER = 10**6
 _log = logging.getLogger(__name__)
 
 
-class SweepTroubleError(ValueError):
+class SweepTroubleError(TuneTopKDError):
     """Something outside the sweep keeps it from going on; what it has is safe, and it can be resumed."""
 
 

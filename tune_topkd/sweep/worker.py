@@ -9,9 +9,7 @@ and ends it if it can.
 """
 
 import contextlib
-import errno
 import faulthandler
-import hashlib
 import json
 import os
 import re
@@ -29,10 +27,15 @@ from typing import Any
 from typing import Protocol
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.errors import TuneTopKDError
+from tune_topkd.storage import FileError
 from tune_topkd.storage import Lock
+from tune_topkd.storage import disk_trouble
+from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
+from tune_topkd.storage import publish
+from tune_topkd.storage import rename
 from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import sync
 
 MESSAGE = "message"
 """The one key of what a worker reports to Ray: our message as JSON."""
@@ -48,8 +51,6 @@ PATIENCE_WITH_ANOTHER_WORKER = 15.0
 _REPORT_FILE = "report.json"
 _LOCK_FILE = ".worker"
 _CHECKPOINT = re.compile(r"epoch-([0-9]+)")
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
-_ROOM_FOR_ANYTHING = 2**16
 
 
 class Reporter(Protocol):
@@ -70,7 +71,7 @@ class StorageError(OSError):
     """The trial's folder cannot be written: the disk's trouble, not the trial's."""
 
 
-class ChangedFileError(ValueError):
+class ChangedFileError(TuneTopKDError):
     """A file that the sweep's results depend on is not what it was when the sweep began."""
 
 
@@ -141,9 +142,9 @@ def _check_unchanged(hashes: Mapping[str, str]) -> None:
     """
     for path, expected in hashes.items():
         try:
-            found = _sha256(Path(path))
-        except OSError as error:
-            raise ChangedFileError(f"{path} was there when the sweep began: {error.strerror}") from error
+            found = file_hash(Path(path))
+        except FileError as error:
+            raise ChangedFileError(f"{path} was there when the sweep began: {error.reason}") from error
         if found != expected:
             raise ChangedFileError(f"{path} has been changed since the sweep began")
 
@@ -197,16 +198,13 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save(partial)
-        files = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
+        files = {p.name: file_hash(p) for p in sorted(partial.iterdir())}
         report = {"epoch": epoch, "metrics": _jsonable(metrics), "files": files}
         (partial / _REPORT_FILE).write_text(json.dumps(report))
         _drop(final)
-        for path in [*partial.iterdir(), partial]:
-            sync(path)
-        partial.rename(final)
-        sync(folder)
+        publish(partial, final)
     except Exception as error:
-        trouble = _storage_trouble(error, folder)  # before room is made again
+        trouble = disk_trouble(error, folder)  # before room is made again
         shutil.rmtree(partial, ignore_errors=True)
         if trouble:
             raise StorageError(trouble) from error
@@ -220,7 +218,7 @@ def _drop(checkpoint: Path) -> None:
     nameless = checkpoint.with_name(f".{checkpoint.name}.dropped")
     _remove(nameless)
     with contextlib.suppress(FileNotFoundError):
-        checkpoint.rename(nameless)
+        rename(checkpoint, nameless)
     _remove(nameless)
 
 
@@ -259,7 +257,7 @@ def is_whole(path: Path) -> bool:
         epoch, _ = _read_report(path)
         files = json.loads((path / _REPORT_FILE).read_bytes())["files"]
         is_its = epoch == int(path.name.partition("-")[2])
-        return is_its and all(_sha256(path / name) == digest for name, digest in files.items())
+        return is_its and all(file_hash(path / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged report may be of any shape
         return False
 
@@ -333,26 +331,6 @@ def _ends_when_hung(
             path.unlink(missing_ok=True)
 
 
-def _storage_trouble(error: BaseException, folder: Path) -> str:
-    """What is wrong with the disk under `folder`, if that is why `error` came; torch hides it in errors of its own."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRORS:
-            return f"{cause.filename or folder}: {cause.strerror}"
-        cause = cause.__cause__ or cause.__context__
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        with open(probe, "wb") as stream:
-            stream.write(bytes(_ROOM_FOR_ANYTHING))
-            os.fsync(stream.fileno())
-    except OSError as refused:
-        return f"{folder}: {refused.strerror}"
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-    return ""
-
-
 def _is_surroundings(error: BaseException, config: Mapping[str, Any]) -> bool:
     """Whether an error is by its kind the machine's: no parameters of a trial lead to it."""
     cause: BaseException | None = error
@@ -370,11 +348,6 @@ def _read_report(path: Path) -> tuple[int, dict[str, Any]]:
     return report["epoch"], dict(report["metrics"])
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _jsonable(metrics: Mapping[str, float]) -> dict[str, Any]:
     return {name: float(value) for name, value in metrics.items()}
 
@@ -383,7 +356,7 @@ def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     text = " ".join(str(error).split())
     is_trouble = isinstance(error, StorageError | ChangedFileError)
-    if trouble := str(error) if is_trouble else _storage_trouble(error, folder):
+    if trouble := str(error) if is_trouble else disk_trouble(error, folder):
         kind, reason, text = "storage", "", trouble
     elif isinstance(error, FolderBusyError):
         kind, reason = "lost", "crash"

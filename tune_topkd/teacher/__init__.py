@@ -17,7 +17,6 @@ from tune_topkd.teacher.logits import teacher_identity
 from tune_topkd.teacher.training import WEIGHTS_NAME
 from tune_topkd.teacher.training import Teacher
 from tune_topkd.teacher.training import ensure_teacher
-from tune_topkd.teacher.training import file_hash
 from tune_topkd.teacher.training import load_teacher
 from tune_topkd.teacher.training import teacher_key
 
@@ -34,7 +33,6 @@ __all__ = [
     "bank_path",
     "bank_size",
     "ensure_teacher",
-    "file_hash",
     "fill_bank",
     "has_room",
     "in_config",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from tune_topkd.errors import TuneTopKDError
+
 ON_CPU, ON_GPU = 16, 64
 """Images that a network is shown at once, always so many, since its rounding may depend on it. A thread of the CPU is as
 fast with 16 as with more, and so a batch of 64 keeps four of them busy."""
@@ -21,7 +23,7 @@ LARGEST = torch.finfo(torch.float16).max
 _log = logging.getLogger(__name__)
 
 
-class TeacherError(ValueError):
+class TeacherError(TuneTopKDError):
     """What a teacher says cannot be learned from."""
 
 
@@ -60,7 +62,7 @@ class AskedTeacher:
         Raises:
             TeacherError: a logit was NaN, or too large for float16.
         """
-        check_logits(self._largest, self._name)
+        check_logits(float(self._largest), self._name)
 
     def _filled_up(self, images: Tensor) -> Tensor:
         """With the first of the images again and again, to make up the number."""
@@ -76,17 +78,16 @@ class AskedTeacher:
         return self._threads.logits(parts)
 
 
-def check_logits(largest: Tensor, name: str) -> None:
+def check_logits(largest: float, name: str) -> None:
     """Look at the largest magnitude of a teacher's logits.
 
     Raises:
         TeacherError: it is NaN, or too large for float16.
     """
-    value = float(largest)
-    if not value <= LARGEST:
+    if not largest <= LARGEST:
         raise TeacherError(
-            f"teacher {name}: gives a logit of {value:g}, but logits must be finite and at most {LARGEST:,.0f}, the largest "
-            "number of float16, which they are kept in; check its weights, and data.mean and data.std"
+            f"teacher {name}: gives a logit of {largest:g}, but logits must be finite and at most {LARGEST:,.0f}, the "
+            "largest number of float16, which they are kept in; check its weights, and data.mean and data.std"
         )
 
 

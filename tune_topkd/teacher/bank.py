@@ -14,16 +14,13 @@ numbered by the epoch: a longer training lengthens the file.
 """
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import logging
-import mmap
 import os
 import shutil
-import stat
 import time
-import uuid
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -34,6 +31,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tune_topkd.storage import Lock
+from tune_topkd.storage import lock_byte
+from tune_topkd.storage import map_file
+from tune_topkd.storage import unlock_byte
+from tune_topkd.storage import write_text
 
 LARGEST_SHARE_OF_DISK = 0.5
 """Of what is free and what banks have taken: a bank with which all of them would take more is not begun."""
@@ -49,6 +52,8 @@ _CHECKSUM = 2
 """Words of a row: of noise, one row in four thousand million passes for one of the bank's."""
 _MODULUS = 65521
 _SECONDS_BETWEEN_TRIES = 0.002
+_EXPECTED_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS}
+"""Of a bank that is another user's, or lies on a read-only disk: it is meant to be read only."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +87,14 @@ class LogitBank:
         """
         self.path = path
         self.size = size
-        self.is_writable, mapped = _mapped(path, size.bytes)
-        self._rows = mapped.view(-1, size.num_classes + _CHECKSUM)
+        mapped, refusal = map_file(path, size.bytes)
+        self.is_writable = refusal is None
+        if refusal is not None:
+            level = logging.INFO if refusal.errno in _EXPECTED_REFUSALS else logging.WARNING
+            _log.log(level, "the bank of the teacher's logits is only read: %s: %s", path, refusal.strerror)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a tensor over read-only memory, which we do not write to
+            self._rows = torch.frombuffer(mapped, dtype=torch.int16).view(-1, size.num_classes + _CHECKSUM)
         self._locks: int | None = None
         generator = torch.Generator().manual_seed(int(hashlib.sha256(path.name.encode()).hexdigest()[:12], 16))
         self._odd = (2 * torch.randint(2**15, (size.num_classes, _CHECKSUM), generator=generator) + 1).double()
@@ -134,22 +145,13 @@ class LogitBank:
             what: the same for all that would ask the same.
         """
         place = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:5])
-        deadline = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER
-        is_held = False
         locks = self._lock_file()
-        while locks is not None and not is_held and time.monotonic() < deadline:
-            try:
-                fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-                is_held = True
-            except (BlockingIOError, PermissionError):  # what POSIX allows for a lock that another holds
-                time.sleep(_SECONDS_BETWEEN_TRIES)
-            except OSError:
-                break
+        is_held = locks is not None and _is_claimed(locks, place)
         try:
             yield
         finally:
             if is_held and locks is not None:
-                fcntl.lockf(locks, fcntl.LOCK_UN, 1, place)
+                unlock_byte(locks, place)
 
     def filled(self) -> int:
         """How many rows are there."""
@@ -186,6 +188,20 @@ class LogitBank:
         return (sums.long() % _MODULUS + 1).to(torch.int16)
 
 
+def _is_claimed(locks: int, place: int) -> bool:
+    """Claim a place, waiting for who holds it; whether it is ours."""
+    deadline = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER
+    while time.monotonic() < deadline:
+        try:
+            got = lock_byte(locks, place)
+        except OSError:
+            return False
+        if got is not Lock.BUSY:
+            return got is Lock.TAKEN
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    return False
+
+
 def bank_path(folder: Path, content: Mapping[str, Any]) -> Path:
     """The file of the bank that holds what this describes: the same for the same content only."""
     text = json.dumps({"format": _FORMAT, **content}, sort_keys=True, separators=(",", ":"))
@@ -198,9 +214,7 @@ def describe(path: Path, content: Mapping[str, Any]) -> None:
     if beside.exists():
         return
     try:
-        partial = beside.with_name(f".{beside.name}.{uuid.uuid4().hex}")
-        partial.write_text(json.dumps({"format": _FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(beside)
+        write_text(beside, json.dumps({"format": _FORMAT, **content}, indent=2) + "\n")
     except OSError as error:
         _log.info("%s is not described beside it: %s", path, error)
 
@@ -250,68 +264,3 @@ def has_room(path: Path, size: BankSize) -> bool:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     usable = shutil.disk_usage(folder).free + taken
     return taken + size.bytes - there <= LARGEST_SHARE_OF_DISK * usable
-
-
-def _mapped(path: Path, size: int) -> tuple[bool, Tensor]:
-    """Whether the file can be written to, and its first `size` bytes as int16; it is made if it is not there."""
-    is_writable, descriptor = _opened(path, size)
-    try:
-        access = mmap.ACCESS_WRITE if is_writable else mmap.ACCESS_READ
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a tensor over read-only memory, which we do not write to
-            return is_writable, torch.frombuffer(mmap.mmap(descriptor, size, access=access), dtype=torch.int16)
-    finally:
-        os.close(descriptor)  # the map has its own
-
-
-def _opened(path: Path, size: int) -> tuple[bool, int]:
-    try:
-        descriptor = _open(path, os.O_RDWR)
-    except FileNotFoundError:
-        _make(path, size)
-        descriptor = _open(path, os.O_RDWR)
-    except OSError as error:
-        _log.info("the bank of the teacher's logits is only read: %s", error)
-        return False, _long_enough(path, _open(path, os.O_RDONLY), size)
-    try:
-        _reserve(descriptor, size)
-    except OSError as error:
-        os.close(descriptor)
-        _log.warning("the bank of the teacher's logits is only read: %s: %s", path, error.strerror)
-        return False, _long_enough(path, _open(path, os.O_RDONLY), size)
-    return True, descriptor
-
-
-def _open(path: Path, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe in its place is not waited for
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "is no file", str(path))
-    return descriptor
-
-
-def _long_enough(path: Path, descriptor: int, size: int) -> int:
-    if os.fstat(descriptor).st_size >= size:
-        return descriptor
-    os.close(descriptor)
-    raise OSError(None, "is shorter than the bank it is to hold", str(path))
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Give a file all its room: a map that finds none, in a hole or past a cut-off end, kills the process."""
-    there = os.fstat(descriptor)
-    wanted = max(size, there.st_size)
-    if there.st_size < size or there.st_blocks * 512 < wanted:
-        os.posix_fallocate(descriptor, 0, wanted)
-
-
-def _make(path: Path, size: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(beside, "wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, size)
-        with contextlib.suppress(FileExistsError):
-            os.link(beside, path)  # not a rename: another process may have begun to fill its own
-    finally:
-        beside.unlink(missing_ok=True)

@@ -24,14 +24,14 @@ from tune_topkd.data import load_dataset
 from tune_topkd.data import shown
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
-from tune_topkd.models import laid_out
 from tune_topkd.models import network_fingerprint
+from tune_topkd.models import to_channels_last
+from tune_topkd.storage import file_hash
 from tune_topkd.teacher.asking import AskedTeacher
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
 from tune_topkd.teacher.bank import describe
-from tune_topkd.teacher.training import file_hash
 from tune_topkd.teacher.training import load_teacher
 
 GROUP_BYTES = 2**25
@@ -155,7 +155,7 @@ class TeacherLogits:
             path = Path(self._config.teacher_checkpoint or "")
             with torch.random.fork_rng(devices=[]):  # the training's random numbers are the same with a full bank
                 model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
-            model = laid_out(model, self._split.batch_shape[0])
+            model = to_channels_last(model, self._split.batch_shape[0])
             self._asked = AskedTeacher(model, f"{self._config.teacher.name} ({path})", self._split.device)
         return self._asked
 

@@ -28,7 +28,6 @@ from typing import Protocol
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 from torch import nn
 
 from tune_topkd import __version__
@@ -38,18 +37,19 @@ from tune_topkd.config import PairConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TeacherConfig
 from tune_topkd.config import TrialConfig
-from tune_topkd.data import count_hits
 from tune_topkd.data import dataset_info
 from tune_topkd.data import fingerprint
 from tune_topkd.data import load_dataset
 from tune_topkd.data import read_as
+from tune_topkd.evaluate import evaluate
 from tune_topkd.models import build_configured
 from tune_topkd.models import load_weights
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import save_weights
-from tune_topkd.models import write_atomically
 from tune_topkd.storage import Lock
+from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
+from tune_topkd.storage import write_text
 from tune_topkd.teacher.asking import check_logits
 
 WEIGHTS_NAME = "teacher.pt"
@@ -277,8 +277,7 @@ def _gone_on(trial: TrialConfig, checkpoint: Path, train: TrainFunction, progres
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 # --- what is there --------------------------------------------------------------------------------------------------
@@ -417,19 +416,9 @@ def _read_measurement(file: Path, what: Mapping[str, Any]) -> _Measurement | Non
 def _checked_accuracy(model: nn.Module, data: DataConfig, name: str) -> float:
     dataset = load_dataset(data)
     device = next(model.parameters()).device
-    largest = torch.zeros((), device=device)
-
-    def look(module: nn.Module, inputs: object, logits: Tensor) -> None:
-        nonlocal largest
-        largest = torch.maximum(largest, logits.abs().max())
-
-    hook = model.register_forward_hook(look)
-    try:
-        hits = count_hits(model, dataset.val.to(device), mean=dataset.mean, std=dataset.std)
-    finally:
-        hook.remove()
-    check_logits(largest, name)
-    top1 = 100 * int(hits[0]) / len(dataset.val)
+    found = evaluate(model, dataset.val.to(device), mean=dataset.mean, std=dataset.std)
+    check_logits(found.largest_logit, name)
+    top1 = found.top1
     chance = 100 / dataset.num_classes
     floor = min(2 * chance, (100 + chance) / 2)  # of two classes, twice chance is all
     if top1 <= floor:
@@ -438,19 +427,6 @@ def _checked_accuracy(model: nn.Module, data: DataConfig, name: str) -> float:
             f"chance ({chance:.1f} %); more than {floor:.1f} % is needed"
         )
     return top1
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

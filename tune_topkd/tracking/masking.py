@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Iterator
 from urllib.parse import unquote
 
+from tune_topkd.errors import TuneTopKDError
+
 _USER_INFO = re.compile(r"(\w[\w+.-]*://)(?=[^/\s])(\S*)@")
 """Up to the last @ of a word: a password may have any sign in it. Where the URI has no host there is no user either."""
 _SECRET_PARAMETER = re.compile(
@@ -41,7 +43,7 @@ def _secrets(uri: str) -> Iterator[str]:
 
 def reason_of(error: Exception, uri: str) -> str:
     """An error in one line. It is cut when it is masked: half a URI has no @ to be known by. Our own say it all."""
-    if type(error).__module__.startswith("tune_topkd."):
+    if isinstance(error, TuneTopKDError):
         return masked(str(error), uri)
     return masked(" ".join(f"{type(error).__name__}: {error}".split()), uri)[:300]
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.tracking.masking import mask_record
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
@@ -44,7 +45,7 @@ _joining = threading.Lock()
 _Row = tuple[str, int, float, int]
 
 
-class TrackingError(RuntimeError):
+class TrackingError(TuneTopKDError):
     """MLflow has failed; with the reason in one line, credentials masked."""
 
 

@@ -1,4 +1,4 @@
-"""How fast a training is, and how much memory it takes, beside others like it: what packing trials goes by."""
+"""How fast a training is and how much memory it takes, alone or beside others: what packing decides by."""
 
 import resource
 import sys
@@ -11,53 +11,52 @@ from torch import Tensor
 
 from tune_topkd import machine
 from tune_topkd.config import TrialConfig
-from tune_topkd.train import Training
-from tune_topkd.train import device_of
-from tune_topkd.train import in_share
-from tune_topkd.train import own_randomness
+from tune_topkd.train.device import device_of
+from tune_topkd.train.device import in_share
+from tune_topkd.train.device import preserved_rng
+from tune_topkd.train.loop import Training
 
 WARM_STEPS = 5
-"""Before any is timed: buffers are made, kernels chosen, the teacher asked."""
+"""Steps before any is timed: buffers are allocated, kernels chosen, the teacher asked."""
 STEPS_BETWEEN_LOOKS = 5
-"""At the clock, for which a GPU is waited for: a training waits once an epoch."""
+"""Steps between two looks at the clock: a look waits for the GPU, which a training does once an epoch."""
 CONTEXT_BYTES = 600 * 2**20
-"""What a process takes of a GPU besides what torch counts, about."""
+"""About what a process takes of a GPU's memory besides what torch counts."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one training came to.
-
-    `peak_bytes` is the most that it took, of the GPU if it has one, else of the machine, which have `total_bytes`.
-    """
+    """The measured speed and memory of one training."""
 
     images_per_second: float
     peak_bytes: int
+    """The most memory that it took, of the GPU if it runs on one, else of the machine."""
     total_bytes: int
+    """All memory of that GPU or machine."""
 
 
 class Probe:
-    """A training that is run for its speed alone: that of a trial that finds the bank filled, if there is one."""
+    """A training that is run to measure it; it is as fast as a trial that finds its bank filled, if it has one."""
 
     def __init__(self, config: TrialConfig) -> None:
-        """Build all of it and take the first steps, which are slower than the rest.
+        """Build the training and take its first steps, which are slower than the rest.
 
         Raises:
             ValueError: what the config names does not exist or does not fit together.
         """
         self._config = config
         self._device = device_of(config)
-        with own_randomness(self._device), in_share(config, self._device):
+        with preserved_rng(self._device), in_share(config, self._device):
             torch.manual_seed(config.seed % 2**64)
-            self._training = _Training(config, self._device)
+            self._training = _EndlessTraining(config, self._device)
             self._sizes = self._training.sizes()
             for _ in range(WARM_STEPS):
                 next(self._sizes)
             self._training.is_warm = True
 
     def __call__(self, seconds: float) -> Speed:
-        """Train for so many seconds, epoch after epoch."""
-        with own_randomness(self._device), in_share(self._config, self._device, waits=False):
+        """Train for so many seconds, epoch after epoch, and measure it."""
+        with preserved_rng(self._device), in_share(self._config, self._device, waits=False):
             started, images, steps = self._now(), 0, 0
             while steps % STEPS_BETWEEN_LOOKS or self._now() < started + seconds:
                 images, steps = images + next(self._sizes), steps + 1
@@ -78,19 +77,19 @@ class Probe:
         return peak, machine.memory()
 
 
-class _Training(Training):
-    """Takes its bank for filled once it is warm: every trial but the first of a sweep finds it so."""
+class _EndlessTraining(Training):
+    """Trains without end; once warm, it reuses the teacher logits of a warm step, as if its bank were filled."""
 
     is_warm = False
 
     def sizes(self) -> Iterator[int]:
-        """Train without end; how many images each step took."""
+        """The number of images of each step."""
         while True:
             for size, _, _ in self.steps():
                 yield size
 
-    def _taught(self, images: Tensor, number: int) -> Tensor | None:
+    def _teacher_logits(self, images: Tensor, number: int) -> Tensor | None:
         if not self.is_warm or self.config.teacher_bank is None:
-            self._known = super()._taught(images, number)
+            self._known = super()._teacher_logits(images, number)
             return self._known
         return None if self._known is None else self._known[: len(images)]

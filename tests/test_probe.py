@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import tune_topkd.models as models
-from tune_topkd import speed
 from tune_topkd.config import ModelConfig
 from tune_topkd.data import load_dataset
-from tune_topkd.speed import Probe
 from tune_topkd.teacher import LogitBank
 from tune_topkd.teacher import bank_size
+from tune_topkd.train import Probe
+from tune_topkd.train import probe
 
 DIGITS = test_train.DIGITS
 teacher = test_train.teacher
@@ -21,7 +21,7 @@ trial = test_train.trial
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(speed, "device_of", lambda config: torch.device("cpu"))
+    monkeypatch.setattr(probe, "device_of", lambda config: torch.device("cpu"))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def step_takes(monkeypatch, steps):
     """Time that goes by with the steps alone."""
 
     def step_takes(seconds):
-        monkeypatch.setattr(speed.time, "perf_counter", lambda: seconds * len(steps))
+        monkeypatch.setattr(probe.time, "perf_counter", lambda: seconds * len(steps))
 
     return step_takes
 
@@ -86,7 +86,7 @@ def test_a_real_training_has_a_rate_and_memory_within_the_machine(method, teache
 def test_on_a_gpu_the_memory_is_its_own():
     found = Probe(trial(recipe={"batch_size": 256}))(0.1)
     assert found.total_bytes == torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    assert speed.CONTEXT_BYTES < found.peak_bytes < found.total_bytes
+    assert probe.CONTEXT_BYTES < found.peak_bytes < found.total_bytes
 
 
 def test_it_goes_on_at_the_end_of_an_epoch(steps, step_takes):

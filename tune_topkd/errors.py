@@ -1,0 +1,30 @@
+"""The root of every error that is raised at a user.
+
+Each class lives in the room that raises it:
+
+    TuneTopKDError
+    ├── FileError                 storage: a file cannot be read
+    ├── UserCodeError             user_code: what a name stands for cannot be imported
+    ├── ConfigError               config: what the user wrote cannot be run
+    ├── LedgerError               trials: a ledger cannot be used
+    ├── NoAnswerError             export: no trial reached the full budget
+    ├── ModelNameError            models: nothing can be built under a name
+    ├── OutputError               models: what a network returns is not logits
+    ├── DataError                 data: a dataset cannot be used
+    │   ├── ImageFileError        data: an image file cannot be used
+    │   └── WorkerError           data: a data worker failed
+    ├── TeacherError              teacher: a teacher's logits cannot be used
+    ├── CheckpointError           train: a checkpoint is missing or damaged
+    ├── ResourceError             sweep: the cluster cannot run the trials
+    ├── NoScratchError            sweep: no folder for temporary files
+    ├── UndecidedError            sweep: what comes next cannot be decided
+    ├── SweepTroubleError         sweep: a running sweep cannot go on
+    ├── ChangedFileError          sweep: a file that results depend on has changed
+    └── TrackingError             tracking: MLflow fails
+
+The disk's own errors stay `OSError`, and `tune_topkd.loss`, which stands alone, raises plain `ValueError`.
+"""
+
+
+class TuneTopKDError(ValueError):
+    """What was asked for cannot be done; the message tells the user why, and is all that they need to see."""

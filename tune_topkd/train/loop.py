@@ -1,0 +1,361 @@
+"""The loop over the epochs of a training: batches, teacher logits, loss, optimiser, validation, report."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from tune_topkd.config import StudentConfig
+from tune_topkd.config import TrialConfig
+from tune_topkd.data import AnySplit
+from tune_topkd.data import Batch
+from tune_topkd.data import Dataset
+from tune_topkd.data import FileSplit
+from tune_topkd.data import batches_of
+from tune_topkd.data import load_dataset
+from tune_topkd.data import load_saved
+from tune_topkd.evaluate import evaluate
+from tune_topkd.loss import CELoss
+from tune_topkd.loss import LossState
+from tune_topkd.loss import build_loss
+from tune_topkd.models import WEIGHTS_KEY
+from tune_topkd.models import build_configured
+from tune_topkd.models import freeze_backbone
+from tune_topkd.models import load_backbone
+from tune_topkd.models import to_channels_last
+from tune_topkd.teacher import TeacherLogits
+from tune_topkd.train.checkpoint import CHECKPOINT_NAME
+from tune_topkd.train.checkpoint import LOSS_KEY
+from tune_topkd.train.checkpoint import check_same_config
+from tune_topkd.train.checkpoint import config_identity
+from tune_topkd.train.checkpoint import load_checkpoint
+from tune_topkd.train.checkpoint import write_checkpoint
+from tune_topkd.train.device import device_of
+from tune_topkd.train.device import in_share
+from tune_topkd.train.device import preserved_rng
+from tune_topkd.train.optim import build_optimizer
+from tune_topkd.train.optim import build_scheduler
+
+TRAIN_PREFIX = "train_"
+"""Before the name of each unweighted term of the loss: `train_ce`, `train_tdl`, …"""
+TRAIN_LOSS = "train_loss"
+"""The loss that is minimised; like its terms, the mean over the epoch's batches."""
+VAL_TOP1 = "val_top1"
+"""Percent of the validation images whose label has the largest logit."""
+VAL_TOP5 = "val_top5"
+"""Percent with the label among the five largest logits; only where there are more than five classes."""
+TEST_TOP1 = "test_top1"
+"""Of the test images, in place of `val_top1`, where the data's selection is `best_test_epoch`; so is `test_top5`."""
+TEST_TOP5 = "test_top5"
+BEST_TEST_TOP1 = "best_epoch_test_top1"
+"""The highest `test_top1` of the epochs so far: selected on the test set, comparable only with rows that are too."""
+LEARNING_RATE = "lr"
+"""The learning rate of the epoch."""
+EPOCH_SECONDS = "epoch_seconds"
+"""Wall seconds of the epoch, training and validation."""
+IMAGES_PER_SECOND = "images_per_second"
+"""Training images per second of `epoch_seconds`."""
+
+_log = logging.getLogger(__name__)
+
+Save: TypeAlias = Callable[[Path], None]
+
+
+class Reporter(Protocol):
+    """What `train` reports to.
+
+    Called at the end of every epoch, on the thread of `train`, with the absolute epoch (from 1), its metrics and `save`,
+    which writes a checkpoint of this epoch into a folder and is valid until the reporter returns. To stop the training,
+    raise. Random numbers that a reporter draws do not change the training.
+    """
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float], save: Save, /) -> None:
+        """Take note of an epoch."""
+
+
+def null_reporter(epoch: int, metrics: Mapping[str, float], save: Save) -> None:
+    """Ignore the report."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a training."""
+
+    epoch: int
+    """The last one that was trained."""
+    metrics: dict[str, float]
+    """Of that epoch."""
+    model: nn.Module
+    """The student in eval mode, on the device it was trained on."""
+    diverged: bool
+    """Whether training stopped at that epoch because its loss was not finite."""
+
+
+def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Path | None = None) -> TrainResult:
+    """Train the student of a config to its last epoch, or until its loss is not finite.
+
+    The same config gives the same result, whatever the state of torch's global generator, which is left as it was.
+
+    Args:
+        config: everything that the training depends on.
+        report: called after every epoch.
+        resume_from: a folder with a checkpoint of the same config; training continues with the epoch after it. If that
+            was the last epoch, nothing is trained or reported and the result is that of the checkpoint.
+
+    Raises:
+        CheckpointError: `resume_from` holds no checkpoint, or a damaged one.
+        ValueError: what the config names does not exist or does not fit together, or the checkpoint is of another
+            config.
+    """
+    device = device_of(config)
+    with preserved_rng(device), in_share(config, device):
+        torch.manual_seed(config.seed % 2**64)
+        trial = Training(config, device)
+        if resume_from is not None:
+            trial.restore(resume_from)
+        while trial.epoch < config.recipe.epochs and not trial.diverged:
+            trial.run_epoch()
+            with preserved_rng(device):
+                report(trial.epoch, dict(trial.metrics), trial.save)
+    trial.model.eval()
+    return TrainResult(trial.epoch, trial.metrics, trial.model, trial.diverged)
+
+
+class Training:
+    """A training between two epochs; its whole state is in a checkpoint or follows from the config."""
+
+    def __init__(self, config: TrialConfig, device: torch.device | None = None) -> None:
+        """Build everything that the config names.
+
+        Args:
+            config: everything that the training depends on besides torch's global generator, which initialises the
+                weights.
+            device: where to train; by default `device_of` the config.
+
+        Raises:
+            ValueError: what the config names does not exist or does not fit together.
+        """
+        device = device or device_of(config)
+        self.config = config
+        self.device = device
+        self.dataset = _dataset(config)
+        self.train_split = _with_workers(self.dataset.train, config).to(device)
+        self.val_split = _with_workers(self.dataset.val, config).to(device)
+        student = _student(config.student, self.dataset.num_classes).to(device)
+        self.model = to_channels_last(student, self.train_split.batch_shape[0])
+        self.loss = build_loss(config.method, config.loss)
+        self.loss_state = LossState(self.loss, device)
+        self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
+        self.identity = config_identity(config, self.dataset.num_classes, self.train_split.batch_shape)
+        self.optimizer = build_optimizer([self.model, self.loss], config.recipe, device)
+        self.scheduler = build_scheduler(self.optimizer, config.recipe)
+        self.epoch = 0
+        self.metrics: dict[str, float] = {}
+        self.rng: dict[str, Tensor] = {}
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss of the last epoch was not finite."""
+        return not math.isfinite(self.metrics.get(TRAIN_LOSS, 0.0))
+
+    def run_epoch(self) -> None:
+        """Train and validate one epoch; a GPU is waited for at its end only."""
+        started = time.perf_counter()
+        rate = self.scheduler.get_last_lr()[0]
+        names, means, images = self.train_epoch()
+        self.loss_state.check_parameters()
+        accuracies = self._validate()
+        self.scheduler.step()
+        self.rng = _rng_states(self.device)  # before a reporter can draw from them
+        self.epoch += 1
+        seconds = time.perf_counter() - started
+        best = self.metrics.get(BEST_TEST_TOP1, 0.0)
+        self.metrics = dict(zip(names, means.tolist(), strict=True)) | accuracies
+        if TEST_TOP1 in accuracies:
+            self.metrics[BEST_TEST_TOP1] = max(best, accuracies[TEST_TOP1])
+        self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
+
+    def _validate(self) -> dict[str, float]:
+        """The accuracies on the validation split, in percent, under the names of what that split is."""
+        with self._autocast():
+            found = evaluate(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
+        on_test = self.config.data.selection == "best_test_epoch"
+        top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
+        return {top1: found.top1} | ({} if found.top5 is None else {top5: found.top5})
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into `folder`, which is made if need be; the one in it is replaced in one step."""
+        content = {
+            WEIGHTS_KEY: self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": self.rng,
+            "epoch": self.epoch,
+            "metrics": self.metrics,
+            "config": self.identity,
+        }
+        if loss := self.loss_state.state():
+            content[LOSS_KEY] = loss
+        write_checkpoint(folder, content)
+
+    def restore(self, folder: Path) -> None:
+        """Take over the state in the checkpoint of a folder.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+            ValueError: it is of another config, or its loss has another state.
+        """
+        content = load_checkpoint(folder)
+        check_same_config(folder / CHECKPOINT_NAME, content["config"], self.identity)
+        self.model.load_state_dict(content[WEIGHTS_KEY])
+        try:
+            self.loss_state.restore(content.get(LOSS_KEY, {}))
+        except ValueError as error:
+            raise ValueError(f"{folder / CHECKPOINT_NAME}: cannot be resumed from: {error}") from error
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        self.epoch, self.metrics, self.rng = content["epoch"], content["metrics"], content["rng"]
+        torch.set_rng_state(self.rng["cpu"])
+        if self.device.type == "cuda" and "cuda" in self.rng:
+            torch.cuda.set_rng_state(self.rng["cuda"], self.device)
+
+    def train_epoch(self) -> tuple[list[str], Tensor, int]:
+        """Train the next epoch.
+
+        Returns:
+            The names of the loss and its terms, their means over the batches, float64 on the device, and the number of
+            images.
+        """
+        names: list[str] = []
+        values: list[Tensor] = []
+        images = 0
+        for size, total, terms in self.steps():
+            values.append(torch.stack([total, *terms.values()]).detach())
+            names = [TRAIN_LOSS, *(TRAIN_PREFIX + name for name in terms)]
+            images += size
+        return names, torch.stack(values).double().mean(0), images
+
+    def steps(self) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
+        """Train the next epoch step by step.
+
+        Yields:
+            Of each step the number of images, the loss and its unweighted terms, scalars on the device.
+        """
+        self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
+        self.loss.train()
+        batches = batches_of(self.config, self.dataset, self.train_split, self.epoch + 1)
+        if self.teacher is not None:
+            self.teacher.begin(self.epoch + 1)
+        for number, batch in enumerate(batches):
+            yield len(batch.labels), *self._step(batch, number)
+
+    def _step(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of the optimiser; the loss and its unweighted terms on this batch."""
+        terms = self._batch_terms(batch, number)
+        strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
+        total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
+        if not total.requires_grad:
+            raise ValueError(
+                f"method {self.config.method!r}: its loss has no gradient, so nothing can be learnt from it"
+            )
+        self.optimizer.zero_grad()
+        torch.autograd.backward(total)
+        if number == 0 and all(weight.grad is None for weight in self.model.parameters()):
+            raise ValueError(f"method {self.config.method!r}: its loss has no gradient for the student")
+        self.optimizer.step()
+        return total, terms
+
+    def _batch_terms(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        """The unweighted terms of the loss on the epoch's batch `number`, mixed up where the augmentation says so."""
+        alpha = self.config.data.augment.mixup
+        if not alpha:
+            logits = self._logits(batch.images)
+            return self._terms(logits, self._teacher_logits(batch.images, number), batch.labels)
+        share, other = draw_mixup(len(batch.labels), alpha, (self.config.seed, self.epoch + 1, number))
+        other = other.to(self.device)
+        images = share * batch.images + (1 - share) * batch.images[other]
+        logits, teacher_logits = self._logits(images), self._teacher_logits(images, number)
+        one, two = (self._terms(logits, teacher_logits, labels) for labels in (batch.labels, batch.labels[other]))
+        return {name: share * one[name] + (1 - share) * two[name] for name in one}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = self.model(images)
+            return logits
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.recipe.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _terms(self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+        if teacher_logits is None:
+            assert isinstance(self.loss, CELoss)
+            return self.loss.terms(logits, None, labels)
+        return self.loss.terms(logits, teacher_logits, labels)
+
+    def _teacher_logits(self, images: Tensor, number: int) -> Tensor | None:
+        """The teacher's logits of the epoch's batch `number`, if there is a teacher."""
+        return None if self.teacher is None else self.teacher.logits(images, number)
+
+
+def draw_mixup(size: int, alpha: float, key: tuple[int, ...]) -> tuple[float, Tensor]:
+    """How a batch is mixed up.
+
+    Args:
+        size: images of the batch, B.
+        alpha: of the Beta distribution that the share is drawn from.
+        key: what the draw is a function of.
+
+    Returns:
+        The share of an image in its mixture, and for each image the one that it is mixed with, `(B,)` int64 on the CPU.
+    """
+    drawn = random.Random(repr(key))  # noqa: S311 (no secret)
+    share = drawn.betavariate(alpha, alpha)
+    others = list(range(size))
+    drawn.shuffle(others)
+    return share, torch.tensor(others)
+
+
+def _dataset(config: TrialConfig) -> Dataset:
+    if config.dataset_file is not None:
+        try:
+            return load_saved(config.data, Path(config.dataset_file))
+        except FileNotFoundError as error:
+            _log.warning("the dataset is read anew: %s", error)
+    return load_dataset(config.data)
+
+
+def _with_workers(split: AnySplit, config: TrialConfig) -> AnySplit:
+    """The split, decoded by as many processes as the training has threads where the config does not say how many."""
+    threads = config.threads or 1
+    if config.data.workers is None and threads > 1 and isinstance(split, FileSplit):
+        return dataclasses.replace(split, workers=threads)
+    return split
+
+
+def _student(config: StudentConfig, num_classes: int) -> nn.Module:
+    model = build_configured(config, num_classes=num_classes)
+    if config.checkpoint is not None:
+        load_backbone(model, Path(config.checkpoint), config.checkpoint_key)
+    if config.linear_probe:
+        freeze_backbone(model)
+    return model
+
+
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
+    on_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **on_gpu}
