@@ -14,14 +14,14 @@ from benchmarks.ratio import Ratio
 from benchmarks.ratio import cpu_seconds
 from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
+from tune_topkd.execution.checkpoints import write_checkpoint
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
-from tune_topkd.sweep import Search
+from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.sweep.worker import write_checkpoint
 
 MORE = {"scale_top": {"low": 1.0, "high": 4.0}, "scale_gt": {"low": "scale_top", "high": 6.0}}
 

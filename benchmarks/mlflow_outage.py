@@ -31,7 +31,7 @@ from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
-from tune_topkd.sweep import Search
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import check_uri

@@ -42,6 +42,8 @@ from benchmarks.ratio import Ratio
 from benchmarks.ratio import cpu_seconds
 from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
@@ -55,12 +57,10 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import run_sweep
 from tune_topkd.tracking import EXPERIMENT
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import check_uri

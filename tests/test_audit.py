@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from tune_topkd.execution.checkpoints import write_checkpoint
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
@@ -19,10 +20,9 @@ from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import read_events
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import audit
+from tune_topkd.search import Search
+from tune_topkd.search import audit
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.sweep.worker import write_checkpoint
 
 TRIALS = 14
 
@@ -109,8 +109,8 @@ def test_nothing_is_wrong_with_a_sweep_that_was_killed_at_any_line(tmp_path, who
 
 def test_only_some_proposals_of_a_long_sweep_are_drawn_again(whole, monkeypatch):
     drawn = []
-    would_ask = audit.Proposer.would_ask
-    monkeypatch.setattr(audit.Proposer, "would_ask", lambda self, n: drawn.append(n) or would_ask(self, n))
+    would_ask = audit.Sampler.would_ask
+    monkeypatch.setattr(audit.Sampler, "would_ask", lambda self, n: drawn.append(n) or would_ask(self, n))
     audit_sweep(config(), whole)
     assert drawn == list(range(1, TRIALS))
     drawn.clear()

@@ -18,6 +18,10 @@ from tune_topkd.cli import running
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import SweepTroubleError
+from tune_topkd.execution import ray_tune
+from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -26,12 +30,8 @@ from tune_topkd.ledger import Stop
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import SweepTroubleError
+from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.sweep import run_sweep
-from tune_topkd.sweep import tuning
 
 pytestmark = test_sweep.pytestmark
 cluster = test_sweep.cluster
@@ -134,7 +134,7 @@ def test_a_trial_that_never_has_enough_memory_fails_by_itself(sweep, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [formulas.hanging_for_large_k, formulas.frozen_for_large_k])
 def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monkeypatch, train):
-    monkeypatch.setattr(tuning, "_GRACE_AFTER_TIMEOUT", 2.0)
+    monkeypatch.setattr(ray_tune, "_GRACE_AFTER_TIMEOUT", 2.0)
     state = sweep(train, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]
@@ -147,8 +147,8 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_worker_that_freezes_before_its_first_word_is_ended_as_well(sweep, monkeypatch):
-    monkeypatch.setattr(tuning, "_GRACE_AFTER_TIMEOUT", 2.0)
-    monkeypatch.setattr(tuning, "LONGEST_START_OF_A_WORKER", 5.0)
+    monkeypatch.setattr(ray_tune, "_GRACE_AFTER_TIMEOUT", 2.0)
+    monkeypatch.setattr(ray_tune, "LONGEST_START_OF_A_WORKER", 5.0)
     state = sweep(formulas.frozen_at_once_for_large_k, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]
@@ -378,10 +378,11 @@ os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ttk-")
 import formulas
 import ray.cluster_utils
 from tune_topkd.config import config_from, read_yaml
-from tune_topkd.sweep import Cluster, Search, run_sweep, tuning
+from tune_topkd.execution import Cluster, ray_tune, run_sweep
+from tune_topkd.search import Search
 from tune_topkd.ledger import Driver, Ledger, Share
 
-tuning.LONGEST_WAIT_FOR_ROOM = 5.0
+ray_tune.LONGEST_WAIT_FOR_ROOM = 5.0
 path = Path(sys.argv[1]) / "ledger.jsonl"
 config = config_from(read_yaml(path.with_name("sweep.yaml")), "test")
 

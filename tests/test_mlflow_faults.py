@@ -24,7 +24,7 @@ from test_tracking_shown import check_odd
 from test_tracking_shown import odd_ledger
 
 from tune_topkd.ledger import Driver
-from tune_topkd.sweep import Search
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up

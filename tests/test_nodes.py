@@ -9,17 +9,17 @@ import formulas
 import pytest
 import ray
 
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import nodes
+from tune_topkd.execution.nodes import MOST_MOVES
+from tune_topkd.execution.nodes import Nodes
+from tune_topkd.execution.worker import Worker
+from tune_topkd.execution.worker import _is_surroundings
+from tune_topkd.execution.worker import folder_trouble
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialKey
-from tune_topkd.sweep import ResourceError
-from tune_topkd.sweep import nodes
-from tune_topkd.sweep.nodes import MOST_MOVES
-from tune_topkd.sweep.nodes import Nodes
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.sweep.worker import _is_surroundings
-from tune_topkd.sweep.worker import folder_trouble
 
 FIRST, SECOND = TrialKey("search", 0), TrialKey("search", 1)
 MISSING = "FileNotFoundError: /data/train is not there"

@@ -17,7 +17,7 @@ import test_cli
 import test_sweep
 import torch
 
-from tune_topkd import sweep
+from tune_topkd import execution
 from tune_topkd.cli import doctor
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
@@ -26,6 +26,9 @@ from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import cluster
+from tune_topkd.execution import packing
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -34,9 +37,6 @@ from tune_topkd.ledger import Stop
 from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
-from tune_topkd.sweep import ResourceError
-from tune_topkd.sweep import cluster
-from tune_topkd.sweep import packing
 from tune_topkd.train import Probe
 
 pytestmark = test_sweep.pytestmark
@@ -482,8 +482,8 @@ def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path, in
         ledger.append(Stop(reason="finished", error=""))
         return "finished", ""
 
-    monkeypatch.setattr(sweep, "pack", made_up)
-    monkeypatch.setattr(sweep.Cluster, "attached", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(execution, "pack", made_up)
+    monkeypatch.setattr(execution.Cluster, "attached", lambda address: contextlib.nullcontext())
     monkeypatch.setattr(running, "_drive", drive)
     sizes = "space.batch_size=[16, 64, 32]"
     run = inside("run", space, "--cpus-per-trial", "auto", "--seed", 5, "--runs-dir", tmp_path, "--set", sizes)

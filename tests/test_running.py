@@ -28,15 +28,15 @@ from tune_topkd.cli.terminal import Console
 from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
+from tune_topkd.execution.checkpoints import write_checkpoint
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
+from tune_topkd.search import Search
 from tune_topkd.space import digest
-from tune_topkd.sweep import Search
-from tune_topkd.sweep.worker import write_checkpoint
 
 QUIET = Console(quiet=True)
 NETWORK = """

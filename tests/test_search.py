@@ -21,10 +21,11 @@ from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import failing
-from tune_topkd.sweep import search as search_module
-from tune_topkd.sweep.search import UndecidedError
+from tune_topkd.search import Search
+from tune_topkd.search import failing
+from tune_topkd.search import samplers
+from tune_topkd.search import search as search_module
+from tune_topkd.search.search import UndecidedError
 
 
 def begin(path, config, first=(DEFAULTS,)):
@@ -739,16 +740,16 @@ def test_a_sweep_that_lost_workers_and_is_cut_anywhere_ends_with_the_same_trials
 
 
 def test_the_sampler_looks_at_the_best_the_newest_and_those_at_work(make, monkeypatch):
-    monkeypatch.setattr(search_module, "LONGEST_HISTORY", 10)
+    monkeypatch.setattr(samplers, "LONGEST_HISTORY", 10)
     search = make(sweep_config(sweep={"trials": 40, "startup_trials": 5, "asha": None}))
     looked_at = []
-    beside = search_module.Proposer._beside
+    beside = samplers.Sampler._beside
 
     def looking(self, trials, number):
         looked_at.append([trial.number for trial in trials])
         return beside(self, trials, number)
 
-    monkeypatch.setattr(search_module.Proposer, "_beside", looking)
+    monkeypatch.setattr(samplers.Sampler, "_beside", looking)
     oldest = search.next_trial()  # is never told
     state = run(search)
     best = sorted((r for r in state.arm("search")[:39] if r.value is not None), key=lambda r: -r.value)[:2]
@@ -758,12 +759,12 @@ def test_the_sampler_looks_at_the_best_the_newest_and_those_at_work(make, monkey
 
 @pytest.mark.parametrize("longest", [500, 10])
 def test_a_sampler_that_is_shown_trials_proposes_what_one_that_has_them_does(make, monkeypatch, longest):
-    monkeypatch.setattr(search_module, "LONGEST_HISTORY", longest)
+    monkeypatch.setattr(samplers, "LONGEST_HISTORY", longest)
     search = make(sweep_config(sweep={"trials": 40, "startup_trials": 5}))
     running = [search.next_trial() for _ in range(2)]
     search.failed(search.next_trial().key, "error", "E: x")
     run(search)
-    proposer = search._proposer
+    proposer = search._sampler
     history = proposer._history()
     assert {trial.state for trial in history} >= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING}
     for number in (40, 41):
@@ -778,7 +779,7 @@ def test_a_sampler_that_is_told_the_space_proposes_what_optunas_own_does(make):
     """The first axis has one value alone, which Optuna does not model."""
     space = {"scale_top": {"low": 2.0, "high": 2.0}}
     search = make(sweep_config(space=space, sweep={"trials": 30, "startup_trials": 5}), first=())
-    proposer = search._proposer
+    proposer = search._sampler
     for number in range(30):
         seed = proposer._sampler(number)._rng.rng.randint(2**31)
         ours = proposer._sampler(number)
@@ -813,5 +814,5 @@ def test_a_ledger_whose_proposals_do_not_fit_the_space_is_told_in_one_line(tmp_p
 
 
 def test_a_long_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "LONGEST_HISTORY", 5)
+    monkeypatch.setattr(samplers, "LONGEST_HISTORY", 5)
     test_a_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, 1)

@@ -28,8 +28,8 @@ from tune_topkd.loss import build_loss
 from tune_topkd.models import build_configured
 from tune_topkd.models import find_head
 from tune_topkd.models import save_weights
+from tune_topkd.search import Search
 from tune_topkd.space import Space
-from tune_topkd.sweep import Search
 from tune_topkd.train import train
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"

@@ -420,11 +420,11 @@ def sweep_on_a_gpu(tmp_path_factory):
     """Runs small sweeps on a Ray that believes in two CPUs and a GPU; gives the trials' records."""
     import ray
 
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import Search
-    from tune_topkd.sweep import run_sweep
-    from tune_topkd.sweep.cluster import _shutdown
-    from tune_topkd.sweep.scratch import scratch_folder
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import run_sweep
+    from tune_topkd.execution.cluster import _shutdown
+    from tune_topkd.execution.scratch import scratch_folder
+    from tune_topkd.search import Search
 
     def train(config, report, resume_from=None):
         """Tells of its share; runs out of memory with a small one where a space says so."""
@@ -477,7 +477,7 @@ def test_a_trial_that_ran_out_of_memory_is_told_its_larger_share(sweep_on_a_gpu)
     ],
 )
 def test_what_a_trial_is_told_of_any_share(share, threads, gpu_share):
-    from tune_topkd.sweep.cluster import trial_part
+    from tune_topkd.execution.cluster import trial_part
 
     assert trial_part(share) == {"threads": threads, "gpu_share": gpu_share}
     trial(**trial_part(share))  # is what a config can have

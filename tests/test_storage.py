@@ -17,6 +17,7 @@ import pytest
 from tune_topkd import storage
 from tune_topkd.config import TrialConfig
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.execution.worker import run_trial
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -35,7 +36,6 @@ from tune_topkd.storage import rename
 from tune_topkd.storage import unlock_byte
 from tune_topkd.storage import write_atomically
 from tune_topkd.storage import write_text
-from tune_topkd.sweep.worker import run_trial
 
 HEADER = Header(sweep="s", id="i", seed=0, trials=1)
 HAS_NONE = [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK]

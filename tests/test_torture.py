@@ -28,7 +28,7 @@ import pytest
 import torture
 
 from tune_topkd.ledger import Ledger
-from tune_topkd.sweep import Search
+from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
 
 pytestmark = [

@@ -25,7 +25,7 @@ from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Stop
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import read_events
-from tune_topkd.sweep import Search
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up

@@ -13,13 +13,13 @@ from pathlib import Path
 import formulas
 
 from tune_topkd.config import dump_config
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
+from tune_topkd.search import Search
 from tune_topkd.space import digest
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import run_sweep
 
 WORK_LOG = "work.log"
 

@@ -565,7 +565,7 @@ def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> runni
     preflight.check_mlflow_uri(uri)
     address = _cluster_of(address)
     if address is not None:
-        from tune_topkd.sweep import check_address
+        from tune_topkd.execution import check_address
 
         check_address(address)
     return running.Place(runs, uri, address)

@@ -94,8 +94,8 @@ def _torch() -> Iterator[Finding]:
 
 
 def _ray(place: Place) -> Iterator[Finding]:
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import ResourceError
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import ResourceError
 
     where = f"cluster at {place.address}" if place.address else "private cluster"
     try:

@@ -608,8 +608,8 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     settings = config.sweep
     if AUTO not in (settings.cpus_per_trial, settings.gpus_per_trial):
         return config
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import pack
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import pack
     from tune_topkd.train import Probe
 
     trial = trial_with(config, files, settings.seed)
@@ -727,9 +727,9 @@ def _search(
     terminal: TextIO,
     interruption: Interruption,
 ) -> str:
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import Search
-    from tune_topkd.sweep import run_sweep
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import run_sweep
+    from tune_topkd.search import Search
     from tune_topkd.train import train
 
     def give_up(message: str) -> None:

@@ -8,19 +8,18 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
+from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
-from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Header
-from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
 from tune_topkd.ledger import Start
@@ -30,16 +29,12 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
-from tune_topkd.ledger import read_events
+from tune_topkd.search.failing import CommonError
+from tune_topkd.search.samplers import Sampler
+from tune_topkd.search.samplers import optuna_state
+from tune_topkd.search.schedulers import Asha
+from tune_topkd.search.search import NODES_LOST_WITHOUT_AN_EPOCH
 from tune_topkd.space import Space
-from tune_topkd.sweep.failing import CommonError
-from tune_topkd.sweep.search import NODES_LOST_WITHOUT_AN_EPOCH
-from tune_topkd.sweep.search import OBJECTIVE
-from tune_topkd.sweep.search import Asha
-from tune_topkd.sweep.search import Proposer
-from tune_topkd.sweep.search import optuna_state
-from tune_topkd.sweep.worker import checkpoints
-from tune_topkd.sweep.worker import is_whole
 
 PROPOSALS_DRAWN_AGAIN = 250
 """Of a longer sweep so many proposals, evenly spread, are drawn again: each costs more the more there were before it."""
@@ -55,36 +50,34 @@ _OUTCOME = {
 }
 
 
-def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
-    """Check a sweep that no process drives at the moment.
+def audit_decisions(config: SweepConfig, events: Sequence[Event]) -> tuple[list[str], SweepState]:
+    """Take every decision of a sweep again.
 
     Args:
         config: the sweep's frozen config.
-        folder: the sweep's.
+        events: its ledger's.
 
     Returns:
-        What is wrong, a line each; empty if nothing is.
+        What is wrong, a line each, empty if nothing is; and what the events tell.
+
+    Raises:
+        LedgerError: one event contradicts another.
     """
-    try:
-        events = read_events(folder / LEDGER_FILE)[0]
-        audit = _Audit(config, events)
-        findings = list(audit.findings())
-    except LedgerError as error:
-        return [str(error)]
-    return findings + list(_checkpoint_findings(audit.state, folder))
+    audit = _Audit(config, events)
+    return list(audit.findings()), audit.state
 
 
 class _Audit:
     """A sweep told again, event by event, beside what should have been decided."""
 
-    def __init__(self, config: SweepConfig, events: list[Event]) -> None:
+    def __init__(self, config: SweepConfig, events: Sequence[Event]) -> None:
         self.state = SweepState()
         self._config = config
         self._events = events
         self._space = Space.of(config)
         self._recipe_space = Space.of_recipe(config)
         self._asha = Asha(config)
-        self._proposer = Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._sampler = Sampler(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
@@ -137,7 +130,7 @@ class _Audit:
         match event.content:
             case End(key=key):
                 if key.arm == SEARCH:
-                    self._proposer.tell(self.state.trials[key])
+                    self._sampler.tell(self.state.trials[key])
                 self._common_error.take(self.state.trials[key])
             case Stop(reason="finished"):
                 if left := self.state.running():
@@ -156,12 +149,12 @@ class _Audit:
         if key.number < len(first):
             expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
         elif key.number % self._stride == 0 and self._has_the_same_optuna():
-            expected = self._proposer.would_ask(key.number)
+            expected = self._sampler.would_ask(key.number)
         else:
             expected = None
         if expected is not None and not _alike(expected, proposal):
             yield f"the proposal of trial {key} is not what the sampler proposes"
-        self._proposer.take(key.number, proposal)
+        self._sampler.take(key.number, proposal)
 
     def _knows_common_errors(self) -> bool:
         """Whether the program that began the sweep gave up by the rule of today."""
@@ -212,7 +205,7 @@ class _Audit:
             yield f"trial {key} ends with {end.value}, but its last {OBJECTIVE} is {expected}"
 
     def _whole_findings(self) -> Iterator[str]:
-        in_optuna = self._proposer.study.get_trials(deepcopy=False)
+        in_optuna = self._sampler.study.get_trials(deepcopy=False)
         for record, trial in zip(self.state.arm(SEARCH), in_optuna, strict=True):
             if trial.state is not optuna_state(record.status):
                 yield f"trial {record.key} is {record.status}, but {trial.state.name} in Optuna"
@@ -221,19 +214,6 @@ class _Audit:
         for arm, number in Counter(key.arm for key in self.state.trials).items():
             if arm == SEARCH and number > self.state.target:
                 yield f"there are {number} trials, more than the {self.state.target} asked for"
-
-
-def _checkpoint_findings(state: SweepState, folder: Path) -> Iterator[str]:
-    for record in state.trials.values():
-        if record.status in (TrialStatus.PRUNED, TrialStatus.FAILED):
-            continue
-        found = checkpoints(folder / "trials" / str(record.key))
-        damaged = [path for path in found if not is_whole(path)]
-        for path in damaged:
-            yield f"{path}: is not as it was written"
-        if record.epoch and len(damaged) == len(found):
-            what = "its weights are lost" if record.status.is_end else "it would begin again"
-            yield f"trial {record.key} has no checkpoint that can be read after epoch {record.epoch}: {what}"
 
 
 def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:

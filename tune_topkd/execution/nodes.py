@@ -21,14 +21,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tune_topkd.execution.cluster import Cluster
+from tune_topkd.execution.cluster import ResourceError
+from tune_topkd.execution.cluster import fitting
+from tune_topkd.execution.cluster import resources
+from tune_topkd.execution.worker import Worker
+from tune_topkd.execution.worker import folder_trouble
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialKey
-from tune_topkd.sweep.cluster import Cluster
-from tune_topkd.sweep.cluster import ResourceError
-from tune_topkd.sweep.cluster import fitting
-from tune_topkd.sweep.cluster import resources
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.sweep.worker import folder_trouble
 
 LONGEST_START_OF_A_WORKER = 120.0
 """Seconds that a node has for its first worker."""

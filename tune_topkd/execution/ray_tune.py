@@ -33,32 +33,32 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_topkd.config import NO_FILES
+from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SharedFiles
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.execution.checkpoints import checkpoints
+from tune_topkd.execution.cluster import Cluster
+from tune_topkd.execution.cluster import ResourceError
+from tune_topkd.execution.cluster import share_of
+from tune_topkd.execution.cluster import trial_part
+from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
+from tune_topkd.execution.nodes import Nodes
+from tune_topkd.execution.nodes import is_node_loss
+from tune_topkd.execution.nodes import kill_worker
+from tune_topkd.execution.nodes import whereabouts
+from tune_topkd.execution.scratch import scratch_folder
+from tune_topkd.execution.worker import HANG_FILE
+from tune_topkd.execution.worker import MESSAGE
+from tune_topkd.execution.worker import TrainFunction
+from tune_topkd.execution.worker import Worker
+from tune_topkd.execution.worker import folder_trouble
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
-from tune_topkd.sweep.cluster import Cluster
-from tune_topkd.sweep.cluster import ResourceError
-from tune_topkd.sweep.cluster import share_of
-from tune_topkd.sweep.cluster import trial_part
-from tune_topkd.sweep.nodes import LONGEST_START_OF_A_WORKER
-from tune_topkd.sweep.nodes import Nodes
-from tune_topkd.sweep.nodes import is_node_loss
-from tune_topkd.sweep.nodes import kill_worker
-from tune_topkd.sweep.nodes import whereabouts
-from tune_topkd.sweep.scratch import scratch_folder
-from tune_topkd.sweep.search import OBJECTIVE
-from tune_topkd.sweep.search import Search
-from tune_topkd.sweep.search import UndecidedError
-from tune_topkd.sweep.worker import HANG_FILE
-from tune_topkd.sweep.worker import MESSAGE
-from tune_topkd.sweep.worker import TrainFunction
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.sweep.worker import checkpoints
-from tune_topkd.sweep.worker import folder_trouble
+from tune_topkd.search.search import Search
+from tune_topkd.search.search import UndecidedError
 
 LONGEST_WAIT_FOR_ROOM = 30.0
 """Seconds that a sweep waits, with no trial at work, for a node that could hold one."""
