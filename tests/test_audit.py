@@ -109,8 +109,8 @@ def test_nothing_is_wrong_with_a_sweep_that_was_killed_at_any_line(tmp_path, who
 
 def test_only_some_proposals_of_a_long_sweep_are_drawn_again(whole, monkeypatch):
     drawn = []
-    would_ask = audit.Sampler.would_ask
-    monkeypatch.setattr(audit.Sampler, "would_ask", lambda self, n: drawn.append(n) or would_ask(self, n))
+    ask = audit.TpeSampler.ask
+    monkeypatch.setattr(audit.TpeSampler, "ask", lambda self, n: drawn.append(n) or ask(self, n))
     audit_sweep(config(), whole)
     assert drawn == list(range(1, TRIALS))
     drawn.clear()

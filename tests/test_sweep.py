@@ -21,7 +21,7 @@ from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
 from tune_topkd.search import Search
-from tune_topkd.search.samplers import Sampler
+from tune_topkd.search.samplers import TpeSampler
 
 pytestmark = [
     pytest.mark.ray,
@@ -195,7 +195,7 @@ def test_a_decision_that_fails_ends_the_sweep_in_one_line_with_a_stop_and_so_doe
 
     ledger = tmp_path / "s" / "ledger.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "would_ask", broken)
+        patch.setattr(TpeSampler, "ask", broken)
         for _ in range(2):
             with pytest.raises(SweepTroubleError, match="what comes next cannot be decided") as told:
                 sweep(formulas.rising, sweep={"trials": 3, "asha": None})

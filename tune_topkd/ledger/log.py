@@ -42,10 +42,19 @@ class Ledger:
     returned, and perhaps the one in flight.
     """
 
-    def __init__(self, path: Path, state: SweepState, stream: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        state: SweepState,
+        stream: Any,
+        clock: Callable[[], float] = time.time,
+        sync_lines: Callable[[Any], None] = sync_stream,
+    ) -> None:
         self.path = path
         self.state = state
         self._stream = stream
+        self._clock = clock
+        self._sync_lines = sync_lines
         self._unfinished: tuple[Callable[[], None], int] | None = None
         """While events are written: what undoes them in the state, and where the file ended before."""
 
@@ -58,6 +67,8 @@ class Ledger:
         before: Callable[[], object] = lambda: None,
         may_replace: Callable[[SweepState], bool] = lambda state: False,
         undo: Callable[[], object] = lambda: None,
+        clock: Callable[[], float] = time.time,
+        is_durable: bool = True,
     ) -> Self:
         """Begin a new ledger with its first line. Of several processes that try at once, one succeeds.
 
@@ -69,6 +80,8 @@ class Ledger:
             before: called once the file is this process's, before its first line is written.
             may_replace: whether a ledger that is there, and that no process drives, may be begun anew.
             undo: called if it cannot be begun after `before` was called, while the file is still this process's.
+            clock: the time of each line, in seconds; a simulation has its own.
+            is_durable: whether `append` waits for the disk; a simulation, which can be run again, need not.
 
         Raises:
             LedgerError: the file exists, or another process is about to begin it.
@@ -83,7 +96,7 @@ class Ledger:
                 before()
                 stream.truncate(0)
                 stream.seek(0)
-                ledger = cls(path, SweepState(), stream)
+                ledger = cls(path, SweepState(), stream, clock, sync_stream if is_durable else lambda stream: None)
                 ledger.append(header)
                 sync(path.parent)
             except BaseException:
@@ -143,7 +156,7 @@ class Ledger:
             raise LedgerError(f"{self.path}: an earlier write has failed; what was written until then is safe")
         start = self._stream.tell()
         lines = [
-            encode(Event(seq, round(time.time(), 3), content))
+            encode(Event(seq, round(self._clock(), 3), content))
             for seq, content in enumerate(contents, start=self.state.last_seq + 1)
         ]
         written = [decode(line[:-1], "a line to be written") for line in lines]
@@ -152,7 +165,7 @@ class Ledger:
             for event in written:
                 self.state.apply(event)
             _write_all(self._stream, b"".join(lines))
-            sync_stream(self._stream)
+            self._sync_lines(self._stream)
         except BaseException as error:
             if isinstance(error, OSError) and error.filename is None:
                 error.filename = str(self.path)

@@ -30,7 +30,7 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.search.failing import CommonError
-from tune_topkd.search.samplers import Sampler
+from tune_topkd.search.samplers import TpeSampler
 from tune_topkd.search.samplers import optuna_state
 from tune_topkd.search.schedulers import Asha
 from tune_topkd.search.search import NODES_LOST_WITHOUT_AN_EPOCH
@@ -77,7 +77,7 @@ class _Audit:
         self._space = Space.of(config)
         self._recipe_space = Space.of_recipe(config)
         self._asha = Asha(config)
-        self._sampler = Sampler(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._sampler = TpeSampler(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
@@ -149,7 +149,7 @@ class _Audit:
         if key.number < len(first):
             expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
         elif key.number % self._stride == 0 and self._has_the_same_optuna():
-            expected = self._sampler.would_ask(key.number)
+            expected = self._sampler.ask(key.number)
         else:
             expected = None
         if expected is not None and not _alike(expected, proposal):

@@ -1,12 +1,15 @@
-"""What to try next: Optuna's TPE, asked and told, its random numbers a function of (seed, trial number)."""
+"""What to try next: the `Sampler` protocol, and the samplers there are."""
 
 import copy
 import hashlib
 import heapq
+import random
 import warnings
+from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -27,8 +30,34 @@ LONGEST_HISTORY = 500
 """A longer history keeps its best fifth, the running and the newest trials: TPE's cost grows with what it looks at."""
 
 
-class Sampler:
-    """Optuna's TPE by ask and tell, its random numbers a function of (seed, trial number)."""
+class Sampler(Protocol):
+    """Proposes parameters, from what became of the trials before.
+
+    A sweep that was killed makes its sampler anew and brings it to where the ledger is, by `take` and `tell`. So a
+    proposal must be a function of the seed, the trial's number, what was taken and what was told, and of nothing else.
+    `tune_topkd.search.conformance.check_sampler` runs a class against this.
+    """
+
+    def ask(self, number: int) -> dict[str, Scalar]:
+        """Propose a value on every axis for the trial `number`; the same however often it is asked. Enters nothing."""
+
+    def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Enter the proposal of the trial `number`, the sampler's or another's; numbers come in order, from 0.
+
+        Returns:
+            The proposal as the ledger is to keep it: each value of its axis's type.
+        """
+
+    def tell(self, record: TrialRecord) -> None:
+        """Enter how a trial that was taken has ended; trials end in any order."""
+
+
+SamplerFactory = Callable[[Sequence[Axis], int], Sampler]
+"""Makes a sampler for these axes and this seed."""
+
+
+class TpeSampler:
+    """Optuna's TPE, its random numbers a function of (seed, trial number)."""
 
     def __init__(self, axes: Sequence[Axis], seed: int, startup_trials: int) -> None:
         self._seed = seed
@@ -40,11 +69,7 @@ class Sampler:
         """A heap of the completed ones with the highest values: the value and minus the number."""
 
     def ask(self, number: int) -> dict[str, Scalar]:
-        """The sampler's proposal `number`, entered."""
-        return self.take(number, self.would_ask(number))
-
-    def would_ask(self, number: int) -> dict[str, Scalar]:
-        """What `ask` would give, without entering it."""
+        """What TPE proposes after the trials so far."""
         return self._beside(self._history(), number)
 
     def _beside(self, trials: Sequence[FrozenTrial], number: int) -> dict[str, Scalar]:
@@ -61,7 +86,7 @@ class Sampler:
         return [trials[number] for number in sorted({-n for _, n in self._best} | self._asked.keys() | {*newest})]
 
     def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
-        """Enter a proposal that is not the sampler's, or that it made in an earlier run."""
+        """Enter a proposal into the study, as one that is running."""
         self.study.enqueue_trial(dict(proposal))
         self.study.sampler = optuna.samplers.RandomSampler(seed=0)  # every value is given: nothing is sampled
         trial = self.study.ask(self.distributions)
@@ -88,10 +113,34 @@ class Sampler:
                 heapq.heappop(self._best)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        seed = int.from_bytes(hashlib.sha256(f"{self._seed}:{number}".encode()).digest()[:4])
+        seed = _seed(self._seed, number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate, before Optuna 5
             return _Tpe(self.distributions, seed, self._startup_trials)
+
+
+class RandomSampler:
+    """Independent draws, even over each axis, or over its logarithm; they learn nothing. A baseline, and fast."""
+
+    def __init__(self, axes: Sequence[Axis], seed: int) -> None:
+        self._axes = axes
+        self._seed = seed
+
+    def ask(self, number: int) -> dict[str, Scalar]:
+        """A point of the space that depends on the seed and the number alone."""
+        draw = random.Random(_seed(self._seed, number))  # noqa: S311 (no secret)
+        return {axis.name: axis.at(draw.random()) for axis in self._axes}
+
+    def take(self, number: int, proposal: Mapping[str, Scalar]) -> dict[str, Scalar]:
+        """Nothing is kept of it."""
+        return dict(proposal)
+
+    def tell(self, record: TrialRecord) -> None:
+        """Nothing is learnt from it."""
+
+
+def _seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4])
 
 
 class _Tpe(optuna.samplers.TPESampler):

@@ -1,8 +1,9 @@
-"""Which trials to stop early: ASHA, fed by the ledger."""
+"""Which trials to stop early: the `Scheduler` protocol, and ASHA."""
 
 import math
 from types import SimpleNamespace
 from typing import Any
+from typing import Protocol
 
 from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.schedulers import TrialScheduler
@@ -13,6 +14,20 @@ from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
+
+
+class Scheduler(Protocol):
+    """Says of each report whether its trial goes on, from the reports of all trials so far.
+
+    A sweep that was killed makes its scheduler anew and lets it `replay` the ledger; after that it must decide as the one
+    before would have. `tune_topkd.search.conformance.check_scheduler` runs a class against this.
+    """
+
+    def decide(self, key: TrialKey, epoch: int, value: float) -> Decision:
+        """Enter a trial's value, which is finite, at an epoch before its last: `Decision.CONTINUE` or `PRUNE`."""
+
+    def replay(self, state: SweepState) -> None:
+        """Enter all that a ledger tells, into a scheduler that has seen nothing."""
 
 
 class Asha:

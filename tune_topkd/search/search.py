@@ -12,9 +12,6 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-import optuna
-from optuna.distributions import BaseDistribution
-
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import RECIPE_PARAMETERS
@@ -43,8 +40,10 @@ from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import tell_all
 from tune_topkd.search.failing import CommonError
-from tune_topkd.search.samplers import Sampler
+from tune_topkd.search.samplers import SamplerFactory
+from tune_topkd.search.samplers import TpeSampler
 from tune_topkd.search.schedulers import Asha
+from tune_topkd.search.schedulers import Scheduler
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
 
@@ -72,6 +71,14 @@ class Search:
     **Threads.** Not thread-safe: one thread calls it. **Crashes.** A `Search` made from the ledger of a killed one
     decides as that one would have.
 
+    Args:
+        config: the sweep's frozen config.
+        ledger: the sweep's, opened by this process.
+        trackers: are told of each event once it is on the disk.
+        clock: seconds, for the time budget.
+        sampler: makes what proposes; TPE by default.
+        scheduler: stops trials early; by default ASHA as the config says. It has seen nothing yet.
+
     Raises:
         UndecidedError: the ledger's trials are not such as this sampler and this space take.
     """
@@ -82,13 +89,16 @@ class Search:
         ledger: Ledger,
         trackers: Sequence[Tracker] = (),
         clock: Callable[[], float] = time.monotonic,
+        sampler: SamplerFactory | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         self.config = config
         self.ledger = ledger
         self._trackers = list(trackers)
         self._space = Space.of(config)
-        self._sampler = Sampler(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
-        self._asha = Asha(config)
+        make = sampler or (lambda axes, seed: TpeSampler(axes, seed, config.sweep.startup_trials))
+        self.sampler = make(self._space.axes(), config.sweep.seed)
+        self._scheduler = scheduler or Asha(config)
         self._clock = clock
         budget = config.sweep.time_budget
         self._deadline = None if budget is None else clock() + budget
@@ -105,16 +115,6 @@ class Search:
     def state(self) -> SweepState:
         """The sweep so far."""
         return self.ledger.state
-
-    @property
-    def study(self) -> optuna.Study:
-        """Optuna's view of the search's trials; its numbers are ours."""
-        return self._sampler.study
-
-    @property
-    def distributions(self) -> Mapping[str, BaseDistribution]:
-        """The searched axes as Optuna has them."""
-        return self._sampler.distributions
 
     @property
     def fatal(self) -> str:
@@ -261,8 +261,8 @@ class Search:
         """The sampler's next proposal, after those that the sweep was begun with."""
         first = self.state.header.first
         if number < len(first):
-            return self._sampler.take(number, self._space.proposal(first[number]))
-        return self._sampler.ask(number)
+            return self.sampler.take(number, self._space.proposal(first[number]))
+        return self.sampler.take(number, self.sampler.ask(number))
 
     def _next_baseline(self) -> tuple[TrialKey, dict[str, Scalar], Space] | None:
         baselines = self.config.baselines
@@ -281,12 +281,12 @@ class Search:
             return Decision.DIVERGED
         if epoch >= self.config.recipe.epochs:
             return Decision.COMPLETE
-        return self._asha.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
+        return self._scheduler.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
 
     def _over(self, record: TrialRecord) -> None:
         """The trial's end is written: tell the sampler, and look whether all trials end so."""
         if record.key.arm == SEARCH:
-            self._sampler.tell(record)
+            self.sampler.tell(record)
         self._common_error.take(record)
 
     def _rebuild(self) -> None:
@@ -296,10 +296,10 @@ class Search:
                 value = record.reports[record.epoch][OBJECTIVE]
                 self._write(_end(record.key, record.decision, record.epoch, value))
         for record in self.state.arm(SEARCH):
-            self._sampler.take(record.key.number, record.proposal)
+            self.sampler.take(record.key.number, record.proposal)
             if record.status.is_end:
-                self._sampler.tell(record)
-        self._asha.replay(self.state)
+                self.sampler.tell(record)
+        self._scheduler.replay(self.state)
 
 
 def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> End:
