@@ -20,6 +20,7 @@ from formulas import EPOCHS
 from formulas import value
 from PIL import Image
 
+import tune_topkd.data.datasets as datasets
 from tune_topkd.cli import identity
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
@@ -57,6 +58,22 @@ def loss(student, teacher, labels, *, sharpness: float = 1.0):
 """
 
 
+DATASET = """
+import torch
+from tune_topkd.data import DatasetInfo, Parts, Source, Split
+
+class Bright(Source):
+    def info(self, config):
+        return DatasetInfo(2, (1, 8, 8))
+
+    def read(self, config):
+        labels = torch.arange(80) % 2
+        images = ({factor} * labels).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+        images[:, 0, 0, 0] = torch.arange(80)
+        return Parts(Split(images, labels))
+"""
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A teacher for the digits, good enough to be one, and another."""
@@ -78,6 +95,7 @@ def here(tmp_path, monkeypatch):
     """A folder with a user's modules, on the path and forgotten afterwards."""
     (tmp_path / "my_nets.py").write_text(NETWORK.format(bias=True, comment="once"))
     (tmp_path / "my_losses.py").write_text(LOSS.format(factor=1))
+    (tmp_path / "my_data.py").write_text(DATASET.format(factor=100))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -86,7 +104,8 @@ def here(tmp_path, monkeypatch):
 
 def forget():
     """As a new process would begin."""
-    for name in ("my_nets", "my_losses"):
+    datasets._loaded.cache_clear()
+    for name in ("my_nets", "my_losses", "my_data"):
         sys.modules.pop(name, None)
     for left in Path.cwd().glob("__pycache__"):
         shutil.rmtree(left)
@@ -183,6 +202,10 @@ def edited_loss(here):
     (here / "my_losses.py").write_text(LOSS.format(factor=2))
 
 
+def edited_dataset(here):
+    (here / "my_data.py").write_text(DATASET.format(factor=90))
+
+
 def other_images(here):
     folder_of_images(here / "images", shade=1)
 
@@ -211,6 +234,17 @@ CHANGES = {
         other_images,
         "data",
     ),
+    "dataset's code": (
+        {
+            "data": {"name": "my_data:Bright"},
+            "teacher": None,
+            "student": "digits_linear",
+            "method": "ce",
+            "space": {"lr": {"low": 0.01, "high": 1.0}},
+        },
+        edited_dataset,
+        "code my_data",
+    ),
 }
 
 
@@ -226,8 +260,8 @@ def test_what_a_result_depends_on_may_not_change_under_a_sweep(sweeps, here, sec
     change(here)
     with pytest.raises(ConfigError) as caught:
         sweeps.resume(trials=4)
-    assert all(problem.key == key or problem.key == "code my_nets" for problem in caught.value.problems)
-    assert key in [problem.key for problem in caught.value.problems]
+    also = {"code my_nets"} | ({"data"} if key == "code my_data" else set())  # what its code gives
+    assert {problem.key for problem in caught.value.problems} - also == {key}
     assert "changed since the sweep began" in str(caught.value)
     assert len(sweeps.events()) == before, "nothing is written before it is refused"
     assert any("changed since the sweep began" in finding for finding in sweeps.audit())

@@ -11,6 +11,7 @@ Each class lives in the room that raises it:
     ├── ModelNameError            models: nothing can be built under a name
     ├── OutputError               models: what a network returns is not logits
     ├── DataError                 data: a dataset cannot be used
+    │   ├── DatasetNameError      data: no dataset is known by a name
     │   ├── ImageFileError        data: an image file cannot be used
     │   └── WorkerError           data: a data worker failed
     ├── TeacherError              teacher: a teacher's logits cannot be used

@@ -289,17 +289,19 @@ def _idle_problems(config: SweepConfig) -> Iterator[Problem]:
 def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:
     yield from _missing_packages(config)
     from tune_topkd.cli.fitting import try_on
+    from tune_topkd.data import DatasetNameError
+    from tune_topkd.data import check_readable
     from tune_topkd.data import dataset_info
-    from tune_topkd.data import dataset_names
 
-    if config.data.name not in dataset_names():
-        yield _problem("data.name", unknown_choice(config.data.name, dataset_names()), config.data.name)
-        return
     try:
         info = dataset_info(config.data)
     except ValueError as error:
-        yield _problem("data", str(error))
+        yield _problem("data.name" if isinstance(error, DatasetNameError) else "data", str(error))
         return
+    try:
+        check_readable(config.data)
+    except ValueError as error:
+        yield _problem("data", str(error))
     of_loss = list(_loss_problems(config, info.num_classes, notes))
     found = try_on(config, info, None if of_loss else usable_parameters(config))
     yield from [*found.problems, *of_loss]

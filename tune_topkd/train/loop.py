@@ -160,7 +160,7 @@ class Training:
         self.loss = build_loss(config.method, config.loss)
         self.loss_state = LossState(self.loss, device)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
-        self.identity = config_identity(config, self.dataset.num_classes, self.train_split.batch_shape)
+        self.identity = config_identity(config, self.dataset)
         self.optimizer = build_optimizer([self.model, self.loss], config.recipe, device)
         self.scheduler = build_scheduler(self.optimizer, config.recipe)
         self.epoch = 0
