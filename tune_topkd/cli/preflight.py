@@ -224,12 +224,14 @@ def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
 
 
 def space_names() -> list[str]:
-    """The search spaces that can be had by their bare names: those beside the user and those of the checkout."""
+    """The search spaces that can be had by their bare names: those beside the user and the project's own."""
     return sorted({path.stem for folder in _space_folders() for path in folder.glob("*.yaml")})
 
 
-def _space_folders() -> tuple[Path, Path]:
-    return Path(SPACES), Path(__file__).resolve().parents[2] / SPACES
+def _space_folders() -> tuple[Path, ...]:
+    """Where spaces are, the nearest first: beside the user, in the checkout, in the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    return Path(SPACES), package.parent / SPACES, package / SPACES
 
 
 def _space_path(source: str) -> Path:

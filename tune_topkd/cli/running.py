@@ -679,9 +679,10 @@ def _no_bank(config: PairConfig, trial: TrialConfig, once: bool = False) -> str:
     if once and view_count(config.data.augment) is None and not path.exists():
         return "a single training sees each view once"
     if not has_room(path, size):
+        prune = calling.command("teacher", "--prune")
         return (
             f"a bank of {size.images:,} images × {size.views} views would take {size.bytes / 1e9:,.1f} GB, and with it "
-            "banks more than half of the disk; `python launch.py teacher --prune` removes those that no sweep uses"
+            f"banks more than half of the disk; `{prune}` removes those that no sweep uses"
         )
     return ""
 
@@ -832,7 +833,8 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
     console.print(f"  the answer   {folder / TUNED_FILE}", soft_wrap=True)
     console.print(f"  the truth    {folder / LEDGER_FILE}", soft_wrap=True)
     console.print(f"  MLflow       {ui_command(place.mlflow_uri)}", soft_wrap=True)
-    console.print("  the analysis analysis/sweep.ipynb")
+    if Path("analysis/sweep.ipynb").exists():
+        console.print("  the analysis analysis/sweep.ipynb")
     following = ("export", name, "--format", "python") if state.stop_reason == "finished" else ("resume", name)
     console.print(f"next: {place.command(*following)}", style="bold", soft_wrap=True)
 
@@ -894,8 +896,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this program is run from, with a + if files differ from it; none outside of git."""
+    """The commit of the checkout this program is run from, with a + if files differ from it; none if it is installed."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / "launch.py").exists():  # a repository around the environment is another project's
+        return None
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
