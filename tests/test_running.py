@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,15 +29,15 @@ from tune_topkd.cli.terminal import Console
 from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
 from tune_topkd.space import digest
 from tune_topkd.sweep import Search
 from tune_topkd.sweep.worker import write_checkpoint
-from tune_topkd.trials import Decision
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import read_events
-from tune_topkd.trials import read_state
 
 QUIET = Console(quiet=True)
 NETWORK = """
@@ -343,8 +344,8 @@ def test_a_config_key_that_came_later_changes_no_older_sweep(sweeps, here):
         state = read_state(folder / "ledger.jsonl")
         old = {key: part for key, part in content.items() if key != "description"}
         taken = digest(old) if version == 2 else running._digest(content)
-        state.header = {**state.header, "version": version, "digest": taken}
-        state.prepared = {**state.prepared, "digest": None}
+        state.header = replace(state.header, version=version, digest=taken)
+        state.prepared = replace(state.prepared, digest=None)
         (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
         assert running.begun_config(folder, state).recipe.distill_warmup is None
 
@@ -446,7 +447,7 @@ def test_trials_are_told_what_their_weights_must_be(sweeps, here):
     overwritten_student(here)
     state = sweeps.run(raw).state
     config = running.begun_config(sweeps.place.folder("s"), state)
-    hashes = identity.file_hashes(config, state.prepared["identities"], here / "mine.pt")
+    hashes = identity.file_hashes(config, state.identities, here / "mine.pt")
     assert {Path(path).name for path in hashes} == {"mine.pt", "student.pt"}
     assert identity.file_hashes(config, {}, None) == {}
 

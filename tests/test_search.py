@@ -13,20 +13,23 @@ from optuna.trial import TrialState
 
 from tune_topkd.config import METHODS
 from tune_topkd.config import SharedFiles
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
 from tune_topkd.sweep import Search
 from tune_topkd.sweep import failing
 from tune_topkd.sweep import search as search_module
 from tune_topkd.sweep.search import UndecidedError
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
 
 
 def begin(path, config, first=(DEFAULTS,)):
-    return Ledger.create(path, sweep="t", id="i", seed=config.sweep.seed, trials=config.sweep.trials, first=list(first))
+    settings = config.sweep
+    return Ledger.create(path, Header(sweep="t", id="i", seed=settings.seed, trials=settings.trials, first=list(first)))
 
 
 @pytest.fixture
@@ -364,7 +367,7 @@ def test_a_sweep_of_the_same_error_cut_after_any_line_stops_where_an_uninterrupt
     config = sweep_config(sweep={"trials": 60, "startup_trials": 60})
 
     def driven(ledger):
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 60}))
+        ledger.append(Driver(host="h", pid=1, trials=60))
         search = Search(config, ledger)
         while (record := search.next_trial()) is not None:
             search.started(record.key)

@@ -10,6 +10,11 @@ import formulas
 import pytest
 from ray.tune.experiment import Trial
 
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
 from tune_topkd.sweep import Cluster
 from tune_topkd.sweep import ResourceError
 from tune_topkd.sweep import Search
@@ -17,10 +22,6 @@ from tune_topkd.sweep import SweepTroubleError
 from tune_topkd.sweep import run_sweep
 from tune_topkd.sweep import tuning
 from tune_topkd.sweep.search import Proposer
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
 
 pytestmark = [
     pytest.mark.ray,
@@ -49,8 +50,8 @@ def sweep(tmp_path, cluster):
         if path.exists():
             ledger = Ledger.open(path)
         else:
-            trials = config.sweep.trials
-            ledger = Ledger.create(path, sweep="t", id=folder, seed=config.sweep.seed, trials=trials, first=[])
+            settings = config.sweep
+            ledger = Ledger.create(path, Header(sweep="t", id=folder, seed=settings.seed, trials=settings.trials))
         with ledger:
             search = Search(config, ledger)
             run_sweep(search, cluster=cluster, folder=path.parent, train=train)

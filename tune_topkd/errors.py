@@ -6,7 +6,7 @@ Each class lives in the room that raises it:
     ├── FileError                 storage: a file cannot be read
     ├── UserCodeError             user_code: what a name stands for cannot be imported
     ├── ConfigError               config: what the user wrote cannot be run
-    ├── LedgerError               trials: a ledger cannot be used
+    ├── LedgerError               ledger: a ledger cannot be used
     ├── NoAnswerError             export: no trial reached the full budget
     ├── ModelNameError            models: nothing can be built under a name
     ├── OutputError               models: what a network returns is not logits

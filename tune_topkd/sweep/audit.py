@@ -13,6 +13,24 @@ from pathlib import Path
 
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Retry
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
 from tune_topkd.space import Space
 from tune_topkd.sweep.failing import CommonError
 from tune_topkd.sweep.search import NODES_LOST_WITHOUT_AN_EPOCH
@@ -22,16 +40,6 @@ from tune_topkd.sweep.search import Proposer
 from tune_topkd.sweep.search import optuna_state
 from tune_topkd.sweep.worker import checkpoints
 from tune_topkd.sweep.worker import is_whole
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Event
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
 
 PROPOSALS_DRAWN_AGAIN = 250
 """Of a longer sweep so many proposals, evenly spread, are drawn again: each costs more the more there were before it."""
@@ -80,12 +88,13 @@ class _Audit:
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
-        suggested = sum(event.name == "suggest" and event.key.arm == SEARCH for event in events)
+        suggested = sum(isinstance(event.content, Suggest) and event.key.arm == SEARCH for event in events)
         self._stride = max(1, math.ceil(suggested / PROPOSALS_DRAWN_AGAIN))
 
     def findings(self) -> Iterator[str]:
         for event in self._events:
-            if event.name == "suggest" and event.key.number != (expected := self.state.size(event.key.arm)):
+            is_suggest = isinstance(event.content, Suggest)
+            if is_suggest and event.key.number != (expected := self.state.size(event.key.arm)):
                 yield f"line {event.seq + 1}: trial {event.key} is suggested where {expected} comes next; no more is checked"
                 return
             yield from (f"line {event.seq + 1}: {what}" for what in self._before(event))
@@ -95,54 +104,55 @@ class _Audit:
 
     def _before(self, event: Event) -> Iterator[str]:
         """What is wrong with an event, seen from the state that it came into."""
-        match event.name:
-            case "suggest":
-                yield from self._proposal_findings(event)
-                self._may_start[event.key] = True
+        match event.content:
+            case Suggest() as suggest:
+                yield from self._proposal_findings(suggest)
+                self._may_start[suggest.key] = True
                 if self._common_error.error and self._knows_common_errors():
-                    yield f"trial {event.key} is suggested although the newest have all failed alike"
-            case "start":
-                if not self._may_start.get(event.key) and self.state.header["version"] > 1:  # 1 had no `retry`
-                    yield f"trial {event.key} is started again without a retry or a new driver"
-                self._may_start[event.key] = False
-            case "retry":
-                self._may_start[event.key] = True
-                yield from self._retry_findings(event)
-            case "report":
-                yield from self._decision_findings(event)
-            case "end":
-                yield from self._end_findings(event)
-            case "driver":
+                    yield f"trial {suggest.key} is suggested although the newest have all failed alike"
+            case Start(key=key):
+                if not self._may_start.get(key) and self.state.header.version > 1:  # 1 had no `retry`
+                    yield f"trial {key} is started again without a retry or a new driver"
+                self._may_start[key] = False
+            case Retry() as retry:
+                self._may_start[retry.key] = True
+                yield from self._retry_findings(retry)
+            case Report() as report:
+                yield from self._decision_findings(report)
+            case End() as end:
+                yield from self._end_findings(end)
+            case Driver():
                 self._may_start = dict.fromkeys(self._may_start, True)
                 if self.state.stop_reason == "failed":
                     self._common_error.forgive()
                 self._is_driven = True
-            case "stop":
+            case Stop(reason=reason):
                 self._is_driven = False
-                if event.data["reason"] == "failed" and self._knows_common_errors() and not self._common_error.error:
+                if reason == "failed" and self._knows_common_errors() and not self._common_error.error:
                     yield "the sweep is given up although its trials do not all fail alike"
-        if event.name not in ("sweep", "stop") and not self._is_driven:
+        if not isinstance(event.content, Header | Stop) and not self._is_driven:
             yield f"`{event.name}` while no process drives the sweep"
 
     def _after(self, event: Event) -> Iterator[str]:
-        if event.name == "end" and event.key.arm == SEARCH:
-            self._proposer.tell(self.state.trials[event.key])
-        if event.name == "stop" and event.data["reason"] == "finished":
-            if left := self.state.running():
-                yield f"the sweep is finished, but {_named(left)} not"
-            if self.state.size() != self.state.target:
-                yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
-        if event.name == "end":
-            self._common_error.take(self.state.trials[event.key])
+        match event.content:
+            case End(key=key):
+                if key.arm == SEARCH:
+                    self._proposer.tell(self.state.trials[key])
+                self._common_error.take(self.state.trials[key])
+            case Stop(reason="finished"):
+                if left := self.state.running():
+                    yield f"the sweep is finished, but {_named(left)} not"
+                if self.state.size() != self.state.target:
+                    yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
 
-    def _proposal_findings(self, event: Event) -> Iterator[str]:
-        key, proposal, params = event.key, event.data["proposal"], event.data["params"]
+    def _proposal_findings(self, suggest: Suggest) -> Iterator[str]:
+        key, proposal, params = suggest.key, suggest.proposal, suggest.params
         space = self._space if key.arm == SEARCH else self._recipe_space
         if not _alike(space.params(proposal), params):
             yield f"the parameters of trial {key} are not what its proposal gives"
         if key.arm != SEARCH:
             return
-        first = self.state.header.get("first", [])
+        first = self.state.header.first
         if key.number < len(first):
             expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
         elif key.number % self._stride == 0 and self._has_the_same_optuna():
@@ -155,13 +165,13 @@ class _Audit:
 
     def _knows_common_errors(self) -> bool:
         """Whether the program that began the sweep gave up by the rule of today."""
-        return int(self.state.header["version"]) >= _FIRST_WITH_COMMON_ERRORS
+        return self.state.header.version >= _FIRST_WITH_COMMON_ERRORS
 
     def _has_the_same_optuna(self) -> bool:
-        return self.state.header.get("versions", {}).get("optuna") in (None, metadata.version("optuna"))
+        return self.state.header.versions.get("optuna") in (None, metadata.version("optuna"))
 
-    def _decision_findings(self, event: Event) -> Iterator[str]:
-        key, epoch, decision = event.key, event.data["epoch"], Decision(event.data["decision"])
+    def _decision_findings(self, report: Report) -> Iterator[str]:
+        key, epoch, decision, metrics = report.key, report.epoch, report.decision, report.metrics
         record = self.state.trials.get(key)
         if record is None:
             return
@@ -169,7 +179,6 @@ class _Audit:
             yield f"trial {key} reports epoch {epoch} after epoch {record.epoch}"
         if record.decision not in (None, Decision.CONTINUE):
             yield f"trial {key} reports although it was to end ({record.decision})"
-        metrics = {name: float(value) for name, value in event.data["metrics"].items()}
         if not all(map(math.isfinite, metrics.values())):
             expected = Decision.DIVERGED
         elif epoch >= self._config.recipe.epochs:
@@ -179,28 +188,28 @@ class _Audit:
         if decision is not expected:
             yield f"trial {key} was decided {decision} at epoch {epoch}, where {expected} is right"
 
-    def _retry_findings(self, event: Event) -> Iterator[str]:
-        record = self.state.trials.get(event.key)
+    def _retry_findings(self, retry: Retry) -> Iterator[str]:
+        key, reason = retry.key, retry.reason
+        record = self.state.trials.get(key)
         limits = {"crash": self._config.sweep.max_failures, "oom": 1}
-        reason = event.data["reason"]
         if record is not None and reason == "node" and record.nodes_lost >= NODES_LOST_WITHOUT_AN_EPOCH:
-            yield f"trial {event.key} is retried although it lost {record.nodes_lost} nodes without an epoch in between"
+            yield f"trial {key} is retried although it lost {record.nodes_lost} nodes without an epoch in between"
         if record is not None and record.retries.count(reason) >= limits.get(reason, math.inf):
-            yield f"trial {event.key} is retried for {reason} more often than {limits[reason]} times"
+            yield f"trial {key} is retried for {reason} more often than {limits[reason]} times"
 
-    def _end_findings(self, event: Event) -> Iterator[str]:
-        record = self.state.trials.get(event.key)
+    def _end_findings(self, end: End) -> Iterator[str]:
+        key, status = end.key, end.status
+        record = self.state.trials.get(key)
         if record is None:
             return
-        status, value = TrialStatus(event.data["status"]), event.data["value"]
         if status not in _OUTCOME[record.decision]:
-            yield f"trial {event.key} ends {status} after the decision {record.decision or 'none'}"
-        if event.data["epoch"] != record.epoch:
-            yield f"trial {event.key} ends at epoch {event.data['epoch']}, but its last report is of {record.epoch}"
+            yield f"trial {key} ends {status} after the decision {record.decision or 'none'}"
+        if end.epoch != record.epoch:
+            yield f"trial {key} ends at epoch {end.epoch}, but its last report is of {record.epoch}"
         last = record.reports.get(record.epoch, {}).get(OBJECTIVE)
         expected = None if status is TrialStatus.FAILED else last
-        if value != expected:
-            yield f"trial {event.key} ends with {value}, but its last {OBJECTIVE} is {expected}"
+        if end.value != expected:
+            yield f"trial {key} ends with {end.value}, but its last {OBJECTIVE} is {expected}"
 
     def _whole_findings(self) -> Iterator[str]:
         in_optuna = self._proposer.study.get_trials(deepcopy=False)

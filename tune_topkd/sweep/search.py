@@ -38,21 +38,28 @@ from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Content
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Retry
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import Tracker
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import tell_all
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
 from tune_topkd.sweep.failing import CommonError
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import Share
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import Tracker
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import tell_all
 
 OBJECTIVE = "val_top1"
 """The metric that a sweep maximises, at the last epoch of the full budget."""
@@ -162,7 +169,7 @@ class Search:
         """A worker has begun this trial, or gone on with it."""
         record = self.state.trials[key]
         if not record.status.is_end:
-            self._write(("start", {"arm": key.arm, "number": key.number, "attempt": record.attempts + 1}))
+            self._write(Start(key=key, attempt=record.attempts + 1))
 
     def reported(self, key: TrialKey, epoch: int, metrics: Mapping[str, float]) -> Decision:
         """Take a trial's report of one epoch and decide whether it goes on.
@@ -176,11 +183,10 @@ class Search:
         if record.status.is_end or epoch <= record.epoch:
             return record.decision or Decision.CONTINUE
         decision = self._decide(key, epoch, metrics)
-        report = {"epoch": epoch, "metrics": dict(metrics), "decision": decision}
-        events = [("report", {"arm": key.arm, "number": key.number, **report})]
+        contents: list[Content] = [Report(key=key, epoch=epoch, metrics=metrics, decision=decision)]
         if decision is not Decision.CONTINUE:
-            events.append(("end", _end(key, decision, epoch, metrics[OBJECTIVE])))
-        self._write(*events)
+            contents.append(_end(key, decision, epoch, metrics[OBJECTIVE]))
+        self._write(*contents)
         if decision is not Decision.CONTINUE:
             self._over(record)
         return decision
@@ -214,8 +220,7 @@ class Search:
             self.failed(key, reason, error)
             return False
         share = larger if reason == "oom" else record.share
-        retry = {"reason": reason, "error": error, "share": None if share is None else list(share)}
-        self._write(("retry", {"arm": key.arm, "number": key.number, **retry}))
+        self._write(Retry(key=key, reason=reason, error=error, share=share))
         if all(waiting.key != key for waiting in self._to_reissue):  # a loss may be told twice
             self._to_reissue.append(record)
         return True
@@ -225,8 +230,7 @@ class Search:
         record = self.state.trials[key]
         if record.status.is_end:
             return
-        end = {"status": TrialStatus.FAILED, "reason": reason, "error": error, "epoch": record.epoch, "value": None}
-        self._write(("end", {"arm": key.arm, "number": key.number, **end}))
+        self._write(End(key=key, epoch=record.epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None))
         self._over(record)
 
     def stopped(self, trouble: str = "") -> str:
@@ -243,7 +247,7 @@ class Search:
             reason = "failed"
         else:
             reason = "time_budget" if self.out_of_time else "interrupted"
-        self._write(("stop", {"reason": reason, "error": trouble if reason == "trouble" else self.fatal}))
+        self._write(Stop(reason=reason, error=trouble if reason == "trouble" else self.fatal))
         return reason
 
     def trial_config(self, record: TrialRecord, files: SharedFiles = NO_FILES) -> TrialConfig:
@@ -262,20 +266,19 @@ class Search:
             seed=config.sweep.seed,
         )
 
-    def _write(self, *events: tuple[str, Mapping[str, Any]]) -> None:
-        for event in self.ledger.append(*events):
+    def _write(self, *contents: Content) -> None:
+        for event in self.ledger.append(*contents):
             for tracker, error in tell_all(self._trackers, event):
                 _log.error("%s is dropped for this run: %r", type(tracker).__name__, error, exc_info=error)
                 self._trackers.remove(tracker)
 
     def _suggest(self, key: TrialKey, proposal: Mapping[str, Scalar], space: Space) -> TrialRecord:
-        trial = {"arm": key.arm, "number": key.number, "proposal": dict(proposal), "params": space.params(proposal)}
-        self._write(("suggest", trial))
+        self._write(Suggest(key=key, proposal=proposal, params=space.params(proposal)))
         return self.state.trials[key]
 
     def _propose(self, number: int) -> dict[str, Scalar]:
         """The sampler's next proposal, after those that the sweep was begun with."""
-        first = self.state.header.get("first", [])
+        first = self.state.header.first
         if number < len(first):
             return self._proposer.take(number, self._space.proposal(first[number]))
         return self._proposer.ask(number)
@@ -310,7 +313,7 @@ class Search:
         for record in self.state.running():
             if record.decision not in (None, Decision.CONTINUE):
                 value = record.reports[record.epoch][OBJECTIVE]
-                self._write(("end", _end(record.key, record.decision, record.epoch, value)))
+                self._write(_end(record.key, record.decision, record.epoch, value))
         for record in self.state.arm(SEARCH):
             self._proposer.take(record.key.number, record.proposal)
             if record.status.is_end:
@@ -441,18 +444,19 @@ def optuna_state(status: TrialStatus) -> TrialState:
     return TrialState.COMPLETE if status is TrialStatus.COMPLETED else TrialState.PRUNED
 
 
-def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> dict[str, Any]:
+def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> End:
+    """What a decision brings about."""
     match decision:
         case Decision.COMPLETE:
-            outcome: dict[str, Any] = {"status": TrialStatus.COMPLETED, "reason": "full budget", "value": value}
+            return End(key=key, epoch=epoch, status=TrialStatus.COMPLETED, reason="full budget", value=value)
         case Decision.PRUNE:
-            outcome = {"status": TrialStatus.PRUNED, "reason": f"asha at epoch {epoch}", "value": value}
+            return End(key=key, epoch=epoch, status=TrialStatus.PRUNED, reason=f"asha at epoch {epoch}", value=value)
         case Decision.DIVERGED:
             error = f"a metric is NaN or infinite at epoch {epoch}"
-            outcome = {"status": TrialStatus.FAILED, "reason": "diverged", "error": error, "value": None}
+            reason = Decision.DIVERGED.value
+            return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
         case _:
             raise AssertionError(f"should not end on {decision}")
-    return {"arm": key.arm, "number": key.number, "epoch": epoch, **outcome}
 
 
 class _Borrowed(InMemoryStorage):

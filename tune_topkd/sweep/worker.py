@@ -28,6 +28,9 @@ from typing import Protocol
 
 from tune_topkd.config import TrialConfig
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import read_header
 from tune_topkd.storage import FileError
 from tune_topkd.storage import Lock
 from tune_topkd.storage import disk_trouble
@@ -35,7 +38,6 @@ from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
 from tune_topkd.storage import publish
 from tune_topkd.storage import rename
-from tune_topkd.trials import LEDGER_FILE
 
 MESSAGE = "message"
 """The one key of what a worker reports to Ray: our message as JSON."""
@@ -114,20 +116,19 @@ class Worker:
             send(_failure(error, folder) | {"is_surroundings": _is_surroundings(error, trial["config"])})
 
 
-def folder_trouble(folder: Path, sweep_id: str | None) -> str:
+def folder_trouble(folder: Path, sweep_id: str) -> str:
     """What is wrong with a sweep's folder as this node sees it; empty if nothing is.
 
     Args:
         folder: the sweep's, with its ledger in it.
-        sweep_id: what the ledger must say; None for one that says nothing.
+        sweep_id: what the ledger must say.
     """
     shared = "--runs-dir must be on storage that all nodes share"
     try:
-        with open(folder / LEDGER_FILE, "rb") as ledger:
-            found = json.loads(ledger.readline()).get("id")
+        found = read_header(folder / LEDGER_FILE).id
     except FileNotFoundError:
         return f"{folder} is not there: {shared}"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, LedgerError) as error:
         return f"{folder} cannot be read: {error}: {shared}"
     if found != sweep_id:
         return f"{folder} is another sweep's there: {shared}"
