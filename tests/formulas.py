@@ -134,9 +134,26 @@ def dying_always(config, report, resume_from=None):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def threads_and_host(config, report, resume_from=None):
+def threads(config, report, resume_from=None):
     """Reports how many threads it was given."""
     epochs(config, report, resume_from, lambda config, epoch: float(os.environ["OMP_NUM_THREADS"]))
+
+
+FATES = {
+    4: rising,
+    11: nan_for_large_k,
+    12: giving_up,
+    13: objective_missing,
+    14: threads,
+    15: dying_once,
+    16: dying_always,
+}
+"""What becomes of a trial of `by_fate`, by its k."""
+
+
+def by_fate(config, report, resume_from=None):
+    """One of `FATES`."""
+    FATES[config.loss["k"]](config, report, resume_from)
 
 
 def process(config, report, resume_from=None):

@@ -1,5 +1,6 @@
 """The command line as a user has it: a process, its exit code, its two streams, what it leaves behind."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -65,6 +66,14 @@ from tune_topkd.train import train
 
 ROOT = Path(__file__).parents[1]
 
+of_ray_itself = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
+"""Its own deprecated calls, and sockets it leaves to the collector."""
+
 SPACE = """
 description: a sweep of seconds
 data: {name: digits, val_fraction: 0.25, test_fraction: 0.25}
@@ -95,8 +104,8 @@ def launch(*arguments, **options):
 def inside(monkeypatch, capfd):
     """The same within this process, which has the libraries imported: an exit code and the two streams."""
 
-    def inside(*arguments):
-        monkeypatch.chdir(ROOT)
+    def inside(*arguments, cwd=ROOT):
+        monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as exit_:
@@ -120,9 +129,15 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+TORN = b'{"seq":0,"ti'
+"""A ledger that a kill left without its first line."""
+
+
 @pytest.fixture(scope="module")
 def finished(space, runs):
-    """A whole sweep on real data, run once."""
+    """A whole sweep on real data, run once; a kill had broken off a first try of it at once."""
+    (runs / "small").mkdir()
+    (runs / "small" / "ledger.jsonl").write_bytes(TORN)
     done = launch("run", space, "--runs-dir", runs, "--seed", 3)
     assert done.returncode == 0, done.stderr
     return done
@@ -166,8 +181,8 @@ def test_status_tells_people_and_programs(finished, runs, inside):
     assert re.match(r"small: finished, .* of 6; best \d+\.\d\d % \(trial \d\)\n", text)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@of_ray_itself
 def test_mlflow_has_one_parent_and_a_child_per_trial_and_nothing_runs(finished, runs):
     import mlflow
 
@@ -195,7 +210,7 @@ def test_resume_of_a_finished_sweep_runs_nothing_and_fewer_trials_are_refused(fi
         return [e.data["number"] for e in read_events(runs / "small" / "ledger.jsonl")[0] if e.name == "suggest"]
 
     before = trials()
-    assert launch("resume", "small", "--runs-dir", runs).returncode == 0
+    assert inside("resume", "small", "--runs-dir", runs).returncode == 0
     assert trials() == before
     fewer = inside("resume", "small", "--trials", 3, "--runs-dir", runs)
     assert fewer.returncode == 2
@@ -321,37 +336,88 @@ def test_several_spaces_end_in_a_table_of_all_and_begin_with_the_best_of_another
         assert warm == pytest.approx(best)
 
 
-def test_ctrl_c_ends_cleanly_and_resume_finishes_the_same_sweep(space, finished, runs):
-    arguments = ["run", str(space), "--name", "cut", "--epochs", "30", "--trials", "6", "--runs-dir", str(runs)]
-    process = subprocess.Popen(
-        [sys.executable, "launch.py", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    ledger = runs / "cut" / "ledger.jsonl"
-    deadline = time.monotonic() + 90
-    while not (ledger.exists() and ledger.read_bytes().count(b'"event":"report"') > 8):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    status = json.loads(launch("status", "cut", "--json", "--runs-dir", runs).stdout)
-    assert status["state"] == "running"
-    second = launch("resume", "cut", "--runs-dir", runs)
-    assert second.returncode == 2
-    assert f"process {process.pid}" in second.stderr
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+PROJECT = """
+import os, time
+from pathlib import Path
+import torch
+
+def pull(student, teacher, labels, strength=1.0):
+    fit = torch.nn.functional.cross_entropy(student, labels)
+    return fit + strength * (student - teacher).square().mean()
+
+class Network(torch.nn.Sequential):
+    def forward(self, images):
+        while Path(os.environ["HOLD"]).exists() and reports() > 5:
+            time.sleep(0.02)
+        return super().forward(images)
+
+def reports():
+    ledger = Path("LEDGER")
+    return ledger.read_bytes().count(b'"event":"report"') if ledger.exists() else 0
+
+def network(*, num_classes, width=8):
+    return Network(torch.nn.Flatten(), torch.nn.Linear(64, width), torch.nn.Linear(width, num_classes))
+"""
+"""A user's loss and network; while there is the file `HOLD`, the network stops once trials have reported six epochs."""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A user's working directory with a loss and a network of their own, and a space that names them."""
+    ledger = tmp_path / "runs" / "mine" / "ledger.jsonl"
+    (tmp_path / "my_project.py").write_text(PROJECT.replace("LEDGER", str(ledger)))
+    content = yaml.safe_load(SPACE)
+    del content["relative"]
+    content |= {"method": "my_project:pull", "student": {"name": "my_project:network", "kwargs": {"width": 12}}}
+    content |= {"space": {"strength": {"low": 0.01, "high": 1.0, "log": True}}, "baselines": None}
+    content["sweep"]["max_concurrent"] = 1
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "hold").touch()
+    monkeypatch.setenv("HOLD", str(tmp_path / "hold"))
+    monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", "runs")
+    return tmp_path
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+@of_ray_itself
+def test_ctrl_c_ends_cleanly_and_resume_finishes_the_same_sweep(project, inside):
+    """A sweep of a user's own loss and network, which the workers find as well, in the working directory."""
+    ledger = project / "runs" / "mine" / "ledger.jsonl"
+    command = [sys.executable, ROOT / "launch.py", "run", "mine.yaml"]
+    process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not (ledger.exists() and ledger.read_bytes().count(b'"event":"report"') > 5):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        status = json.loads(inside("status", "mine", "--json", cwd=project).stdout)
+        assert status["state"] == "running"
+        second = inside("resume", "mine", cwd=project)
+        assert second.returncode == 2
+        assert f"process {process.pid}" in second.stderr
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert "resume cut" in stderr
-    status = json.loads(launch("status", "cut", "--json", "--runs-dir", runs).stdout)
+    assert "resume mine" in stderr
+    status = json.loads(inside("status", "mine", "--json", cwd=project).stdout)
     assert status["state"] == "interrupted"
     assert status["trials"]["running"] == 0
     ended = {key for key, r in read_state(ledger).trials.items() if r.status.is_end}
+    assert ended
     seen = len(read_events(ledger)[0])
-    done = launch("resume", "cut", "--runs-dir", runs)
+    (project / "hold").unlink()
+    done = inside("resume", "mine", cwd=project)
     assert done.returncode == 0, done.stderr
     state = read_state(ledger)
     assert len(state.arm("search")) == 6
     assert state.running() == []
     assert not {e.key for e in read_events(ledger)[0][seen:] if e.name == "report"} & ended
+    tuned = load_tuned_config(project / "runs" / "mine" / "tuned.yaml")
+    assert (tuned.method, set(tuned.loss), tuned.evidence.val_top1 > 50) == ("my_project:pull", {"strength"}, True)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -430,16 +496,13 @@ def test_a_process_refuses_without_a_traceback(space, tmp_path, case):
     assert all(word in done.stderr for word in words)
 
 
-def test_a_ledger_that_a_kill_left_without_a_line_is_no_sweep(finished, space, runs, inside):
-    folder = runs / "torn"
-    folder.mkdir()
-    (folder / "ledger.jsonl").write_bytes(b'{"seq":0,"ti')
-    status = inside("status", "torn", "--runs-dir", runs)
+def test_a_ledger_that_a_kill_left_without_a_line_is_no_sweep(tmp_path, finished, inside):
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "ledger.jsonl").write_bytes(TORN)
+    status = inside("status", "torn", "--runs-dir", tmp_path)
     assert status.returncode == 2
     assert "no such sweep" in status.stderr
-    options = ["--name", "torn", "--trials", 1, "--epochs", 1, "--set", "baselines=null"]
-    done = launch("run", space, *options, "--runs-dir", runs)
-    assert done.returncode == 0, done.stderr
+    assert finished.returncode == 0, "a sweep of that name can begin"
 
 
 def test_all_problems_of_all_files_come_at_once(space, tmp_path, inside):
@@ -787,29 +850,6 @@ def test_a_space_without_a_teacher_trains_and_sweeps(space, runs, inside, tmp_pa
     assert (refused.returncode, "there is none" in refused.stderr) == (2, True)
 
 
-def test_a_loss_and_a_network_of_the_users_are_found_in_the_working_directory_and_in_the_workers(tmp_path):
-    (tmp_path / "my_project.py").write_text(
-        "import torch\n\n"
-        "def pull(student, teacher, labels, strength=1.0):\n"
-        "    fit = torch.nn.functional.cross_entropy(student, labels)\n"
-        "    return fit + strength * (student - teacher).square().mean()\n\n"
-        "def network(*, num_classes, width=8):\n"
-        "    flat = torch.nn.Flatten()\n"
-        "    return torch.nn.Sequential(flat, torch.nn.Linear(64, width), torch.nn.Linear(width, num_classes))\n"
-    )
-    content = yaml.safe_load(SPACE)
-    del content["relative"]
-    content |= {"method": "my_project:pull", "student": {"name": "my_project:network", "kwargs": {"width": 12}}}
-    content |= {"space": {"strength": {"low": 0.01, "high": 1.0, "log": True}}, "baselines": None}
-    content["sweep"] = {"trials": 2, "asha": None, "max_concurrent": 1}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, str(ROOT / "launch.py"), "run", "mine.yaml", "--runs-dir", "runs"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    tuned = load_tuned_config(tmp_path / "runs" / "mine" / "tuned.yaml")
-    assert (tuned.method, set(tuned.loss), tuned.evidence.val_top1 > 50) == ("my_project:pull", {"strength"}, True)
-
-
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -946,8 +986,10 @@ def test_check_says_what_would_run_and_starts_nothing(space, tmp_path, inside, m
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.ray
+@of_ray_itself
 def test_doctor_tells_what_is_there(tmp_path, inside):
-    done = launch("doctor", "--runs-dir", tmp_path)
+    done = inside("doctor", "--runs-dir", tmp_path)
     assert done.returncode == 0, done.stdout
     for words in ("ok  python", "ok  torch", "ok  ray: private cluster: 1 node(s)", "ok  mlflow: sqlite", "GB free"):
         assert words in done.stdout
@@ -1010,7 +1052,8 @@ def test_the_time_that_check_tells_counts_more_than_steps():
     assert 1 < minutes < 4, "two minutes on two cores"
 
 
-def test_the_time_is_told_before_the_data_is_there(tmp_path):
+def test_the_time_is_told_before_the_data_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "_TIMED_STEPS", 2)
     config = preflight.load_checked("cifar100-resnet56-resnet20", [Override("data.root", str(tmp_path), "")]).config
     *_, told = cost.describe(config)
     assert re.search(r"about [\d.]+ (h|days) one trial at a time", told)
