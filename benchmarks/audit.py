@@ -14,13 +14,14 @@ from benchmarks.ratio import Ratio
 from benchmarks.ratio import cpu_seconds
 from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
-from tune_topkd.sweep import Search
+from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.sweep.worker import write_checkpoint
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import driver_identity
 
 MORE = {"scale_top": {"low": 1.0, "high": 4.0}, "scale_gt": {"low": "scale_top", "high": 6.0}}
 
@@ -48,9 +49,9 @@ def _sweep(folder: Path, trials: int) -> SweepConfig:
     """A finished sweep of formula trials."""
     config = formula.sweep_config(trials, MORE, asha={"grace_epochs": 1})
     folder.mkdir()
-    header = {"sweep": "benchmark", "id": "0", "seed": config.sweep.seed, "trials": trials, "first": []}
-    with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
-        ledger.append(("driver", {**driver_identity(), "trials": trials}))
+    header = Header(sweep="benchmark", id="0", seed=config.sweep.seed, trials=trials)
+    with Ledger.create(folder / LEDGER_FILE, header) as ledger:
+        ledger.append(Driver.here(trials=trials))
         search = Search(config, ledger)
         while (record := search.next_trial()) is not None:
             search.started(record.key)

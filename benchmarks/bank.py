@@ -20,8 +20,8 @@ from pathlib import Path
 from benchmarks.memory import peak_megabytes
 from benchmarks.ratio import Ratio
 from benchmarks.ratio import in_turns
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import read_events
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import read_events
 
 ROOT = Path(__file__).parents[1]
 SPACE = ROOT / "search_spaces" / "glyphs.yaml"

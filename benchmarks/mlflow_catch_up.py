@@ -21,14 +21,24 @@ from mlflow.entities import RunTag
 
 from benchmarks.ratio import Ratio
 from benchmarks.ratio import in_turns
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Content
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_state
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import check_uri
 from tune_topkd.tracking import disagreements
 from tune_topkd.tracking import sqlite_uri
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import read_state
 
 EPOCHS = (1, 1, 3, 9)
 METRICS = tuple(f"metric_{number}" for number in range(9))
@@ -69,20 +79,19 @@ def run(quick: bool) -> list[Ratio]:
 
 def _ledger(folder: Path, trials: int) -> Path:
     draw = random.Random(0)
-    with Ledger.create(folder / LEDGER_FILE, sweep="s", id="abc", seed=0, trials=trials, first=[]) as ledger:
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": trials}))
+    with Ledger.create(folder / LEDGER_FILE, Header(sweep="s", id="abc", seed=0, trials=trials)) as ledger:
+        ledger.append(Driver(host="h", pid=1, trials=trials))
         for number in range(trials):
-            key = {"arm": SEARCH, "number": number}
+            key = TrialKey(SEARCH, number)
             params, epochs = {name: draw.random() for name in PARAMS}, draw.choice(EPOCHS)
-            lines: list[tuple[str, dict[str, Any]]] = [("suggest", {**key, "proposal": params, "params": params})]
+            contents: list[Content] = [Suggest(key=key, proposal=params, params=params)]
             for epoch in range(1, epochs + 1):
                 metrics = {name: draw.random() for name in (*METRICS, "val_top1")}
-                lines.append(("report", {**key, "epoch": epoch, "metrics": metrics, "decision": "continue"}))
-            status = "completed" if epochs == max(EPOCHS) else "pruned"
-            value = metrics["val_top1"]
-            lines.append(("end", {**key, "status": status, "reason": "", "epoch": epochs, "value": value}))
-            ledger.append(*lines)
-        ledger.append(("stop", {"reason": "finished"}))
+                contents.append(Report(key=key, epoch=epoch, metrics=metrics, decision=Decision.CONTINUE))
+            status = TrialStatus.COMPLETED if epochs == max(EPOCHS) else TrialStatus.PRUNED
+            contents.append(End(key=key, epoch=epochs, status=status, reason="", value=metrics["val_top1"]))
+            ledger.append(*contents)
+        ledger.append(Stop(reason="finished"))
     return ledger.path
 
 

@@ -26,15 +26,16 @@ from benchmarks.ratio import in_turns
 from tests.servers import mlflow_server  # run from the repository's root, as all benchmarks are
 from tests.servers import postgres_binaries
 from tests.servers import postgres_server
-from tune_topkd.sweep import Search
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import check_uri
 from tune_topkd.tracking import disagreements
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import driver_identity
 
 EPOCH_SECONDS = 0.005
 STAYS, RETURNS, GONE = "undisturbed", "server down for a while", "server killed for good"
@@ -105,9 +106,9 @@ def _lines(folder: Path, name: str, store: str, size: _Size) -> list[Ratio]:
 
 def _sweep(folder: Path, server: Any, kind: str, trials: int, away: float) -> _Run:
     config = formula.sweep_config(trials, {}, asha=None, max_concurrent=1)
-    header = {"sweep": "outage", "id": folder.name, "seed": config.sweep.seed, "trials": trials, "first": []}
-    with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
-        ledger.append(("driver", {**driver_identity(), "trials": trials}))
+    header = Header(sweep="outage", id=folder.name, seed=config.sweep.seed, trials=trials)
+    with Ledger.create(folder / LEDGER_FILE, header) as ledger:
+        ledger.append(Driver.here(trials=trials))
         tracker = MlflowTracker(ledger.path, server.uri)
         search = Search(config, ledger, [tracker])
         with _disturbed(server, kind, away) as disturb:

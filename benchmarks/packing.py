@@ -15,9 +15,9 @@ from benchmarks import formula
 from benchmarks import step
 from benchmarks.ratio import Ratio
 from tune_topkd.config import AUTO
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Packed
-from tune_topkd.sweep import pack
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import Packed
+from tune_topkd.execution import pack
 from tune_topkd.train import Probe
 
 

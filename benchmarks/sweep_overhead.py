@@ -42,21 +42,28 @@ from benchmarks.ratio import Ratio
 from benchmarks.ratio import cpu_seconds
 from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import run_sweep
 from tune_topkd.tracking import EXPERIMENT
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import check_uri
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import driver_identity
-from tune_topkd.trials import read_events
 
 CONCURRENT = 2
 CPUS_PER_TRIAL = 0.5  # two fit on any machine
@@ -126,11 +133,11 @@ def _sweeps(folder: Path, trials: int, turns: int) -> list[Ratio]:
 
 def _here(config: SweepConfig, folder: Path, cluster: Cluster) -> _Run:
     uri, trials = f"sqlite:///{folder / 'mlflow.db'}", config.sweep.trials
-    header = {"sweep": "formula", "id": folder.name, "seed": config.sweep.seed, "trials": trials, "first": []}
+    header = Header(sweep="formula", id=folder.name, seed=config.sweep.seed, trials=trials)
     with peak_megabytes(psutil.Process(), 0.05) as megabytes:
         started = time.time()
-        with Ledger.create(folder / LEDGER_FILE, **header) as ledger:
-            ledger.append(("driver", {**driver_identity(), "trials": trials}))
+        with Ledger.create(folder / LEDGER_FILE, header) as ledger:
+            ledger.append(Driver.here(trials=trials))
             tracker = MlflowTracker(ledger.path, uri)
             search = Search(config, ledger, [tracker])
             run_sweep(search, cluster=cluster, folder=folder, train=formula.train)
@@ -221,25 +228,21 @@ class _Told:
     def __init__(self, folder: Path, told: int) -> None:
         folder.mkdir()
         config = _config(trials=told + 1000)
-        header = {"sweep": "told", "id": folder.name, "seed": 0, "trials": config.sweep.trials, "first": []}
-        self.ledger = Ledger.create(folder / LEDGER_FILE, **header)
+        header = Header(sweep="told", id=folder.name, seed=0, trials=config.sweep.trials)
+        self.ledger = Ledger.create(folder / LEDGER_FILE, header)
         space = Space.of(config)
         for number, proposal in enumerate(lattice(space.axes(), told)):
-            params, key = space.params(proposal), {"arm": SEARCH, "number": number}
+            params, key = space.params(proposal), TrialKey(SEARCH, number)
             last = (1, 1, 1, 1, 1, 1, 3, 3, formula.EPOCHS)[number % 9]
-            reports = [
-                {
-                    "epoch": epoch,
-                    "metrics": formula.metrics(params["k"], float(params["lr"]), epoch),
-                    "decision": "continue",
-                }
-                for epoch in range(1, last + 1)
-            ]
-            end = {"status": "completed" if last == formula.EPOCHS else "pruned", "reason": "", "epoch": last}
+            rows = [formula.metrics(params["k"], float(params["lr"]), epoch) for epoch in range(1, last + 1)]
+            status = TrialStatus.COMPLETED if last == formula.EPOCHS else TrialStatus.PRUNED
             self.ledger.append(
-                ("suggest", {**key, "proposal": proposal, "params": params}),
-                *(("report", {**key, **report}) for report in reports),
-                ("end", {**key, **end, "value": reports[-1]["metrics"][formula.OBJECTIVE]}),
+                Suggest(key=key, proposal=proposal, params=params),
+                *(
+                    Report(key=key, epoch=epoch, metrics=row, decision=Decision.CONTINUE)
+                    for epoch, row in enumerate(rows, start=1)
+                ),
+                End(key=key, epoch=last, status=status, reason="", value=rows[-1][formula.OBJECTIVE]),
             )
         self.search = Search(config, self.ledger)
         self._running: deque[TrialRecord] = deque()

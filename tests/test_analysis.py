@@ -16,9 +16,19 @@ from nbclient import NotebookClient
 from tune_topkd.config import config_from
 from tune_topkd.export import as_yaml
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TeacherFile
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.tracking import catch_up
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import TrialStatus
 
 # MLflow's use of SQLAlchemy, not ours.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning")
@@ -26,9 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:sqlalchemy
 NOTEBOOK = Path(__file__).parents[1] / "analysis" / "sweep.ipynb"
 TRIALS, EPOCHS, RUNGS = 40, 12, (2, 6)
 HEADER = {
-    "trials": TRIALS, "epochs": EPOCHS, "seed": 0, "baselines": ["ce", "kd"], "metric": "val_top1", "digest": "d" * 16,
+    "trials": TRIALS, "epochs": EPOCHS, "seed": 0, "baselines": 4, "metric": "val_top1", "digest": "d" * 16,
     "space_digest": "s" * 16, "dataset": "digits", "teacher": "digits_cnn", "student": "digits_cnn_tiny",
-    "method": "topkd", "teacher_file": {"key": "t" * 16, "val_top1": 98.0}, "versions": {"python": "3.11"},
+    "method": "topkd", "teacher_file": TeacherFile("t" * 16, 98.0), "versions": {"python": "3.11"},
 }  # fmt: skip
 
 
@@ -53,17 +63,18 @@ def value(params, epoch):
 
 
 def trial_events(arm, number, params, stop_at, status, reason):
-    yield "suggest", {"arm": arm, "number": number, "proposal": params, "params": params}
-    yield "start", {"arm": arm, "number": number, "attempt": 1, "epoch": 0}
+    key = TrialKey(arm, number)
+    yield Suggest(key=key, proposal=params, params=params)
+    yield Start(key=key, attempt=1)
     for epoch in range(1, stop_at + 1):
         metrics = {"val_top1": value(params, epoch), "train_loss": 1 / epoch, "lr": params["lr"], "epoch_seconds": 0.1}
-        yield "report", {"arm": arm, "number": number, "epoch": epoch, "metrics": metrics, "decision": "continue"}
+        yield Report(key=key, epoch=epoch, metrics=metrics, decision=Decision.CONTINUE)
     final = None if status is TrialStatus.FAILED else value(params, stop_at)
-    yield "end", {"arm": arm, "number": number, "status": status, "reason": reason, "epoch": stop_at, "value": final}
+    yield End(key=key, epoch=stop_at, status=status, reason=reason, value=final)
 
 
 def sweep_events(rng, trials):
-    yield "driver", {"host": "here", "pid": 1, "trials": trials}
+    yield Driver(host="here", pid=1, trials=trials)
     held = {rung: [] for rung in RUNGS}
     for number in range(trials):
         params, stop_at, status, reason = draw(rng), EPOCHS, TrialStatus.COMPLETED, "full budget"
@@ -79,14 +90,14 @@ def sweep_events(rng, trials):
         for number, lr in enumerate((0.01, 0.1)):
             params = {"k": 9, "lr": lr}
             yield from trial_events(arm, number, params, EPOCHS, TrialStatus.COMPLETED, "full budget")
-    yield "stop", {"reason": "finished"}
+    yield Stop(reason="finished")
 
 
 def write_sweep(runs, name, sweep_id, trials):
     """A sweep's folder and its runs in MLflow; its state."""
     folder = runs / f"{name}-{sweep_id}"
     folder.mkdir()
-    with Ledger.create(folder / "ledger.jsonl", sweep=name, id=sweep_id, **HEADER) as ledger:
+    with Ledger.create(folder / "ledger.jsonl", Header(sweep=name, id=sweep_id, **HEADER)) as ledger:
         ledger.append(*sweep_events(random.Random(sweep_id), trials))
         catch_up(ledger.path, f"sqlite:///{runs / 'mlflow.db'}")
         return ledger.state

@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import audit
+from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
+from tune_topkd.search import audit
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.sweep.worker import write_checkpoint
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import driver_identity
-from tune_topkd.trials import read_events
 
 TRIALS = 14
 
@@ -37,10 +38,10 @@ def drive(folder, config, at_once=2, reports=None, faults=True):
     if path.exists():
         ledger = Ledger.open(path)
     else:
-        header = {"seed": config.sweep.seed, "trials": TRIALS, "first": [formulas.DEFAULTS]}
-        ledger = Ledger.create(path, sweep="t", id="i", **header)
+        header = Header(sweep="t", id="i", seed=config.sweep.seed, trials=TRIALS, first=[formulas.DEFAULTS])
+        ledger = Ledger.create(path, header)
     with ledger:
-        ledger.append(("driver", {**driver_identity(), "trials": TRIALS}))
+        ledger.append(Driver.here(trials=TRIALS))
         search = Search(config, ledger)
         live = []
         while reports is None or reports > 0:
@@ -108,8 +109,8 @@ def test_nothing_is_wrong_with_a_sweep_that_was_killed_at_any_line(tmp_path, who
 
 def test_only_some_proposals_of_a_long_sweep_are_drawn_again(whole, monkeypatch):
     drawn = []
-    would_ask = audit.Proposer.would_ask
-    monkeypatch.setattr(audit.Proposer, "would_ask", lambda self, n: drawn.append(n) or would_ask(self, n))
+    ask = audit.TpeSampler.ask
+    monkeypatch.setattr(audit.TpeSampler, "ask", lambda self, n: drawn.append(n) or ask(self, n))
     audit_sweep(config(), whole)
     assert drawn == list(range(1, TRIALS))
     drawn.clear()
@@ -147,9 +148,10 @@ def test_an_audit_of_four_times_the_trials_makes_about_four_times_the_calls(tmp_
 
 def test_a_sweep_that_all_trials_of_one_error_ended_is_right_and_one_that_was_given_up_without_is_not(tmp_path, whole):
     path = tmp_path / "ledger.jsonl"
-    with Ledger.create(path, sweep="t", id="i", seed=0, trials=TRIALS, first=[formulas.DEFAULTS]) as ledger:
+    header = Header(sweep="t", id="i", seed=0, trials=TRIALS, first=[formulas.DEFAULTS])
+    with Ledger.create(path, header) as ledger:
         for _ in range(2):  # the second driver goes on where the first has given up
-            ledger.append(("driver", {**driver_identity(), "trials": TRIALS}))
+            ledger.append(Driver.here(trials=TRIALS))
             search = Search(config(), ledger)
             while (record := search.next_trial()) is not None:
                 search.failed(record.key, "error", f"OSError: /scratch/{record.key} is not there")
@@ -328,7 +330,7 @@ def test_any_history_cut_at_any_byte_goes_on_from_a_prefix_of_the_truth_to_a_swe
     path = folder / "ledger.jsonl"
     settings = {"trials": 4, "startup_trials": 50, "max_failures": 1}
     small = formulas.sweep_config(sweep=settings, baselines={"trials": 1}, recipe={"epochs": 4})
-    Ledger.create(path, sweep="t", id="i", seed=0, trials=4, first=[formulas.DEFAULTS]).close()
+    Ledger.create(path, Header(sweep="t", id="i", seed=0, trials=4, first=[formulas.DEFAULTS])).close()
     lives = data.draw(st.integers(1, 3))
     for _ in range(lives):
         live(path, small, lambda choices: data.draw(st.sampled_from(choices)), steps=data.draw(st.integers(0, 25)))
@@ -358,7 +360,7 @@ def test_any_history_cut_at_any_byte_goes_on_from_a_prefix_of_the_truth_to_a_swe
 def live(path, config, choose, steps):
     """One driver's life: up to so many things happen to up to three trials at once; `choose` says which."""
     with Ledger.open(path) as ledger:
-        ledger.append(("driver", {**driver_identity(), "trials": 4}))
+        ledger.append(Driver.here(trials=4))
         search = Search(config, ledger)
         at_work = []
         for _ in range(steps):

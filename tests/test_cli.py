@@ -42,6 +42,20 @@ from tune_topkd.config import validated
 from tune_topkd.data import load_dataset
 from tune_topkd.evaluate import evaluate
 from tune_topkd.export import load_tuned_config
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Prepared
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
+from tune_topkd.ledger.events import encode
 from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
 from tune_topkd.models import load_weights
@@ -49,10 +63,6 @@ from tune_topkd.models import save_weights
 from tune_topkd.tracking import sqlite_uri
 from tune_topkd.train import TrainResult
 from tune_topkd.train import train
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import read_events
-from tune_topkd.trials import read_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -536,10 +546,10 @@ def test_a_name_that_is_taken_does_not_hide_what_else_is_wrong(space, tmp_path, 
 def begun(folder, *events):
     """A sweep that has begun and is not driven, with these events."""
     folder.mkdir(parents=True)
-    header = {"sweep": folder.name, "id": "i", "seed": 0, "trials": 4, "digest": "d", "first": []}
-    with Ledger.create(folder / "ledger.jsonl", **header) as ledger:
-        prepared = {"digest": "d", "teacher_file": {}, "identities": {}, "identity_version": 1, "share": [1.0, 0.0]}
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 4}), ("prepared", prepared), *events)
+    header = Header(sweep=folder.name, id="i", seed=0, trials=4, digest="d")
+    with Ledger.create(folder / "ledger.jsonl", header) as ledger:
+        prepared = Prepared(digest="d", identity_version=1, share=Share(1.0, 0.0))
+        ledger.append(Driver(host="h", pid=1, trials=4), prepared, *events)
     return folder / "ledger.jsonl"
 
 
@@ -556,7 +566,7 @@ def begun(folder, *events):
 )
 def test_status_tells_how_a_sweep_ended(tmp_path, inside, reason, shown):
     error = "OSError: [/mnt/x]" if reason in ("failed", "trouble") else ""
-    begun(tmp_path / "s", *([("stop", {"reason": reason, "error": error})] if reason else []))
+    begun(tmp_path / "s", *([Stop(reason=reason, error=error)] if reason else []))
     told = inside("status", "--runs-dir", tmp_path).stdout
     assert told == f"s: {shown}, no trials of 4{f'; {error}' if error else ''}\n"
     found = json.loads(inside("status", "s", "--json", "--runs-dir", tmp_path).stdout)
@@ -570,10 +580,7 @@ def flipped(ledger):
 
 
 def of_a_later_version(ledger):
-    ledger.unlink()
-    with Ledger(ledger, SweepState(), open(ledger, "x+b", buffering=0)) as writing:
-        writing.state.apply = lambda event: None
-        writing.append(("sweep", {"version": 99, "sweep": "b", "id": "i", "trials": 1, "digest": "d"}))
+    ledger.write_bytes(encode(Event(0, 0.0, Header(version=99, sweep="b", id="i", seed=0, trials=1, digest="d"))))
     return "ledger version 99"
 
 
@@ -657,9 +664,9 @@ def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(t
     proposal = formulas.DEFAULTS | {"scale_last": 0.0, "scale_gt": 0.25}
 
     def trial(number, value, **changes):
-        key = {"arm": "search", "number": number}
-        end = {"status": "completed", "reason": "budget", "epoch": 9, "value": value}
-        return ("suggest", {**key, "proposal": proposal, "params": params | changes}), ("end", {**key, **end})
+        key = TrialKey("search", number)
+        suggest = Suggest(key=key, proposal=proposal, params=params | changes)
+        return suggest, End(key=key, epoch=9, status=TrialStatus.COMPLETED, reason="budget", value=value)
 
     begun(tmp_path / "s", *trial(0, 90.0), *trial(1, 80.0, k=5), *trial(2, 70.0, k=8), *trial(3, 60.0, lr=0.5))
     config = formulas.sweep_config(space={"k": [3, 5, 9]})

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tune_topkd.sweep import ResourceError
-from tune_topkd.sweep import check_address
-from tune_topkd.sweep import cluster
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import check_address
+from tune_topkd.execution import cluster
 
 pytestmark = [
     pytest.mark.ray,
@@ -28,7 +28,7 @@ pytestmark = [
 PRIVATE = """
 import json, os, signal, sys
 import ray
-from tune_topkd.sweep import Cluster
+from tune_topkd.execution import Cluster
 
 before, asked = dict(os.environ), []
 signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))

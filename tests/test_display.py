@@ -17,11 +17,20 @@ from tune_topkd.cli.display import ProgressDisplay
 from tune_topkd.cli.remaining import Pace
 from tune_topkd.cli.terminal import Console
 from tune_topkd.cli.terminal import Terminal
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Event
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialKey
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(80, 24), (160, 50)]
@@ -30,9 +39,8 @@ SIZES = [(80, 24), (160, 50)]
 @pytest.fixture
 def ledger(tmp_path):
     """A ledger of a sweep of 60 trials that has begun."""
-    header = {"sweep": "s", "id": "i", "seed": 0, "trials": 60, "digest": "d", "first": []}
-    with Ledger.create(tmp_path / "ledger.jsonl", **header) as ledger:
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 60}))
+    with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="s", id="i", seed=0, trials=60, digest="d")) as ledger:
+        ledger.append(Driver(host="h", pid=1, trials=60))
         yield ledger
 
 
@@ -45,21 +53,21 @@ def pty(request, monkeypatch):
 
 
 def suggest(number, arm=SEARCH):
-    return "suggest", {"arm": arm, "number": number, "proposal": {}, "params": dict(formulas.DEFAULTS)}
+    return Suggest(key=TrialKey(arm, number), proposal={}, params=formulas.DEFAULTS)
 
 
 def start(number):
-    return "start", {"arm": SEARCH, "number": number, "attempt": 1}
+    return Start(key=TrialKey(SEARCH, number), attempt=1)
 
 
 def report(number, epoch):
-    metrics = {"val_top1": 50.0 + number}
-    return "report", {"arm": SEARCH, "number": number, "epoch": epoch, "metrics": metrics, "decision": "continue"}
+    key, metrics = TrialKey(SEARCH, number), {"val_top1": 50.0 + number}
+    return Report(key=key, epoch=epoch, metrics=metrics, decision=Decision.CONTINUE)
 
 
 def failed(number, error):
-    end = {"status": "failed", "reason": "error", "error": error, "epoch": 2, "value": None}
-    return "end", {"arm": SEARCH, "number": number, **end}
+    key = TrialKey(SEARCH, number)
+    return End(key=key, epoch=2, status=TrialStatus.FAILED, reason="error", error=error, value=None)
 
 
 def shown_on(descriptor, ledger, config=None, seen=None):
@@ -199,8 +207,8 @@ class Simulated:
     def run(self):
         """The estimates as (time, seconds left), after each report; then how long it took."""
         trials = self.config.sweep.trials
-        self._apply("sweep", version=2, sweep="s", id="i", seed=0, trials=trials, digest="d")
-        self._apply("driver", host="h", pid=1, trials=trials)
+        self._apply(Header(version=2, sweep="s", id="i", seed=0, trials=trials, digest="d"))
+        self._apply(Driver(host="h", pid=1, trials=trials))
         waiting = [(SEARCH, n, self._stopped_at(n)) for n in range(trials)]
         waiting += [(m, n, self.config.recipe.epochs) for m in ("ce", "kd") for n in range(2)]
         self.now = self._start
@@ -208,25 +216,24 @@ class Simulated:
         while waiting or at_work:
             while waiting and len(at_work) < self._slots:
                 arm, number, last = waiting.pop(0)
-                self._apply("suggest", arm=arm, number=number, proposal={}, params={})
-                self._apply("start", arm=arm, number=number, attempt=1)
+                self._apply(Suggest(key=TrialKey(arm, number), proposal={}, params={}))
+                self._apply(Start(key=TrialKey(arm, number), attempt=1))
                 at_work.append([self.now + self._seconds * (1 + 0.3 * len(at_work)), arm, number, 1, last])
             at_work.sort()
             self.now, arm, number, epoch, last = at_work[0]
-            metrics = {"val_top1": 1.0}
-            self._apply("report", arm=arm, number=number, epoch=epoch, metrics=metrics, decision="continue")
-            self.pace.reported(TrialKey(arm, number), self.now)
+            key = TrialKey(arm, number)
+            self._apply(Report(key=key, epoch=epoch, metrics={"val_top1": 1.0}, decision=Decision.CONTINUE))
+            self.pace.reported(key, self.now)
             if epoch == last:
-                end = {"status": "pruned", "reason": "asha", "epoch": epoch, "value": 1.0}
-                self._apply("end", arm=arm, number=number, **end)
+                self._apply(End(key=key, epoch=epoch, status=TrialStatus.PRUNED, reason="asha", value=1.0))
                 at_work.pop(0)
             else:
                 at_work[0] = [self.now + self._seconds, arm, number, epoch + 1, last]
             estimates.append((self.now, self.pace.seconds_left(self.config, self.state, self.now)))
         return estimates, self.now
 
-    def _apply(self, name, **data):
-        self.state.apply(Event(self._seq, self.now, name, data))
+    def _apply(self, content):
+        self.state.apply(Event(self._seq, self.now, content))
         self._seq += 1
 
 
@@ -262,14 +269,13 @@ def test_the_time_left_is_never_more_than_the_time_budget(ledger, pipe):
 def answered(best, **bases):
     """The state of a finished sweep with these values at the full budget."""
     state = SweepState()
-    events = [("sweep", {"version": 2, "sweep": "s", "id": "i", "seed": 0, "trials": 1, "digest": "d"})]
+    contents = [Header(version=2, sweep="s", id="i", seed=0, trials=1, digest="d")]
     for arm, value in {SEARCH: best, **bases}.items():
-        key = {"arm": arm, "number": 0}
-        end = {"status": "completed", "reason": "budget", "epoch": 9, "value": value}
-        params = dict(formulas.DEFAULTS) if arm == SEARCH else {"lr": 0.1}
-        events += [("suggest", {**key, "proposal": {}, "params": params}), ("end", {**key, **end})]
-    for seq, (name, data) in enumerate([*events, ("stop", {"reason": "finished", "error": ""})]):
-        state.apply(Event(seq, 0.0, name, data))
+        key, params = TrialKey(arm, 0), dict(formulas.DEFAULTS) if arm == SEARCH else {"lr": 0.1}
+        contents.append(Suggest(key=key, proposal={}, params=params))
+        contents.append(End(key=key, epoch=9, status=TrialStatus.COMPLETED, reason="budget", value=value))
+    for seq, content in enumerate([*contents, Stop(reason="finished")]):
+        state.apply(Event(seq, 0.0, content))
     return state
 
 

@@ -15,7 +15,7 @@ from tune_topkd.cli.running import Place
 from tune_topkd.cli.terminal import Console
 from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
-from tune_topkd.sweep import cluster
+from tune_topkd.execution import cluster
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow 3.17 and what it imports
@@ -102,7 +102,7 @@ def test_what_a_trial_is_given_is_held_against_what_this_process_may_use(monkeyp
 
 
 def test_a_place_for_temporary_files_that_cannot_be_had_is_a_finding(monkeypatch, tmp_path):
-    from tune_topkd.sweep import scratch
+    from tune_topkd.execution import scratch
 
     monkeypatch.setattr(scratch, "OTHERWISE", ())
     for name in scratch.CHOSEN_BY_USER:

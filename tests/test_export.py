@@ -20,9 +20,15 @@ from tune_topkd.export import as_python
 from tune_topkd.export import as_yaml
 from tune_topkd.export import load_tuned_config
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TeacherFile
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.space import Space
 from tune_topkd.storage import write_text
-from tune_topkd.trials import Ledger
 
 CONFIG = config_from(
     {
@@ -51,7 +57,7 @@ HEADER = {
     "trials": 9,
     "digest": "12345678e9012345",  # a text that looks like a number
     "space_digest": Space.of(CONFIG).digest(),
-    "teacher_file": {"key": "1234e567", "val_top1": 98.5},
+    "teacher_file": TeacherFile("1234e567", 98.5),
     "versions": {"torch": "2.11.0", "tune_topkd": "0.1.0"},
     "git_commit": "0c0b9be+",
 }
@@ -63,9 +69,9 @@ PROPOSALS = [
 
 
 def ended(arm, number, params, status, value, proposal=None):
-    key = {"arm": arm, "number": number}
-    outcome = {"status": status, "reason": "", "epoch": 8, "value": value}
-    return [("suggest", {**key, "proposal": proposal or params, "params": params}), ("end", {**key, **outcome})]
+    key = TrialKey(arm, number)
+    suggest = Suggest(key=key, proposal=proposal or params, params=params)
+    return [suggest, End(key=key, epoch=8, status=TrialStatus(status), reason="", value=value)]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,7 @@ def swept(tmp_path_factory):
     """The state of a sweep with an answer."""
     space = Space.of(CONFIG)
     outcomes = [("completed", 91.0), ("completed", 94.25), ("pruned", 99.0)]
-    with Ledger.create(tmp_path_factory.mktemp("swept") / "ledger.jsonl", **HEADER) as ledger:
+    with Ledger.create(tmp_path_factory.mktemp("swept") / "ledger.jsonl", Header(**HEADER)) as ledger:
         for number, (proposal, (status, value)) in enumerate(zip(PROPOSALS, outcomes, strict=True)):
             ledger.append(*ended("search", number, space.params(proposal), status, value, proposal))
         ledger.append(*ended("search", 3, space.params(PROPOSALS[0]), "failed", None))
@@ -107,7 +113,8 @@ def test_the_evidence_says_where_it_comes_from(tuned):
     assert (evidence.val_top1, evidence.trial, evidence.seeds) == (94.25, 1, [11])
     assert evidence.trials == {"completed": 2, "pruned": 1, "failed": 1}
     assert (evidence.sweep, evidence.sweep_id, evidence.digest) == ("digits", HEADER["id"], HEADER["digest"])
-    assert (evidence.space_digest, evidence.teacher) == (HEADER["space_digest"], HEADER["teacher_file"])
+    assert evidence.space_digest == HEADER["space_digest"]
+    assert evidence.teacher == {"key": "1234e567", "val_top1": 98.5}
     assert (evidence.versions, evidence.git_commit) == (HEADER["versions"], "0c0b9be+")
 
 
@@ -125,7 +132,7 @@ def test_a_baseline_is_its_best_full_trial_and_one_without_any_is_left_out(tuned
     ],
 )
 def test_a_sweep_without_a_full_trial_has_no_answer(tmp_path, outcomes, told):
-    with Ledger.create(tmp_path / "ledger.jsonl", **HEADER) as ledger:
+    with Ledger.create(tmp_path / "ledger.jsonl", Header(**HEADER)) as ledger:
         for number, status in enumerate(outcomes):
             ledger.append(*ended("search", number, PROPOSALS[0], status, 50.0 if status == "pruned" else None))
         ledger.append(*ended("ce", 0, {"lr": 0.1}, "completed", 88.0))

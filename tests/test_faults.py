@@ -18,17 +18,20 @@ from tune_topkd.cli import running
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import SweepTroubleError
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import SweepTroubleError
+from tune_topkd.execution import ray_tune
+from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
+from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.sweep import run_sweep
-from tune_topkd.sweep import tuning
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
-from tune_topkd.trials import read_state
 
 pytestmark = test_sweep.pytestmark
 cluster = test_sweep.cluster
@@ -45,10 +48,9 @@ def begun(folder, **sections):
     config = formulas.sweep_config(**({"baselines": None} | sections))
     folder.mkdir()
     (folder / "sweep.yaml").write_text(dump_config(config))
-    header = {"sweep": folder.name, "id": "i", "seed": config.sweep.seed, "trials": config.sweep.trials, "first": []}
-    what = running._digest(config.model_dump(mode="json"))
-    ledger = Ledger.create(folder / "ledger.jsonl", digest=what, **header)
-    return config, ledger
+    settings, what = config.sweep, running._digest(config.model_dump(mode="json"))
+    header = Header(sweep=folder.name, id="i", seed=settings.seed, trials=settings.trials, digest=what)
+    return config, Ledger.create(folder / "ledger.jsonl", header)
 
 
 def saved_config(folder):
@@ -71,7 +73,7 @@ def sweep(tmp_path, cluster):
         else:
             config, ledger = begun(folder, sweep=settings)
         with ledger:
-            ledger.append(("driver", {"host": "h", "pid": os.getpid(), "trials": config.sweep.trials}))
+            ledger.append(Driver(host="h", pid=os.getpid(), trials=config.sweep.trials))
             search = Search(config, ledger)
             run_sweep(search, cluster=cluster, folder=folder, train=train)
         assert findings(folder) == []
@@ -132,7 +134,7 @@ def test_a_trial_that_never_has_enough_memory_fails_by_itself(sweep, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [formulas.hanging_for_large_k, formulas.frozen_for_large_k])
 def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monkeypatch, train):
-    monkeypatch.setattr(tuning, "_GRACE_AFTER_TIMEOUT", 2.0)
+    monkeypatch.setattr(ray_tune, "_GRACE_AFTER_TIMEOUT", 2.0)
     state = sweep(train, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]
@@ -145,8 +147,8 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_worker_that_freezes_before_its_first_word_is_ended_as_well(sweep, monkeypatch):
-    monkeypatch.setattr(tuning, "_GRACE_AFTER_TIMEOUT", 2.0)
-    monkeypatch.setattr(tuning, "LONGEST_START_OF_A_WORKER", 5.0)
+    monkeypatch.setattr(ray_tune, "_GRACE_AFTER_TIMEOUT", 2.0)
+    monkeypatch.setattr(ray_tune, "LONGEST_START_OF_A_WORKER", 5.0)
     state = sweep(formulas.frozen_at_once_for_large_k, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]
@@ -343,7 +345,7 @@ def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, lau
     with begun(disk.seen / "s", space={"k": {"low": 1, "high": 9}})[1] as ledger:
         while page - ledger.path.stat().st_size % page > 60:
             room = page - ledger.path.stat().st_size % page
-            ledger.append(("stop", {"reason": "interrupted", "error": "x" * (room % 150)}))
+            ledger.append(Stop(reason="interrupted", error="x" * (room % 150)))
     before = (disk.seen / "s" / "ledger.jsonl").read_bytes()
     assert disk.run("sh", "-c", 'cat /dev/zero > "$0/filler"', str(disk.path))[0] != 0
     code, told = launch("resume", "s")
@@ -352,7 +354,7 @@ def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, lau
     assert (disk.seen / "s" / "ledger.jsonl").read_bytes() == before
     assert disk.run("rm", f"{disk.path}/filler") == (0, "")
     with Ledger.open(disk.seen / "s" / "ledger.jsonl") as ledger:
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 2}))
+        ledger.append(Driver(host="h", pid=1, trials=2))
 
 
 @pytest.mark.slow
@@ -376,16 +378,17 @@ os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ttk-")
 import formulas
 import ray.cluster_utils
 from tune_topkd.config import config_from, read_yaml
-from tune_topkd.sweep import Cluster, Search, run_sweep, tuning
-from tune_topkd.trials import Ledger, Share
+from tune_topkd.execution import Cluster, ray_tune, run_sweep
+from tune_topkd.search import Search
+from tune_topkd.ledger import Driver, Ledger, Share
 
-tuning.LONGEST_WAIT_FOR_ROOM = 5.0
+ray_tune.LONGEST_WAIT_FOR_ROOM = 5.0
 path = Path(sys.argv[1]) / "ledger.jsonl"
 config = config_from(read_yaml(path.with_name("sweep.yaml")), "test")
 
 def sweep(*trackers, train=formulas.slow):
     with Cluster.attached(nodes.address) as cluster, Ledger.open(path) as ledger:
-        ledger.append(("driver", {"host": "h", "pid": os.getpid(), "trials": config.sweep.trials}))
+        ledger.append(Driver(host="h", pid=os.getpid(), trials=config.sweep.trials))
         search = Search(config, ledger, trackers)
         try:
             run_sweep(search, cluster=cluster, folder=path.parent, train=train, note=lambda text: print(text, flush=True))

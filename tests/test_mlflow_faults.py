@@ -23,7 +23,8 @@ from test_tracking import runs
 from test_tracking_shown import check_odd
 from test_tracking_shown import odd_ledger
 
-from tune_topkd.sweep import Search
+from tune_topkd.ledger import Driver
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up
@@ -41,7 +42,7 @@ _NUMBERS = itertools.count()
 @pytest.fixture
 def ledger(tmp_path):
     with begin(tmp_path / "ledger.jsonl", config()) as ledger:
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": config().sweep.trials}))
+        ledger.append(Driver(host="h", pid=1, trials=config().sweep.trials))
         yield ledger
 
 
@@ -173,7 +174,7 @@ def test_a_killed_driver_s_sweep_is_caught_up_and_goes_on_behind_a_server(ledger
         catch_up(ledger.path, server.uri, abandoned=True)
         assert "RUNNING" not in {status for status, *_ in everything(store).values()}
         assert disagreements(ledger.path, server.uri) == []
-        ledger.append(("driver", {"host": "h", "pid": 2, "trials": config().sweep.trials}))
+        ledger.append(Driver(host="h", pid=2, trials=config().sweep.trials))
         tracker = MlflowTracker(ledger.path, server.uri)
         drive(Search(config(), ledger, [tracker]))
         tracker.close()

@@ -9,16 +9,17 @@ import formulas
 import pytest
 import ray
 
-from tune_topkd.sweep import ResourceError
-from tune_topkd.sweep import nodes
-from tune_topkd.sweep.nodes import MOST_MOVES
-from tune_topkd.sweep.nodes import Nodes
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.sweep.worker import _is_surroundings
-from tune_topkd.sweep.worker import folder_trouble
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialKey
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import nodes
+from tune_topkd.execution.nodes import MOST_MOVES
+from tune_topkd.execution.nodes import Nodes
+from tune_topkd.execution.worker import Worker
+from tune_topkd.execution.worker import _is_surroundings
+from tune_topkd.execution.worker import folder_trouble
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import TrialKey
 
 FIRST, SECOND = TrialKey("search", 0), TrialKey("search", 1)
 MISSING = "FileNotFoundError: /data/train is not there"
@@ -295,7 +296,7 @@ def test_an_unknown_node_is_not_to_blame(three):
 def test_the_sweep_s_folder_is_known_by_its_ledger(tmp_path):
     shared = "--runs-dir must be on storage that all nodes share"
     assert folder_trouble(tmp_path, "i") == f"{tmp_path} is not there: {shared}"
-    with Ledger.create(tmp_path / "ledger.jsonl", sweep="s", id="i", trials=1):
+    with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="s", id="i", seed=0, trials=1)):
         pass
     assert folder_trouble(tmp_path, "i") == ""
     assert folder_trouble(tmp_path, "j") == f"{tmp_path} is another sweep's there: {shared}"

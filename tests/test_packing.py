@@ -17,7 +17,7 @@ import test_cli
 import test_sweep
 import torch
 
-from tune_topkd import sweep
+from tune_topkd import execution
 from tune_topkd.cli import doctor
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
@@ -26,12 +26,18 @@ from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
-from tune_topkd.sweep import ResourceError
-from tune_topkd.sweep import cluster
-from tune_topkd.sweep import packing
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import cluster
+from tune_topkd.execution import packing
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.train import Probe
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
 
 pytestmark = test_sweep.pytestmark
 inside = test_cli.inside
@@ -421,7 +427,8 @@ def test_a_sweep_that_was_begun_with_more_gpus_may_go_on(tmp_path):
     config = formulas.sweep_config(sweep={"gpus_per_trial": 2.0})
     (tmp_path / "sweep.yaml").write_text(dump_config(config))
     what = running._digest(config.model_dump(mode="json"))
-    with Ledger.create(tmp_path / "ledger.jsonl", sweep="s", trials=1, digest=what) as ledger:
+    header = Header(sweep="s", id="i", seed=0, trials=1, digest=what)
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
         assert running.begun_config(tmp_path, ledger.state).sweep.gpus_per_trial == 2.0
 
 
@@ -468,15 +475,15 @@ def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path, in
 
     def drive(config, ledger, *rest):
         driven.append((config.sweep.cpus_per_trial, config.sweep.gpus_per_trial))
-        one = {"arm": "search", "number": 0}
+        one = TrialKey("search", 0)
         if not ledger.state.trials:
-            ledger.append(("suggest", {**one, "proposal": {}, "params": {}}))
-            ledger.append(("end", {**one, "status": "completed", "reason": "full budget", "epoch": 4, "value": 50.0}))
-        ledger.append(("stop", {"reason": "finished", "error": ""}))
+            ledger.append(Suggest(key=one, proposal={}, params={}))
+            ledger.append(End(key=one, status=TrialStatus.COMPLETED, reason="full budget", epoch=4, value=50.0))
+        ledger.append(Stop(reason="finished", error=""))
         return "finished", ""
 
-    monkeypatch.setattr(sweep, "pack", made_up)
-    monkeypatch.setattr(sweep.Cluster, "attached", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(execution, "pack", made_up)
+    monkeypatch.setattr(execution.Cluster, "attached", lambda address: contextlib.nullcontext())
     monkeypatch.setattr(running, "_drive", drive)
     sizes = "space.batch_size=[16, 64, 32]"
     run = inside("run", space, "--cpus-per-trial", "auto", "--seed", 5, "--runs-dir", tmp_path, "--set", sizes)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_state
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_state
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

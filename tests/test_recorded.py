@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
 from tune_topkd.teacher.logits import computed_by
-from tune_topkd.trials import read_events
-from tune_topkd.trials import read_state
 
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_name("recorded")

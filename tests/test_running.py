@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from formulas import EPOCHS
 from formulas import value
 from PIL import Image
 
+import tune_topkd.data.datasets as datasets
 from tune_topkd.cli import identity
 from tune_topkd.cli import preflight
 from tune_topkd.cli import running
@@ -27,15 +29,15 @@ from tune_topkd.cli.terminal import Console
 from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
+from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
+from tune_topkd.search import Search
 from tune_topkd.space import digest
-from tune_topkd.sweep import Search
-from tune_topkd.sweep.worker import write_checkpoint
-from tune_topkd.trials import Decision
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import read_events
-from tune_topkd.trials import read_state
 
 QUIET = Console(quiet=True)
 NETWORK = """
@@ -53,6 +55,22 @@ from torch.nn import functional
 
 def loss(student, teacher, labels, *, sharpness: float = 1.0):
     return functional.cross_entropy({factor} * sharpness * student, labels)
+"""
+
+
+DATASET = """
+import torch
+from tune_topkd.data import DatasetInfo, Parts, Source, Split
+
+class Bright(Source):
+    def info(self, config):
+        return DatasetInfo(2, (1, 8, 8))
+
+    def read(self, config):
+        labels = torch.arange(80) % 2
+        images = ({factor} * labels).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 8, 8)
+        images[:, 0, 0, 0] = torch.arange(80)
+        return Parts(Split(images, labels))
 """
 
 
@@ -77,6 +95,7 @@ def here(tmp_path, monkeypatch):
     """A folder with a user's modules, on the path and forgotten afterwards."""
     (tmp_path / "my_nets.py").write_text(NETWORK.format(bias=True, comment="once"))
     (tmp_path / "my_losses.py").write_text(LOSS.format(factor=1))
+    (tmp_path / "my_data.py").write_text(DATASET.format(factor=100))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -85,7 +104,8 @@ def here(tmp_path, monkeypatch):
 
 def forget():
     """As a new process would begin."""
-    for name in ("my_nets", "my_losses"):
+    datasets._loaded.cache_clear()
+    for name in ("my_nets", "my_losses", "my_data"):
         sys.modules.pop(name, None)
     for left in Path.cwd().glob("__pycache__"):
         shutil.rmtree(left)
@@ -182,6 +202,10 @@ def edited_loss(here):
     (here / "my_losses.py").write_text(LOSS.format(factor=2))
 
 
+def edited_dataset(here):
+    (here / "my_data.py").write_text(DATASET.format(factor=90))
+
+
 def other_images(here):
     folder_of_images(here / "images", shade=1)
 
@@ -210,6 +234,17 @@ CHANGES = {
         other_images,
         "data",
     ),
+    "dataset's code": (
+        {
+            "data": {"name": "my_data:Bright"},
+            "teacher": None,
+            "student": "digits_linear",
+            "method": "ce",
+            "space": {"lr": {"low": 0.01, "high": 1.0}},
+        },
+        edited_dataset,
+        "code my_data",
+    ),
 }
 
 
@@ -225,8 +260,8 @@ def test_what_a_result_depends_on_may_not_change_under_a_sweep(sweeps, here, sec
     change(here)
     with pytest.raises(ConfigError) as caught:
         sweeps.resume(trials=4)
-    assert all(problem.key == key or problem.key == "code my_nets" for problem in caught.value.problems)
-    assert key in [problem.key for problem in caught.value.problems]
+    also = {"code my_nets"} | ({"data"} if key == "code my_data" else set())  # what its code gives
+    assert {problem.key for problem in caught.value.problems} - also == {key}
     assert "changed since the sweep began" in str(caught.value)
     assert len(sweeps.events()) == before, "nothing is written before it is refused"
     assert any("changed since the sweep began" in finding for finding in sweeps.audit())
@@ -309,8 +344,8 @@ def test_a_config_key_that_came_later_changes_no_older_sweep(sweeps, here):
         state = read_state(folder / "ledger.jsonl")
         old = {key: part for key, part in content.items() if key != "description"}
         taken = digest(old) if version == 2 else running._digest(content)
-        state.header = {**state.header, "version": version, "digest": taken}
-        state.prepared = {**state.prepared, "digest": None}
+        state.header = replace(state.header, version=version, digest=taken)
+        state.prepared = replace(state.prepared, digest=None)
         (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
         assert running.begun_config(folder, state).recipe.distill_warmup is None
 
@@ -412,7 +447,7 @@ def test_trials_are_told_what_their_weights_must_be(sweeps, here):
     overwritten_student(here)
     state = sweeps.run(raw).state
     config = running.begun_config(sweeps.place.folder("s"), state)
-    hashes = identity.file_hashes(config, state.prepared["identities"], here / "mine.pt")
+    hashes = identity.file_hashes(config, state.identities, here / "mine.pt")
     assert {Path(path).name for path in hashes} == {"mine.pt", "student.pt"}
     assert identity.file_hashes(config, {}, None) == {}
 

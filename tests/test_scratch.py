@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tune_topkd.sweep import scratch
-from tune_topkd.sweep.scratch import NoScratchError
-from tune_topkd.sweep.scratch import scratch_folder
+from tune_topkd.execution import scratch
+from tune_topkd.execution.scratch import NoScratchError
+from tune_topkd.execution.scratch import scratch_folder
 
 HOLD = """
 import sys
-from tune_topkd.sweep.scratch import scratch_folder
+from tune_topkd.execution.scratch import scratch_folder
 with scratch_folder() as folder:
     print(folder, flush=True)
     sys.stdin.read()

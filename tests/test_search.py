@@ -13,20 +13,24 @@ from optuna.trial import TrialState
 
 from tune_topkd.config import METHODS
 from tune_topkd.config import SharedFiles
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import failing
-from tune_topkd.sweep import search as search_module
-from tune_topkd.sweep.search import UndecidedError
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
+from tune_topkd.search import failing
+from tune_topkd.search import samplers
+from tune_topkd.search import search as search_module
+from tune_topkd.search.search import UndecidedError
 
 
 def begin(path, config, first=(DEFAULTS,)):
-    return Ledger.create(path, sweep="t", id="i", seed=config.sweep.seed, trials=config.sweep.trials, first=list(first))
+    settings = config.sweep
+    return Ledger.create(path, Header(sweep="t", id="i", seed=settings.seed, trials=settings.trials, first=list(first)))
 
 
 @pytest.fixture
@@ -107,9 +111,9 @@ def test_asha_stops_the_loser_at_the_rung_and_optuna_has_all_its_values(make):
         search.reported(record.key, 1, {"val_top1": level})
     assert good.status is TrialStatus.RUNNING
     assert (bad.status, bad.reason, bad.value) == (TrialStatus.PRUNED, "asha at epoch 1", 40.0)
-    frozen = search.study.trials[1]
+    frozen = search.sampler.study.trials[1]
     assert (frozen.state, frozen.intermediate_values) == (TrialState.PRUNED, {1: 40.0})
-    assert search.study.trials[0].state is TrialState.RUNNING
+    assert search.sampler.study.trials[0].state is TrialState.RUNNING
 
 
 def test_rungs_are_at_grace_times_reduction_to_the_power(make):
@@ -132,7 +136,7 @@ def test_a_trial_at_full_budget_completes_with_its_last_value(make):
         decision = search.reported(record.key, epoch, {"val_top1": 90.0 - epoch})
     assert decision is Decision.COMPLETE
     assert (record.status, record.value) == (TrialStatus.COMPLETED, 90.0 - EPOCHS)
-    assert search.study.trials[0].value == 90.0 - EPOCHS
+    assert search.sampler.study.trials[0].value == 90.0 - EPOCHS
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -145,7 +149,7 @@ def test_a_number_that_is_none_ends_the_trial_at_once(make, bad, name):
     assert decision is Decision.DIVERGED
     assert (record.status, record.reason, record.value) == (TrialStatus.FAILED, "diverged", None)
     assert "epoch 2" in record.error
-    frozen = search.study.trials[0]
+    frozen = search.sampler.study.trials[0]
     assert (frozen.state, frozen.intermediate_values) == (TrialState.PRUNED, {})
     assert search.state.best() is None
 
@@ -193,7 +197,7 @@ def test_failures_of_every_kind_weigh_the_same(make):
     for kind in FAILURES:
         search = half_failing(make, 0, 40, lambda record, kind=kind: kind)
         assert search.state.counts()["failed"] >= 10
-        assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+        assert {trial.state for trial in search.sampler.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
         proposals.append([record.proposal for record in search.state.arm("search")])
     assert proposals[0] == proposals[1] == proposals[2]
 
@@ -364,7 +368,7 @@ def test_a_sweep_of_the_same_error_cut_after_any_line_stops_where_an_uninterrupt
     config = sweep_config(sweep={"trials": 60, "startup_trials": 60})
 
     def driven(ledger):
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 60}))
+        ledger.append(Driver(host="h", pid=1, trials=60))
         search = Search(config, ledger)
         while (record := search.next_trial()) is not None:
             search.started(record.key)
@@ -477,7 +481,7 @@ def test_an_end_that_a_kill_left_out_is_written_at_the_next_start(tmp_path):
         assert len(ledger.state.running()) == 1
         search = Search(config, ledger)
         assert ledger.state.running() == []
-        assert search.study.trials[-1].state is TrialState.COMPLETE
+        assert search.sampler.study.trials[-1].state is TrialState.COMPLETE
 
 
 def test_one_trial_in_ten_that_turns_to_nan_costs_no_epoch_more_and_no_place_in_the_study(make):
@@ -505,7 +509,7 @@ def test_one_trial_in_ten_that_turns_to_nan_costs_no_epoch_more_and_no_place_in_
     finite = [r for r in records if r.status is TrialStatus.COMPLETED]
     assert all(map(math.isfinite, (r.value for r in finite)))
     assert search.state.best() is max(finite, key=lambda r: r.value)
-    assert {trial.state for trial in search.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert {trial.state for trial in search.sampler.study.trials} == {TrialState.COMPLETE, TrialState.PRUNED}
 
 
 # --- workers that are lost ----------------------------------------------------------------------------------------
@@ -539,7 +543,7 @@ def test_a_crash_is_retried_so_often_and_then_is_the_trials_end(make):
     assert not search.lost(record.key, "crash", "the worker died")
     assert (record.status, record.reason, record.error) == (TrialStatus.FAILED, "crash", "the worker died")
     assert record.retries == ["crash", "crash"]
-    assert search.study.trials[0].state is TrialState.PRUNED
+    assert search.sampler.study.trials[0].state is TrialState.PRUNED
     assert search.next_trial().key.number == 1
 
 
@@ -736,16 +740,16 @@ def test_a_sweep_that_lost_workers_and_is_cut_anywhere_ends_with_the_same_trials
 
 
 def test_the_sampler_looks_at_the_best_the_newest_and_those_at_work(make, monkeypatch):
-    monkeypatch.setattr(search_module, "LONGEST_HISTORY", 10)
+    monkeypatch.setattr(samplers, "LONGEST_HISTORY", 10)
     search = make(sweep_config(sweep={"trials": 40, "startup_trials": 5, "asha": None}))
     looked_at = []
-    beside = search_module.Proposer._beside
+    beside = samplers.TpeSampler._beside
 
     def looking(self, trials, number):
         looked_at.append([trial.number for trial in trials])
         return beside(self, trials, number)
 
-    monkeypatch.setattr(search_module.Proposer, "_beside", looking)
+    monkeypatch.setattr(samplers.TpeSampler, "_beside", looking)
     oldest = search.next_trial()  # is never told
     state = run(search)
     best = sorted((r for r in state.arm("search")[:39] if r.value is not None), key=lambda r: -r.value)[:2]
@@ -755,18 +759,18 @@ def test_the_sampler_looks_at_the_best_the_newest_and_those_at_work(make, monkey
 
 @pytest.mark.parametrize("longest", [500, 10])
 def test_a_sampler_that_is_shown_trials_proposes_what_one_that_has_them_does(make, monkeypatch, longest):
-    monkeypatch.setattr(search_module, "LONGEST_HISTORY", longest)
+    monkeypatch.setattr(samplers, "LONGEST_HISTORY", longest)
     search = make(sweep_config(sweep={"trials": 40, "startup_trials": 5}))
     running = [search.next_trial() for _ in range(2)]
     search.failed(search.next_trial().key, "error", "E: x")
     run(search)
-    proposer = search._proposer
+    proposer = search.sampler
     history = proposer._history()
     assert {trial.state for trial in history} >= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING}
     for number in (40, 41):
         study = optuna.create_study(direction="maximize", sampler=proposer._sampler(number))
         study.add_trials(history)
-        assert proposer.would_ask(number) == study.ask(proposer.distributions).params
+        assert proposer.ask(number) == study.ask(proposer.distributions).params
     assert [trial.number for trial in proposer.study.trials] == list(range(40))
     assert [record.key.number for record in running] == [0, 1]
 
@@ -775,7 +779,7 @@ def test_a_sampler_that_is_told_the_space_proposes_what_optunas_own_does(make):
     """The first axis has one value alone, which Optuna does not model."""
     space = {"scale_top": {"low": 2.0, "high": 2.0}}
     search = make(sweep_config(space=space, sweep={"trials": 30, "startup_trials": 5}), first=())
-    proposer = search._proposer
+    proposer = search.sampler
     for number in range(30):
         seed = proposer._sampler(number)._rng.rng.randint(2**31)
         ours = proposer._sampler(number)
@@ -810,5 +814,5 @@ def test_a_ledger_whose_proposals_do_not_fit_the_space_is_told_in_one_line(tmp_p
 
 
 def test_a_long_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_module, "LONGEST_HISTORY", 5)
+    monkeypatch.setattr(samplers, "LONGEST_HISTORY", 5)
     test_a_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, 1)

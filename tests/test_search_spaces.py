@@ -22,14 +22,15 @@ from tune_topkd.config import SharedFiles
 from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
 from tune_topkd.data import dataset_info
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
 from tune_topkd.loss import build_loss
 from tune_topkd.models import build_configured
 from tune_topkd.models import find_head
 from tune_topkd.models import save_weights
+from tune_topkd.search import Search
 from tune_topkd.space import Space
-from tune_topkd.sweep import Search
 from tune_topkd.train import train
-from tune_topkd.trials import Ledger
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 SPACES = sorted(FOLDER.glob("*.yaml"))
@@ -385,8 +386,8 @@ def root(tmp_path_factory):
 
 def first_trial(config, folder):
     """What the first trial of a sweep gets; its teacher's weights lie in `folder`."""
-    header = {"sweep": "t", "id": "i", "seed": 0, "trials": 1, "first": first_proposals(config)}
-    with contextlib.closing(Ledger.create(folder / "ledger.jsonl", **header)) as ledger:
+    begun = Header(sweep="t", id="i", seed=0, trials=1, first=first_proposals(config))
+    with contextlib.closing(Ledger.create(folder / "ledger.jsonl", begun)) as ledger:
         search = Search(config, ledger)
         return search.trial_config(
             search.next_trial(), SharedFiles(teacher_checkpoint=config.teacher and config.teacher.checkpoint)

@@ -23,6 +23,10 @@ from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
 from tune_topkd.data import save_dataset
 from tune_topkd.data import saving
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.train import GPU_PART
 from tune_topkd.train import LONGEST_WAIT_FOR_MEMORY
 from tune_topkd.train import Training
@@ -30,9 +34,6 @@ from tune_topkd.train import device
 from tune_topkd.train import in_share
 from tune_topkd.train import loop
 from tune_topkd.train import train
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialStatus
 
 DIGITS = test_train.DIGITS
 taught = test_train.teacher
@@ -186,7 +187,7 @@ def test_every_trial_of_a_sweep_is_told_of_the_dataset_file(tmp_path: Path, monk
     monkeypatch.setattr(running, "_search", search)
     monkeypatch.setattr(running, "_trackers", lambda *arguments: contextlib.nullcontext([tracker]))
     (tmp_path / "s").mkdir()
-    with Ledger.create(tmp_path / "s" / "ledger.jsonl", sweep="s", id="s", seed=0, trials=12, first=[]) as ledger:
+    with Ledger.create(tmp_path / "s" / "ledger.jsonl", Header(sweep="s", id="s", seed=0, trials=12)) as ledger:
         running._drive(config, ledger, place, Console(quiet=True), NO_FILES, Interruption())
     path = tmp_path / "s" / "dataset.pt"
     assert told == [(str(path), True)]
@@ -419,11 +420,11 @@ def sweep_on_a_gpu(tmp_path_factory):
     """Runs small sweeps on a Ray that believes in two CPUs and a GPU; gives the trials' records."""
     import ray
 
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import Search
-    from tune_topkd.sweep import run_sweep
-    from tune_topkd.sweep.cluster import _shutdown
-    from tune_topkd.sweep.scratch import scratch_folder
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import run_sweep
+    from tune_topkd.execution.cluster import _shutdown
+    from tune_topkd.execution.scratch import scratch_folder
+    from tune_topkd.search import Search
 
     def train(config, report, resume_from=None):
         """Tells of its share; runs out of memory with a small one where a space says so."""
@@ -437,7 +438,7 @@ def sweep_on_a_gpu(tmp_path_factory):
         path = tmp_path_factory.mktemp("sweep") / "ledger.jsonl"
         settings = {"trials": 2, "asha": None, **settings}
         config = formulas.sweep_config(baselines=None, recipe={"epochs": epochs}, sweep=settings)
-        with Ledger.create(path, sweep="s", id="s", seed=0, trials=settings["trials"], first=[]) as ledger:
+        with Ledger.create(path, Header(sweep="s", id="s", seed=0, trials=settings["trials"])) as ledger:
             run_sweep(Search(config, ledger), cluster=Cluster.now(), folder=path.parent, train=train)
             return ledger.state.arm("search")
 
@@ -476,7 +477,7 @@ def test_a_trial_that_ran_out_of_memory_is_told_its_larger_share(sweep_on_a_gpu)
     ],
 )
 def test_what_a_trial_is_told_of_any_share(share, threads, gpu_share):
-    from tune_topkd.sweep.cluster import trial_part
+    from tune_topkd.execution.cluster import trial_part
 
     assert trial_part(share) == {"threads": threads, "gpu_share": gpu_share}
     trial(**trial_part(share))  # is what a config can have

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import formulas
@@ -16,6 +17,13 @@ import pytest
 from tune_topkd import storage
 from tune_topkd.config import TrialConfig
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.execution.worker import run_trial
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import is_driven
 from tune_topkd.storage import FileError
 from tune_topkd.storage import Lock
 from tune_topkd.storage import disk_trouble
@@ -28,12 +36,8 @@ from tune_topkd.storage import rename
 from tune_topkd.storage import unlock_byte
 from tune_topkd.storage import write_atomically
 from tune_topkd.storage import write_text
-from tune_topkd.sweep.worker import run_trial
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import driver_identity
-from tune_topkd.trials import is_driven
 
+HEADER = Header(sweep="s", id="i", seed=0, trials=1)
 HAS_NONE = [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK]
 
 
@@ -242,11 +246,11 @@ def test_a_lock_is_one_process_s_or_shared(tmp_path):
 
 
 def test_without_locks_a_ledger_is_written_and_one_note_says_so(path, no_locks, caplog):
-    with caplog.at_level(logging.WARNING), Ledger.create(path, sweep="s", trials=1) as ledger:
-        ledger.append(("driver", {**driver_identity(), "trials": 1}))
+    with caplog.at_level(logging.WARNING), Ledger.create(path, HEADER) as ledger:
+        ledger.append(Driver.here(trials=1))
         assert not is_driven(path)
     with Ledger.open(path) as ledger:
-        ledger.append(("stop", {"reason": "interrupted", "error": ""}))
+        ledger.append(Stop(reason="interrupted"))
     notes = [record.getMessage() for record in caplog.records]
     assert len(notes) == 1
     assert str(path) in notes[0]
@@ -270,8 +274,8 @@ def test_without_locks_a_teacher_s_folder_is_entered(tmp_path, no_locks):
 
 def test_without_locks_a_living_driver_of_this_machine_is_still_found(path, no_locks):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        with Ledger.create(path, sweep="s", trials=1) as ledger:
-            ledger.append(("driver", {**driver_identity(), "pid": other.pid, "trials": 1}))
+        with Ledger.create(path, HEADER) as ledger:
+            ledger.append(replace(Driver.here(trials=1), pid=other.pid))
         assert is_driven(path)
         with pytest.raises(LedgerError, match=f"is being driven by process {other.pid} on"):
             Ledger.open(path)
@@ -285,8 +289,8 @@ def test_without_locks_a_number_given_to_a_later_process_is_no_driver(path, no_l
         an_hour_ago = time.time() - 3600
         with monkeypatch.context() as patch:
             patch.setattr(time, "time", lambda: an_hour_ago)
-            with Ledger.create(path, sweep="s", trials=1) as ledger:
-                ledger.append(("driver", {**driver_identity(), "pid": other.pid, "trials": 1}))
+            with Ledger.create(path, HEADER) as ledger:
+                ledger.append(replace(Driver.here(trials=1), pid=other.pid))
         assert not is_driven(path)
         other.communicate(b"\n")
 
@@ -297,5 +301,5 @@ def test_another_trouble_than_a_lack_of_locks_is_told(path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refused)
     with pytest.raises(OSError, match="Input/output error"):
-        Ledger.create(path, sweep="s", trials=1)
+        Ledger.create(path, HEADER)
     assert not path.read_bytes()

@@ -12,18 +12,19 @@ import formulas
 import pytest
 from ray.tune.experiment import Trial
 
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import ResourceError
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import SweepTroubleError
-from tune_topkd.sweep import run_sweep
-from tune_topkd.sweep import tuning
-from tune_topkd.sweep.search import Proposer
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import Share
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import SweepTroubleError
+from tune_topkd.execution import ray_tune
+from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
+from tune_topkd.search.samplers import TpeSampler
 
 pytestmark = [
     pytest.mark.ray,
@@ -50,8 +51,9 @@ def carry_through(cluster, folder, train, first=(), **sections):
     if path.exists():
         ledger = Ledger.open(path)
     else:
-        seed, trials = config.sweep.seed, config.sweep.trials
-        ledger = Ledger.create(path, sweep="t", id=folder.name, seed=seed, trials=trials, first=list(first))
+        settings, first = config.sweep, tuple(first)
+        header = Header(sweep="t", id=folder.name, seed=settings.seed, trials=settings.trials, first=first)
+        ledger = Ledger.create(path, header)
     with ledger:
         run_sweep(Search(config, ledger), cluster=cluster, folder=folder, train=train)
         return ledger.state
@@ -175,7 +177,7 @@ class Started:
 
 def test_a_free_worker_goes_to_the_trial_that_would_wait_longest_for_its_own():
     """Three slots: while two workers start, the third does trial after trial, and nothing that starts is stopped."""
-    scheduler = tuning._TellSearch(None)
+    scheduler = ray_tune._TellSearch(None)
     trials = [Started(number) for number in range(6)]
     for trial in trials[:3]:
         scheduler.on_trial_add(None, trial)
@@ -243,7 +245,7 @@ def test_a_decision_that_fails_ends_the_sweep_in_one_line_with_a_stop_and_so_doe
 
     ledger = tmp_path / "s" / "ledger.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(Proposer, "would_ask", broken)
+        patch.setattr(TpeSampler, "ask", broken)
         for _ in range(2):
             with pytest.raises(SweepTroubleError, match="what comes next cannot be decided") as told:
                 sweep(formulas.rising, sweep={"trials": 3, "asha": None})
@@ -316,7 +318,7 @@ def test_room_counts_whole_trials_on_each_node():
 
 ATTACH = """
 import sys
-from tune_topkd.sweep import Cluster
+from tune_topkd.execution import Cluster
 for _ in range(2):
     with Cluster.attached(sys.argv[1]) as cluster:
         print(cluster.nodes)

@@ -27,9 +27,9 @@ from pathlib import Path
 import pytest
 import torture
 
-from tune_topkd.sweep import Search
+from tune_topkd.ledger import Ledger
+from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
-from tune_topkd.trials import Ledger
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,8 +18,14 @@ from hypothesis import strategies as st
 from servers import free_port
 
 from tune_topkd import tracking
-from tune_topkd import trials
-from tune_topkd.sweep import Search
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up
@@ -27,10 +33,6 @@ from tune_topkd.tracking import check_uri
 from tune_topkd.tracking import disagreements
 from tune_topkd.tracking import following
 from tune_topkd.tracking import masked
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import read_events
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow 3.17 and what it imports
@@ -45,8 +47,7 @@ TRIALS = 6
 
 
 def begin(path, config):
-    header = {"sweep": "t", "id": "abc", "seed": 0, "trials": config.sweep.trials, "first": [], "dataset": "digits"}
-    return Ledger.create(path, **header)
+    return Ledger.create(path, Header(sweep="t", id="abc", seed=0, trials=config.sweep.trials, dataset="digits"))
 
 
 def drive(search, ends=None, *, stops=True, pause=0.0):
@@ -70,7 +71,7 @@ def drive(search, ends=None, *, stops=True, pause=0.0):
 
 def drive_on(ledger, *trackers, ends=None, stops=True):
     """Another driver takes the sweep up."""
-    ledger.append(("driver", {"host": "h", "pid": 2, "trials": TRIALS}))
+    ledger.append(Driver(host="h", pid=2, trials=TRIALS))
     drive(Search(config(), ledger, list(trackers)), ends, stops=stops)
 
 
@@ -78,7 +79,7 @@ def drive_on(ledger, *trackers, ends=None, stops=True):
 def ledger(tmp_path):
     config = formulas.sweep_config(sweep={"trials": TRIALS}, baselines={"trials": 2})
     with begin(tmp_path / "ledger.jsonl", config) as ledger:
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": TRIALS}))
+        ledger.append(Driver(host="h", pid=1, trials=TRIALS))
         yield ledger
 
 
@@ -338,9 +339,9 @@ def test_a_failure_at_any_call_changes_nothing_in_the_end(tmp_path, new_store, m
     small = formulas.sweep_config(sweep={"trials": 3}, baselines=None)
     monkeypatch.setattr(following, "EVENTS_PER_CHUNK", 12)
     with begin(tmp_path / "small.jsonl", small) as ledger:
-        ledger.append(("driver", {"host": "h", "pid": 1, "trials": 3}))
+        ledger.append(Driver(host="h", pid=1, trials=3))
         drive(Search(small, ledger), ends=5)
-        ledger.append(("driver", {"host": "h", "pid": 2, "trials": 3}))
+        ledger.append(Driver(host="h", pid=2, trials=3))
         drive(Search(small, ledger))
     undisturbed = new_store("undisturbed.db")
     with faulty(monkeypatch, lambda call, name, do: do()) as calls:
@@ -421,8 +422,8 @@ def test_a_killed_driver_s_sweep_is_shown_as_interrupted_as_a_stop_would_have(le
     shutil.copy(ledger.path, tmp_path / "stopped.jsonl")
     with Ledger.open(tmp_path / "stopped.jsonl") as other:
         last = read_events(ledger.path)[0][-1].time
-        monkeypatch.setattr(trials.time, "time", lambda: last)
-        other.append(("stop", {"reason": "interrupted"}))
+        monkeypatch.setattr(time, "time", lambda: last)
+        other.append(Stop(reason="interrupted"))
     catch_up(tmp_path / "stopped.jsonl", stopped)
     assert everything(uri) == everything(stopped)
     assert runs(uri)[None].data.tags["state"] == "interrupted"

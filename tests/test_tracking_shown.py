@@ -3,6 +3,7 @@
 import math
 import sqlite3
 import tempfile
+import time
 from pathlib import Path
 from random import Random
 from unittest import mock
@@ -18,17 +19,25 @@ from test_tracking import pytestmark as _mlflow_warnings
 from test_tracking import runs
 
 from tune_topkd import tracking
-from tune_topkd import trials
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import comparing
 from tune_topkd.tracking import disagreements
 from tune_topkd.tracking import following
 from tune_topkd.tracking.cleaning import clean_name
 from tune_topkd.tracking.cleaning import clean_text
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import read_state
 
 pytestmark = _mlflow_warnings
 new_store = _new_store
@@ -38,23 +47,24 @@ NAN = float("nan")
 
 
 def begin(folder):
-    ledger = Ledger.create(folder / "ledger.jsonl", sweep="t", id="abc", seed=0, trials=9, first=[], dataset="digits")
-    ledger.append(("driver", {"host": "h", "pid": 1, "trials": 9}))
+    header = Header(sweep="t", id="abc", seed=0, trials=9, dataset="digits")
+    ledger = Ledger.create(folder / "ledger.jsonl", header)
+    ledger.append(Driver(host="h", pid=1, trials=9))
     return ledger
 
 
 def suggest(arm, number, **params):
     params = params or {"k": 3 + number, "lr": 0.1 * (number + 1)}
-    return ("suggest", {"arm": arm, "number": number, "proposal": params, "params": params})
+    return Suggest(key=TrialKey(arm, number), proposal=params, params=params)
 
 
-def report(arm, number, epoch, metrics, decision="continue"):
-    return ("report", {"arm": arm, "number": number, "epoch": epoch, "metrics": metrics, "decision": decision})
+def report(arm, number, epoch, metrics):
+    return Report(key=TrialKey(arm, number), epoch=epoch, metrics=metrics, decision=Decision.CONTINUE)
 
 
 def end(arm, number, value, status="completed", **more):
-    named = {"arm": arm, "number": number, "status": status, "reason": "full budget", "epoch": 1, "value": value}
-    return ("end", named | more)
+    key = TrialKey(arm, number)
+    return End(key=key, epoch=1, status=TrialStatus(status), reason="full budget", value=value, **more)
 
 
 def a_step(random, state):
@@ -72,9 +82,9 @@ def a_step(random, state):
         value = None if status == "failed" else random.choice([float(n) for n in range(10)])
         return end(arm, number, value, status)
     if kind == "stop":
-        return ("stop", {"reason": random.choice(["interrupted", "finished", "trouble"])})
+        return Stop(reason=random.choice(["interrupted", "finished", "trouble"]))
     if kind == "driver":  # after a kill, if there was no stop
-        return ("driver", {"host": "h", "pid": 2, "trials": 9})
+        return Driver(host="h", pid=2, trials=9)
     arm = random.choice([SEARCH, SEARCH, "ce", "kd"])
     return suggest(arm, len(state.arm(arm)))
 
@@ -107,14 +117,15 @@ def check_shown(store, state):
 def old_rows(events):
     """What the version before wrote of the sweep itself: each end at its trial's number."""
     best = -math.inf
-    for at, (name, data) in events:
-        if name == "end" and data["status"] == "completed":
-            if data["arm"] != SEARCH:
-                yield f"baseline_{data['arm']}_val_top1", data["number"], data["value"], at
-                yield f"baseline_{data['arm']}_lr", data["number"], 0.1 * (data["number"] + 1), at
-            elif data["value"] > best:
-                best = data["value"]
-                yield "best_val_top1", data["number"], best, at
+    for at, content in events:
+        if isinstance(content, End) and content.status is TrialStatus.COMPLETED:
+            arm, number = content.key
+            if arm != SEARCH:
+                yield f"baseline_{arm}_val_top1", number, content.value, at
+                yield f"baseline_{arm}_lr", number, 0.1 * (number + 1), at
+            elif content.value > best:
+                best = content.value
+                yield "best_val_top1", number, best, at
 
 
 @settings(max_examples=30, deadline=None)
@@ -132,7 +143,7 @@ def test_mlflow_shows_what_the_ledger_says_after_every_event(seed, was_followed_
         mock.patch.object(following, "client_of", return_value=store),
         mock.patch.object(comparing, "client_of", return_value=store),
         mock.patch.object(following, "EVENTS_PER_CHUNK", random.choice([1, 3, 2000])),
-        mock.patch.object(trials.time, "time", side_effect=lambda: clock[0]),
+        mock.patch.object(time, "time", side_effect=lambda: clock[0]),
         begin(Path(folder)) as ledger,
     ):
         follower = following._Follower(ledger.path, "memory")
@@ -187,7 +198,7 @@ def test_a_store_of_an_older_version_is_found_wrong_and_put_right(ledger, new_st
     ) as database:  # as it was before: no other rows than the old ones
         for table in ("metrics", "latest_metrics"):
             database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", [parent])
-    events = [(round(1000 * e.time), (e.name, e.data)) for e in trials.read_events(ledger.path)[0]]
+    events = [(round(1000 * e.time), e.content) for e in read_events(ledger.path)[0]]
     for name, step, value, at in old_rows(events):
         client(uri).log_metric(parent, name, value, timestamp=at, step=step)
     assert runs(uri)[None].data.metrics["best_val_top1"] == 61.36, "the fault is there"

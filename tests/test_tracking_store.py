@@ -26,7 +26,7 @@ from tune_topkd.cli import running
 from tune_topkd.cli import upkeep
 from tune_topkd.cli.app import _place
 from tune_topkd.config import ConfigError
-from tune_topkd.sweep import Search
+from tune_topkd.search import Search
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up

@@ -18,12 +18,13 @@ import formulas
 import pytest
 
 from tune_topkd.config import TrialConfig
-from tune_topkd.sweep import worker
-from tune_topkd.sweep.worker import FolderBusyError
-from tune_topkd.sweep.worker import StorageError
-from tune_topkd.sweep.worker import newest_checkpoint
-from tune_topkd.sweep.worker import run_trial
-from tune_topkd.sweep.worker import write_checkpoint
+from tune_topkd.execution import checkpoints
+from tune_topkd.execution import worker
+from tune_topkd.execution.checkpoints import StorageError
+from tune_topkd.execution.checkpoints import newest_checkpoint
+from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.execution.worker import FolderBusyError
+from tune_topkd.execution.worker import run_trial
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_what_only_looks_like_a_checkpoint_is_passed_over_and_left_there(tmp_pat
     for name in others:
         shutil.copytree(tmp_path / "epoch-0002", tmp_path / name)
     (tmp_path / "epoch-0007").write_text("a file")
-    assert [path.name for path in worker.checkpoints(tmp_path)] == ["epoch-0002", "epoch-0001"]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["epoch-0002", "epoch-0001"]
     run_trial(formulas.rising, config, tmp_path, lambda message: None)
     assert {path.name for path in tmp_path.iterdir()} >= {*others, "epoch-0009", "epoch-0008"}
 
@@ -140,7 +141,8 @@ import itertools, os, signal, sys
 from pathlib import Path
 import formulas
 from tune_topkd.config import TrialConfig
-from tune_topkd.sweep.worker import checkpoints, is_whole, run_trial
+from tune_topkd.execution.checkpoints import checkpoints, is_whole
+from tune_topkd.execution.worker import run_trial
 
 os.fsync = lambda descriptor: None  # nothing here outlives a power cut
 LIVES = 3
@@ -220,7 +222,7 @@ import json, sys, time
 from pathlib import Path
 import formulas
 from tune_topkd.config import TrialConfig
-from tune_topkd.sweep.worker import run_trial
+from tune_topkd.execution.worker import run_trial
 train, folder, timeout, pause, after = sys.argv[1:]
 sweep = formulas.sweep_config()
 config = TrialConfig(data=sweep.data, student=sweep.student, loss={"k": 4}, recipe=sweep.recipe)
@@ -426,7 +428,7 @@ SAVING = """
 import sys
 from pathlib import Path
 import torch
-from tune_topkd.sweep.worker import write_checkpoint
+from tune_topkd.execution.checkpoints import write_checkpoint
 folder = Path(sys.argv[1])
 
 def save(partial):

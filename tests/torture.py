@@ -13,12 +13,13 @@ from pathlib import Path
 import formulas
 
 from tune_topkd.config import dump_config
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.search import Search
 from tune_topkd.space import digest
-from tune_topkd.sweep import Cluster
-from tune_topkd.sweep import Search
-from tune_topkd.sweep import run_sweep
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import driver_identity
 
 WORK_LOG = "work.log"
 
@@ -66,9 +67,10 @@ def opened(path, config):
         return Ledger.open(path)
     path.unlink(missing_ok=True)
     (path.parent / "sweep.yaml").write_text(dump_config(config))
-    header = {"seed": config.sweep.seed, "trials": config.sweep.trials, "epochs": config.recipe.epochs, "first": []}
+    name, settings = path.parent.name, config.sweep
     begun = digest(config.model_dump(mode="json", exclude={"description"}))
-    return Ledger.create(path, sweep=path.parent.name, id=path.parent.name, digest=begun, metric="val_top1", **header)
+    asked = {"seed": settings.seed, "trials": settings.trials, "epochs": config.recipe.epochs}
+    return Ledger.create(path, Header(sweep=name, id=name, metric="val_top1", digest=begun, **asked))
 
 
 def main():
@@ -86,7 +88,7 @@ def main():
     given.folder.mkdir(parents=True, exist_ok=True)
     train = Witnessed(str(given.folder / WORK_LOG), given.pause)
     with opened(given.folder / "ledger.jsonl", config) as ledger:
-        ledger.append(("driver", {**driver_identity(), "trials": config.sweep.trials}))
+        ledger.append(Driver.here(trials=config.sweep.trials))
         search = Search(config, ledger)
         if search.is_finished:
             search.stopped()

@@ -1,4 +1,4 @@
-"""`python -m tune_topkd`, and the command `tune_topkd` of an installed package."""
+"""`python -m tune_topkd`, and the command `tune-topkd` of an installed package."""
 
 import importlib.util
 import sys

@@ -6,11 +6,12 @@ Each class lives in the room that raises it:
     ├── FileError                 storage: a file cannot be read
     ├── UserCodeError             user_code: what a name stands for cannot be imported
     ├── ConfigError               config: what the user wrote cannot be run
-    ├── LedgerError               trials: a ledger cannot be used
+    ├── LedgerError               ledger: a ledger cannot be used
     ├── NoAnswerError             export: no trial reached the full budget
     ├── ModelNameError            models: nothing can be built under a name
     ├── OutputError               models: what a network returns is not logits
     ├── DataError                 data: a dataset cannot be used
+    │   ├── DatasetNameError      data: no dataset is known by a name
     │   ├── ImageFileError        data: an image file cannot be used
     │   └── WorkerError           data: a data worker failed
     ├── TeacherError              teacher: a teacher's logits cannot be used

@@ -35,8 +35,8 @@ from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
 from tune_topkd.config import validated
 from tune_topkd.errors import TuneTopKDError
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialRecord
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
 
 SCHEMA_VERSION = 1
 TUNED_FILE = "tuned.yaml"
@@ -115,9 +115,7 @@ def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[
     best = state.best()
     if best is None or best.value is None:
         counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
-        raise NoAnswerError(
-            f"sweep {state.header['sweep']}: no trial reached the full budget ({counts or 'no trials'})"
-        )
+        raise NoAnswerError(f"sweep {state.header.sweep}: no trial reached the full budget ({counts or 'no trials'})")
     searched = {n: v for n, v in best.params.items() if n not in RECIPE_PARAMETERS}
     recipe = config.recipe.model_dump() | {n: v for n, v in best.params.items() if n in RECIPE_PARAMETERS}
     return TunedConfig(
@@ -215,11 +213,11 @@ def _evidence(config: SweepConfig, state: SweepState, best: TrialRecord, value: 
         trials={status: counts[status] for status in ("completed", "pruned", "failed")},
         baselines=baselines,
         seeds=[config.sweep.seed],
-        sweep=header["sweep"],
-        sweep_id=header["id"],
-        digest=header["digest"],
-        space_digest=header["space_digest"],
-        teacher=dict(state.teacher_file),
-        versions=dict(header["versions"]),
-        git_commit=header.get("git_commit"),
+        sweep=header.sweep,
+        sweep_id=header.id,
+        digest=header.digest,
+        space_digest=header.space_digest,
+        teacher={} if state.teacher_file is None else state.teacher_file._asdict(),
+        versions=dict(header.versions),
+        git_commit=header.git_commit,
     )

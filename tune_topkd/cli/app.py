@@ -41,11 +41,11 @@ from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import WRITERS
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_state
 from tune_topkd.storage import write_text
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_state
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 FINDINGS = 1
@@ -565,7 +565,7 @@ def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> runni
     preflight.check_mlflow_uri(uri)
     address = _cluster_of(address)
     if address is not None:
-        from tune_topkd.sweep import check_address
+        from tune_topkd.execution import check_address
 
         check_address(address)
     return running.Place(runs, uri, address)

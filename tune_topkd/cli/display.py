@@ -25,11 +25,15 @@ from tune_topkd.cli.remaining import duration as duration
 from tune_topkd.cli.terminal import Console
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Event
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import read_events
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Retry
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import read_events
 
 BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
 STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
@@ -113,16 +117,16 @@ class ProgressDisplay:
                 self._take(event)
 
     def _take(self, event: Event) -> None:
-        match event.name:
-            case "start":
+        match event.content:
+            case Start():
                 self._has_started = True
-            case "report":
-                self._pace.reported(event.key, event.time)
-            case "end" if not self._console.is_live:
-                self._console.print(self._line(self._state.trials[event.key]), soft_wrap=True)
-            case "retry":
-                why = _RETRIES[event.data["reason"]]
-                self._console.print(f"trial {event.key}: {why}; it goes on from its checkpoint", soft_wrap=True)
+            case Report(key=key):
+                self._pace.reported(key, event.time)
+            case End(key=key) if not self._console.is_live:
+                self._console.print(self._line(self._state.trials[key]), soft_wrap=True)
+            case Retry(key=key, reason=reason):
+                text = f"trial {key}: {_RETRIES[reason]}; it goes on from its checkpoint"
+                self._console.print(text, soft_wrap=True)
 
     def _frame(self) -> Group | Text:
         if not self._has_started:
@@ -199,7 +203,7 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     bases = [(m, state.best(m)) for m in (config.baselines.methods if config.baselines else ())]
     shown = [(str(r.key.number), r) for r in ranked] + [(method, r) for method, r in bases if r is not None]
     names = list(ranked[0].params) if ranked else list(config.space)
-    table = Table(title=f"{state.header['sweep']}: best of {state.counts()['completed']} full trials")
+    table = Table(title=f"{state.header.sweep}: best of {state.counts()['completed']} full trials")
     table.add_column("trial")
     for number, (title, _) in enumerate(shown):
         table.add_column(title, justify="right", style="bold" if number == 0 else "")
@@ -281,7 +285,7 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
         best = state.best()
         params: Mapping[str, Scalar] = config.loss | (best.params if best else {})
         bases = (state.best("ce"), state.best("kd"))
-        about = f"{state.header['sweep']}: {config.description}" if config.description else state.header["sweep"]
+        about = f"{state.header.sweep}: {config.description}" if config.description else state.header.sweep
         table.add_row(
             about,
             config.data.name,

@@ -17,7 +17,7 @@ from tune_topkd import machine
 from tune_topkd.cli import preflight
 from tune_topkd.cli.running import Place
 from tune_topkd.config import ConfigError
-from tune_topkd.trials import Share
+from tune_topkd.ledger import Share
 
 NEEDED = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "scikit-learn", "typer", "rich", "matplotlib")
 LEAST_FREE_GB = 1.0
@@ -94,8 +94,8 @@ def _torch() -> Iterator[Finding]:
 
 
 def _ray(place: Place) -> Iterator[Finding]:
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import ResourceError
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import ResourceError
 
     where = f"cluster at {place.address}" if place.address else "private cluster"
     try:

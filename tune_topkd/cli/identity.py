@@ -19,7 +19,7 @@ DATA, TEACHER, TEACHER_NETWORK = "data", "teacher.checkpoint", "teacher.name"
 STUDENT, STUDENT_NETWORK, CODE = "student.checkpoint", "student.name", "code"
 
 _WHAT = {
-    DATA: "the dataset's files",
+    DATA: "the dataset",
     TEACHER: "the teacher's weights",
     TEACHER_NETWORK: "the network that the teacher's name builds",
     STUDENT: "the student's initial weights",
@@ -54,7 +54,8 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
     if teacher_file is not None:
         found[TEACHER] = file_hash(teacher_file)
     loss_parameters(config.method)  # imports it
-    for name in [config.method.removesuffix("+topkd"), *(network.name for network in networks.values())]:
+    names = [config.method.removesuffix("+topkd"), config.data.name, *(network.name for network in networks.values())]
+    for name in names:
         found |= {f"{CODE} {module}": code_hash(path) for module, path in user_modules(name).items()}
     return found
 

@@ -224,12 +224,14 @@ def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
 
 
 def space_names() -> list[str]:
-    """The search spaces that can be had by their bare names: those beside the user and those of the checkout."""
+    """The search spaces that can be had by their bare names: those beside the user and the project's own."""
     return sorted({path.stem for folder in _space_folders() for path in folder.glob("*.yaml")})
 
 
-def _space_folders() -> tuple[Path, Path]:
-    return Path(SPACES), Path(__file__).resolve().parents[2] / SPACES
+def _space_folders() -> tuple[Path, ...]:
+    """Where spaces are, the nearest first: beside the user, in the checkout, in the installed package."""
+    package = Path(__file__).resolve().parents[1]
+    return Path(SPACES), package.parent / SPACES, package / SPACES
 
 
 def _space_path(source: str) -> Path:
@@ -289,17 +291,19 @@ def _idle_problems(config: SweepConfig) -> Iterator[Problem]:
 def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:
     yield from _missing_packages(config)
     from tune_topkd.cli.fitting import try_on
+    from tune_topkd.data import DatasetNameError
+    from tune_topkd.data import check_readable
     from tune_topkd.data import dataset_info
-    from tune_topkd.data import dataset_names
 
-    if config.data.name not in dataset_names():
-        yield _problem("data.name", unknown_choice(config.data.name, dataset_names()), config.data.name)
-        return
     try:
         info = dataset_info(config.data)
     except ValueError as error:
-        yield _problem("data", str(error))
+        yield _problem("data.name" if isinstance(error, DatasetNameError) else "data", str(error))
         return
+    try:
+        check_readable(config.data)
+    except ValueError as error:
+        yield _problem("data", str(error))
     of_loss = list(_loss_problems(config, info.num_classes, notes))
     found = try_on(config, info, None if of_loss else usable_parameters(config))
     yield from [*found.problems, *of_loss]

@@ -3,10 +3,10 @@
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AshaConfig
 from tune_topkd.config import SweepConfig
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialRecord
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialRecord
 
 _WEIGHT_OF_THE_EXPECTED = 4
 """Of how many ended trials what ASHA is expected to do counts as much: those that end first are the short ones."""

@@ -41,19 +41,23 @@ from tune_topkd.export import TUNED_FILE
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import as_yaml
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import LEDGER_VERSION
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Prepared
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TeacherFile
+from tune_topkd.ledger import is_driven
+from tune_topkd.ledger import read_state
 from tune_topkd.space import Space
 from tune_topkd.space import digest
 from tune_topkd.storage import file_hash
 from tune_topkd.storage import write_text
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import LEDGER_VERSION
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import Share
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import driver_identity
-from tune_topkd.trials import is_driven
-from tune_topkd.trials import read_state
 
 if TYPE_CHECKING:
     from tune_topkd.teacher import Teacher
@@ -178,16 +182,16 @@ def begun_config(folder: Path, state: SweepState) -> SweepConfig:
     """
     path = folder / CONFIG_FILE
     content = read_yaml(path)
-    known = (state.header["digest"], state.prepared.get("digest"))  # a kill may have come before the second was written
-    if _digest(content, state.header["version"]) not in known:
+    begun, prepared = state.header.digest, state.prepared
+    known = (begun, prepared and prepared.digest)  # a kill may have come before the second was written
+    if _digest(content, state.header.version) not in known:
         rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
         raise ConfigError(str(path), [Problem(key="", rule=rule)])
     for key, value in state.places.items():
         section, _, name = key.partition(".")
         content[section][name] = value
     config = config_from(content, str(path))
-    share = state.prepared.get("share")
-    return config if share is None else _with_share(config, Share(*share))
+    return config if prepared is None or prepared.share is None else _with_share(config, prepared.share)
 
 
 def _with_share(config: SweepConfig, share: Share) -> SweepConfig:
@@ -258,7 +262,9 @@ def start(
     try:
         with (
             listening() as interruption,
-            Ledger.create(folder / LEDGER_FILE, freeze, _may_begin_again, thaw, **header) as ledger,
+            Ledger.create(
+                folder / LEDGER_FILE, header, before=freeze, may_replace=_may_begin_again, undo=thaw
+            ) as ledger,
         ):
             try:
                 return _carried_on(config, ledger, place, console, interruption)
@@ -273,32 +279,30 @@ def start(
         raise
 
 
-def _header(
-    checked: preflight.Checked, name: str, warm: Sequence[dict[str, Any]], config_digest: str
-) -> dict[str, Any]:
+def _header(checked: preflight.Checked, name: str, warm: Sequence[dict[str, Any]], config_digest: str) -> Header:
     """What the ledger's first line says of a new sweep."""
     from tune_topkd.data import dataset_info
 
     config = checked.config
-    return {
-        "sweep": name,
-        "id": uuid.uuid4().hex,
-        "seed": config.sweep.seed,
-        "trials": config.sweep.trials,
-        "baselines": display.baseline_total(config),
-        "epochs": config.recipe.epochs,
-        "metric": "val_top1",
-        "dataset": config.data.name,
-        "num_classes": dataset_info(config.data).num_classes,
-        "teacher": config.teacher.name if config.teacher else None,
-        "student": config.student.name,
-        "method": config.method,
-        "digest": config_digest,
-        "space_digest": Space.of(config).digest(),
-        "first": [*preflight.first_proposals(config), *warm],
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
+    return Header(
+        sweep=name,
+        id=uuid.uuid4().hex,
+        seed=config.sweep.seed,
+        trials=config.sweep.trials,
+        baselines=display.baseline_total(config),
+        epochs=config.recipe.epochs,
+        metric="val_top1",
+        dataset=config.data.name,
+        num_classes=dataset_info(config.data).num_classes,
+        teacher=config.teacher.name if config.teacher else None,
+        student=config.student.name,
+        method=config.method,
+        digest=config_digest,
+        space_digest=Space.of(config).digest(),
+        first=[*preflight.first_proposals(config), *warm],
+        versions=versions(),
+        git_commit=git_commit(),
+    )
 
 
 def resume(
@@ -330,7 +334,8 @@ def resume(
         places = _moved(moved)
         config = begun_config(folder, state)
         config = _resumed(config, str(folder / CONFIG_FILE), places, state, trials, time_budget)
-        preflight.check_again(config, str(folder / CONFIG_FILE), state.last_driver.get("folder"))
+        began_in = state.last_driver.folder if state.last_driver is not None else None
+        preflight.check_again(config, str(folder / CONFIG_FILE), began_in)
         _check_unchanged(config, state, place, console)
         return _carried_on(config, ledger, place, console, interruption, places)
 
@@ -362,7 +367,7 @@ def _resumed(
     resumed = config_from(config.model_dump(mode="json"), source, overrides)
     if trials is not None and trials < len(state.arm("search")):
         rule = f"must be at least {len(state.arm('search'))}, the trials there are"
-        name = state.header["sweep"]
+        name = state.header.sweep
         raise ConfigError("--trials", [Problem(key=name, rule=rule, value=trials, has_value=True)])
     return resumed
 
@@ -374,9 +379,9 @@ def _check_unchanged(config: SweepConfig, state: SweepState, place: Place, conso
         ConfigError: something has changed; names each.
     """
     if problems := list(changed_since(config, state, place)):
-        raise ConfigError(state.header["sweep"], problems)
+        raise ConfigError(state.header.sweep, problems)
     now = versions()
-    for package, before in state.header.get("versions", {}).items():
+    for package, before in state.header.versions.items():
         if now.get(package, before) != before:
             console.print(f"note: the sweep began with {package} {before}, this is {now[package]}", style="yellow")
 
@@ -389,19 +394,19 @@ def changed_since(config: SweepConfig, state: SweepState, place: Place) -> Itera
     Raises:
         ConfigError: something cannot be read.
     """
-    before: Mapping[str, str] = state.prepared.get("identities", {})
+    before = state.identities
     weights = _teacher_weights(config, state, place)
     if not before:
-        key = state.teacher_file.get("key")
-        if key and weights is not None and config.teacher is not None and config.teacher.checkpoint is not None:
-            before, now = {identity.TEACHER: key}, {identity.TEACHER: file_hash(weights)[:16]}
+        known, teacher = state.teacher_file, config.teacher
+        if known and weights is not None and teacher is not None and teacher.checkpoint is not None:
+            before, now = {identity.TEACHER: known.key}, {identity.TEACHER: file_hash(weights)[:16]}
             yield from identity.changes(before, now, config)
         return
     try:
         now = identity.identities(config, weights)
     except ValueError as error:
-        raise ConfigError(state.header["sweep"], [Problem(key="", rule=str(error))]) from error
-    if state.prepared["identity_version"] == identity.VERSION:
+        raise ConfigError(state.header.sweep, [Problem(key="", rule=str(error))]) from error
+    if state.prepared is not None and state.prepared.identity_version == identity.VERSION:
         yield from identity.changes(before, now, config)
 
 
@@ -413,7 +418,9 @@ def _teacher_weights(config: SweepConfig, state: SweepState, place: Place) -> Pa
         return Path(config.teacher.checkpoint)
     from tune_topkd.teacher import WEIGHTS_NAME
 
-    path = place.runs / "teachers" / str(state.teacher_file.get("key")) / WEIGHTS_NAME
+    if (known := state.teacher_file) is None:
+        return None
+    path = place.runs / "teachers" / known.key / WEIGHTS_NAME
     return path if path.exists() else None
 
 
@@ -426,7 +433,7 @@ def _carried_on(
     places: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """From the ledger's `driver` event to its `stop` and the answer, whatever comes between."""
-    name = ledger.state.header["sweep"]
+    name = ledger.state.header.sweep
     interruption.say = lambda text: console.print(f"\n{text}", soft_wrap=True)
     interruption.advice = f"; `{place.command('resume', name)}` goes on"
     ledger.append(_driver(config, places or {}))
@@ -449,7 +456,7 @@ def _carried_on(
 def _stopped(ledger: Ledger, reason: str, error: str = "") -> str:
     """See that the ledger has a `stop` line; the reason of it."""
     if not ledger.state.stop_reason:
-        ledger.append(("stop", {"reason": reason, "error": error}))
+        ledger.append(Stop(reason=reason, error=error))
     return ledger.state.stop_reason
 
 
@@ -508,22 +515,25 @@ def _prepared(config: SweepConfig, ledger: Ledger, place: Place, console: Consol
     teacher = _teacher(config, place, Console(quiet=True) if was_prepared else console)
     files = _files_of(teacher, config, place, console, config.sweep.seed)
     if was_prepared:
-        before = state.prepared.get("identities", {})
+        before = state.identities
         if teacher is not None and before:
             now = identity.identities(config, teacher.path)
             if problems := identity.changes(before, now, config):
-                raise ConfigError(state.header["sweep"], problems)
+                raise ConfigError(state.header.sweep, problems)
         return config, files
     config = _packed(config, files, place, console)
     text = dump_config(config)
-    prepared = {
-        "digest": _digest(config.model_dump(mode="json")),
-        "teacher_file": {"key": teacher.key, "val_top1": teacher.val_top1} if teacher else {},
-        "identities": identity.identities(config, teacher.path if teacher else None),
-        "identity_version": identity.VERSION,
-        "share": [config.sweep.cpus_per_trial, config.sweep.gpus_per_trial],
-    }
-    ledger.append(("prepared", prepared))
+    cpus, gpus = config.sweep.cpus_per_trial, config.sweep.gpus_per_trial
+    assert not isinstance(cpus, str), "it has just been measured"
+    assert not isinstance(gpus, str), "it has just been measured"
+    prepared = Prepared(
+        digest=_digest(config.model_dump(mode="json")),
+        teacher_file=TeacherFile(teacher.key, teacher.val_top1) if teacher else None,
+        identities=identity.identities(config, teacher.path if teacher else None),
+        identity_version=identity.VERSION,
+        share=Share(cpus, gpus),
+    )
+    ledger.append(prepared)
     write_text(ledger.path.parent / CONFIG_FILE, text)  # with the share as a number
     return config, files
 
@@ -598,8 +608,8 @@ def _packed(config: SweepConfig, files: SharedFiles, place: Place, console: Cons
     settings = config.sweep
     if AUTO not in (settings.cpus_per_trial, settings.gpus_per_trial):
         return config
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import pack
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import pack
     from tune_topkd.train import Probe
 
     trial = trial_with(config, files, settings.seed)
@@ -669,9 +679,10 @@ def _no_bank(config: PairConfig, trial: TrialConfig, once: bool = False) -> str:
     if once and view_count(config.data.augment) is None and not path.exists():
         return "a single training sees each view once"
     if not has_room(path, size):
+        prune = calling.command("teacher", "--prune")
         return (
             f"a bank of {size.images:,} images × {size.views} views would take {size.bytes / 1e9:,.1f} GB, and with it "
-            "banks more than half of the disk; `python launch.py teacher --prune` removes those that no sweep uses"
+            f"banks more than half of the disk; `{prune}` removes those that no sweep uses"
         )
     return ""
 
@@ -703,10 +714,9 @@ def _teacher(config: PairConfig, place: Place, console: Console, measure: bool =
     return teacher
 
 
-def _driver(config: SweepConfig, places: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The event that says who drives the sweep from now on, from where, to how many trials, with its files where."""
-    about = {"trials": config.sweep.trials, "folder": os.getcwd(), "versions": versions(), "places": dict(places)}
-    return "driver", {**driver_identity(), **about}
+def _driver(config: SweepConfig, places: Mapping[str, Any]) -> Driver:
+    """Who drives the sweep from now on, from where, to how many trials, with its files where."""
+    return Driver.here(trials=config.sweep.trials, folder=os.getcwd(), versions=versions(), places=places)
 
 
 def _search(
@@ -718,14 +728,14 @@ def _search(
     terminal: TextIO,
     interruption: Interruption,
 ) -> str:
-    from tune_topkd.sweep import Cluster
-    from tune_topkd.sweep import Search
-    from tune_topkd.sweep import run_sweep
+    from tune_topkd.execution import Cluster
+    from tune_topkd.execution import run_sweep
+    from tune_topkd.search import Search
     from tune_topkd.train import train
 
     def give_up(message: str) -> None:
         """End the process where it hangs: what is in the ledger is on the disk."""
-        resume = f"`{place.command('resume', ledger.state.header['sweep'])}` goes on"
+        resume = f"`{place.command('resume', ledger.state.header.sweep)}` goes on"
         terminal.write(f"\nerror: {message}; nothing is lost: {resume}\n")
         terminal.flush()
         os._exit(USER_ERROR)
@@ -739,7 +749,7 @@ def _search(
     if search.is_finished or search.fatal:
         return search.stopped()
     weights = Path(files.teacher_checkpoint) if files.teacher_checkpoint else None
-    hashes = identity.file_hashes(config, ledger.state.prepared.get("identities", {}), weights)
+    hashes = identity.file_hashes(config, ledger.state.identities, weights)
     with interruption.deferred(), Cluster.attached(place.address, give_up) as cluster:
         return run_sweep(
             search,
@@ -794,7 +804,7 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
     """Write the answer and say what was found, where it lies and what to do next."""
     from tune_topkd.tracking import ui_command
 
-    name = state.header["sweep"]
+    name = state.header.sweep
     folder = place.folder(name)
     counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
     if state.best() is None and state.stop_reason in ("interrupted", "time_budget") and not state.counts()["failed"]:
@@ -823,7 +833,8 @@ def _finish(config: SweepConfig, state: SweepState, place: Place, console: Conso
     console.print(f"  the answer   {folder / TUNED_FILE}", soft_wrap=True)
     console.print(f"  the truth    {folder / LEDGER_FILE}", soft_wrap=True)
     console.print(f"  MLflow       {ui_command(place.mlflow_uri)}", soft_wrap=True)
-    console.print("  the analysis analysis/sweep.ipynb")
+    if Path("analysis/sweep.ipynb").exists():
+        console.print("  the analysis analysis/sweep.ipynb")
     following = ("export", name, "--format", "python") if state.stop_reason == "finished" else ("resume", name)
     console.print(f"next: {place.command(*following)}", style="bold", soft_wrap=True)
 
@@ -885,8 +896,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this program is run from, with a + if files differ from it; none outside of git."""
+    """The commit of the checkout this program is run from, with a + if files differ from it; none if it is installed."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / "launch.py").exists():  # a repository around the environment is another project's
+        return None
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

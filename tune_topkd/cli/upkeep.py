@@ -8,10 +8,10 @@ from tune_topkd.config import Problem
 from tune_topkd.export import TUNED_FILE
 from tune_topkd.export import NoAnswerError
 from tune_topkd.export import as_yaml
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import is_driven
-from tune_topkd.trials import read_state
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import is_driven
+from tune_topkd.ledger import read_state
 
 
 def track(sweep: str, place: running.Place) -> None:

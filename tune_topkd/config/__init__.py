@@ -21,6 +21,7 @@ from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import METHODS
 from tune_topkd.config.sections import NO_FILES
+from tune_topkd.config.sections import OBJECTIVE
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import SWEEP_NAME
 from tune_topkd.config.sections import AshaConfig
@@ -48,6 +49,7 @@ __all__ = [
     "INTEGER_PARAMETERS",
     "METHODS",
     "NO_FILES",
+    "OBJECTIVE",
     "RECIPE_PARAMETERS",
     "SWEEP_NAME",
     "AshaConfig",

@@ -25,6 +25,9 @@ METHODS: tuple[str, ...] = ("topkd", "kd", "dkd", "lskd", "kd+topkd", "dkd+topkd
 INTEGER_PARAMETERS = frozenset({"k", "batch_size"})
 """Parameters whose range is of integers without saying `type: int`; every other range is of floats."""
 
+OBJECTIVE = "val_top1"
+"""The metric that a sweep maximises, at the last epoch of the full budget."""
+
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _USER_METHOD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*(\+topkd)?")

@@ -13,6 +13,7 @@ from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
 from tune_topkd.data.batches import shown
 from tune_topkd.data.batches import train_batches
+from tune_topkd.data.datasets import check_readable
 from tune_topkd.data.datasets import data_notes
 from tune_topkd.data.datasets import dataset_info
 from tune_topkd.data.datasets import dataset_names
@@ -22,8 +23,12 @@ from tune_topkd.data.datasets import missing_data
 from tune_topkd.data.datasets import needs_files
 from tune_topkd.data.datasets import read_as
 from tune_topkd.data.errors import DataError
+from tune_topkd.data.errors import DatasetNameError
 from tune_topkd.data.saving import load_saved
 from tune_topkd.data.saving import save_dataset
+from tune_topkd.data.sources import Constants
+from tune_topkd.data.sources import Parts
+from tune_topkd.data.sources import Source
 from tune_topkd.data.sources import data_root
 from tune_topkd.data.splits import AnySplit
 from tune_topkd.data.splits import Dataset
@@ -38,12 +43,17 @@ from tune_topkd.data.views import view_numbers
 __all__ = [
     "AnySplit",
     "Batch",
+    "Constants",
     "DataError",
     "Dataset",
     "DatasetInfo",
+    "DatasetNameError",
     "FileSplit",
+    "Parts",
+    "Source",
     "Split",
     "batches_of",
+    "check_readable",
     "data_notes",
     "data_root",
     "dataset_info",

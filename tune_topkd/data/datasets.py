@@ -22,13 +22,16 @@ from tune_topkd.data import glyphs
 from tune_topkd.data.batches import EVAL_BATCH
 from tune_topkd.data.batches import raw_batches
 from tune_topkd.data.errors import DataError
+from tune_topkd.data.errors import DatasetNameError
 from tune_topkd.data.folders import ImageFolder
 from tune_topkd.data.folders import ImageNet
 from tune_topkd.data.folders import TinyImageNet
 from tune_topkd.data.formats import Cifar
 from tune_topkd.data.formats import Stl10
 from tune_topkd.data.identity import content_hash
+from tune_topkd.data.identity import split_content
 from tune_topkd.data.identity import tensors
+from tune_topkd.data.outside import outside_source
 from tune_topkd.data.randomness import SAMPLE
 from tune_topkd.data.randomness import random_order
 from tune_topkd.data.sources import Constants
@@ -44,6 +47,7 @@ from tune_topkd.data.splits import FileSplit
 from tune_topkd.data.splits import Split
 from tune_topkd.data.splits import stratified
 from tune_topkd.data.views import resized
+from tune_topkd.user_code import is_users
 
 MEASURED_FILES = 10_000
 """Image files that mean and standard deviation are taken from, drawn out of the training split if it has more."""
@@ -72,8 +76,11 @@ def dataset_info(config: DataConfig) -> DatasetInfo:
 
 
 def needs_files(config: DataConfig) -> bool:
-    """Whether the dataset is read from files below `data_root`; False of one that is unknown."""
-    return config.name in SOURCES and SOURCES[config.name].on_disk(config)
+    """Whether the dataset is read from files below `data_root`; False of one that cannot be used."""
+    try:
+        return _named(config.name).on_disk(config)
+    except DataError:
+        return False
 
 
 def missing_data(config: DataConfig) -> str | None:
@@ -98,21 +105,40 @@ def data_notes(config: DataConfig) -> list[str]:
     return [] if source.missing(config) is not None else list(source.notes(config))
 
 
-def fingerprint(config: DataConfig) -> str:
+def fingerprint(config: DataConfig, dataset: Dataset | None = None) -> str:
     """16 hex digits for the images and labels, wherever they lie; downloads if told to.
 
     Of the few files of CIFAR and STL-10, and of the digits, all bytes count. Of folders of images, all names and sizes
-    and the bytes of lists and of `identity.SAMPLED` images count: an image beside the sample that is replaced by one of
-    just its size is not seen. Of glyphs, the fonts and some images count. What was read before is known again by its
-    times, so that a second look takes little.
+    and the bytes of lists and of `identity.SAMPLED` images count: an image outside the sample that is replaced by another
+    of the same size goes unnoticed. Of glyphs, the fonts and some images count. Of a user's dataset, what its
+    `Source.identity` says. A file whose times have not changed is not hashed again by the same process.
+
+    Args:
+        config: names the dataset.
+        dataset: what `load_dataset` or `load_saved` gave for it; spares reading a user's dataset that has no identity of
+            its own.
 
     Raises:
         DataError: an unknown name or argument, or files that are missing, empty or not laid out as they must be.
     """
     source = _source(config)
     _get(source, config)
-    text = json.dumps([config.kwargs, source.identity(config)], sort_keys=True, separators=(",", ":"))
+    identity = source.identity(config)
+    if identity is None:
+        whole, folder = dataset or load_dataset(config), source.folder(config)
+        identity = [split_content(split, folder) for split in (whole.train, whole.val, whole.test)]
+    text = json.dumps([config.kwargs, identity], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_readable(config: DataConfig) -> None:
+    """Read a user's dataset whose files are there, which shows whether it keeps to what `Source` asks of it.
+
+    Raises:
+        DataError: it does not, or it cannot be split as the config says.
+    """
+    if is_users(config.name) and _source(config).missing(config) is None:
+        load_dataset(config)
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -138,7 +164,15 @@ def read_as(config: DataConfig) -> str:
 @functools.lru_cache(maxsize=2)  # the trials of a sweep share a process and a dataset
 def _loaded(text: str, root: str, workers: int) -> Dataset:
     config = DataConfig.model_validate_json(text).model_copy(update={"root": root, "workers": workers})
-    source = _source(config)
+    return split_dataset(_source(config), config)
+
+
+def split_dataset(source: Source, config: DataConfig) -> Dataset:
+    """The images of a source, split and prepared as a config says; `load_dataset` without its cache.
+
+    Raises:
+        DataError: as `load_dataset`, but that the files must be there.
+    """
     whole, own_test, classes = source.read(config)
     num_classes = source.info(config).num_classes
     fractions = (config.val_fraction,) if own_test is not None else (config.val_fraction, config.test_fraction)
@@ -189,10 +223,16 @@ def _left_without(config: DataConfig, kind: str, classes: str, *, has_own_test: 
 
 
 def _prepared(split: AnySplit, config: DataConfig) -> AnySplit:
-    """Images in memory that are larger than asked for are resized once, smaller ones batch by batch."""
-    if isinstance(split, FileSplit):
-        return split
+    """The split with the config's image size and workers.
+
+    Images in memory that are larger than that size are resized once, smaller ones batch by batch.
+    """
     side = config.image_size
+    if isinstance(split, FileSplit):
+        size = split.size if side is None else (side, side)
+        return dataclasses.replace(
+            split, size=size, fitted=split.fitted or side is not None, workers=config.workers or 0
+        )
     if side is not None and max(split.images.shape[-2:]) > side:
         images = torch.cat([resized(some, side) for some in torch.split(split.images, _RESIZED_AT_ONCE)])
         return Split(images, split.labels, workers=config.workers or 0)
@@ -339,8 +379,15 @@ SOURCES: dict[str, Source] = {
 
 
 def _source(config: DataConfig) -> Source:
-    if config.name not in SOURCES:
-        raise DataError(f"unknown dataset {config.name!r}; {unknown_choice(config.name, SOURCES)}")
-    source = SOURCES[config.name]
+    source = _named(config.name)
     check_kwargs(config, source.kwargs)
     return source
+
+
+def _named(name: str) -> Source:
+    if is_users(name):
+        return outside_source(name)
+    if name not in SOURCES:
+        hint = f"{unknown_choice(name, SOURCES)}; or a source of your own: package.module:source"
+        raise DatasetNameError(f"unknown dataset {name!r}; {hint}")
+    return SOURCES[name]

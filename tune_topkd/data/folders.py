@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -76,7 +75,7 @@ class TinyImageNet(Source):
     of a class lie in its folder or in `images` there. Classes count in the order of their sorted names.
     """
 
-    kwargs: ClassVar[frozenset[str]] = frozenset({"num_classes"})
+    kwargs = frozenset({"num_classes"})
     constants = Constants((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262))
     _side = 64
 
@@ -189,7 +188,7 @@ def _in_memory(images: Images, side: int, workers: int) -> Split:
 class ImageNet(Source):
     """ImageNet-1k: `train/<wnid>` and `val/<wnid>`, which is the test part. Classes count in the order of their names."""
 
-    kwargs: ClassVar[frozenset[str]] = frozenset({"num_classes"})
+    kwargs = frozenset({"num_classes"})
     constants = Constants((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     _side = 224
 
@@ -250,7 +249,7 @@ class ImageFolder(Source):
     from classes, `data.kwargs` does: `{train: …, test: …}` names the parts, `{train: .}` says that all are classes.
     """
 
-    kwargs: ClassVar[frozenset[str]] = frozenset({"train", "test"})
+    kwargs = frozenset({"train", "test"})
 
     def info(self, config: DataConfig) -> DatasetInfo:
         """Counts the classes and, unless data.image_size is given, looks at the size of some images."""

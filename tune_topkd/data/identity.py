@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from tune_topkd.data.errors import DataError
+from tune_topkd.data.splits import AnySplit
+from tune_topkd.data.splits import Split
 from tune_topkd.data.walking import composed
 
 SAMPLED = 512
@@ -40,6 +42,22 @@ def many_files(folder: Path, images: Iterable[str], lists: Iterable[str] = ()) -
     sample = {len(named) * number // SAMPLED for number in range(SAMPLED)}
     contents: list[list[object]] = [[named[index][0], content_hash(named[index][1])] for index in sorted(sample)]
     return [*sizes, *contents, *whole_files(folder, lists)]
+
+
+def split_content(split: AnySplit, folder: Path) -> object:
+    """What identifies the images and labels of a split, as JSON has it.
+
+    Args:
+        split: on the CPU.
+        folder: image files are named relative to it.
+
+    Raises:
+        DataError: an image file that cannot be read, or is empty.
+    """
+    if isinstance(split, Split):
+        return tensors([split.images, split.labels])
+    order = hashlib.sha256("\n".join(_relative(path, folder) for path in split.paths).encode())
+    return [order.hexdigest(), tensors([split.labels]), many_files(folder, split.paths)]
 
 
 def tensors(parts: Sequence[Tensor]) -> str:
@@ -75,11 +93,13 @@ def _content_hash(path: str, *state: int) -> str:
 
 def _named(folder: Path, paths: Iterable[str]) -> list[tuple[str, str]]:
     """Each file's composed name below the folder and its path, sorted."""
+    return sorted((_relative(path, folder), path) for path in paths)
+
+
+def _relative(path: str, folder: Path) -> str:
+    """A path relative to a folder, in Unicode's composed form."""
     start = f"{folder}{os.sep}"  # of a million paths os.path.relpath takes half a minute
-    return sorted(
-        (composed(path.removeprefix(start) if path.startswith(start) else os.path.relpath(path, folder)), path)
-        for path in paths
-    )
+    return composed(path.removeprefix(start) if path.startswith(start) else os.path.relpath(path, folder))
 
 
 def _size(path: str) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 from typing import NamedTuple
 
 from tune_topkd.config import DataConfig
@@ -24,67 +23,86 @@ ROOT_VARIABLE = "TUNE_TOPKD_DATA_DIR"
 
 
 class Parts(NamedTuple):
-    """All images of a dataset; `test` is None where there is no test part of its own. `classes` are names, if known."""
+    """All images of a dataset on the CPU, as `Source.read` gives them."""
 
     train: AnySplit
-    test: AnySplit | None
+    """The training part; the validation split is drawn from it."""
+    test: AnySplit | None = None
+    """None where the dataset has no test part of its own: the test split is then drawn from `train` too."""
     classes: tuple[str, ...] = ()
+    """The name of each class, for messages; empty where they have none."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Per channel, with pixels from 0 to 1."""
+    """What images are normalised with, per channel, with pixels from 0 to 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 class Source(ABC):
-    """A dataset: all that its name stands for. `config.name` is only there for messages."""
+    """A dataset: everything that its name stands for. `info` and `read` are enough for one.
 
-    kwargs: ClassVar[frozenset[str]] = frozenset()
-    """What `data.kwargs` may hold."""
+    Every method is given the `data` section of the config: `config.kwargs` are the dataset's arguments, `data_root(config)`
+    is the folder of the datasets; which images are trained on and how they are augmented is no concern of a source.
+
+    **Determinism.** The same config and files give the same answers, in every process: each trial may read the dataset by
+    itself. **State.** A source may be made anew for every question, so it keeps nothing between them. **Errors.** Raise a
+    `DataError` whose message names the file or key and says what to do; what else a user's source raises is told in one
+    line with its type.
+    """
+
+    kwargs: frozenset[str] = frozenset()
+    """The arguments that `data.kwargs` may hold."""
     constants: Constants | None = None
-    """What the field normalises with; None: those of the training split."""
+    """What the field normalises these images with; None takes mean and standard deviation of the training split."""
 
     @abstractmethod
     def info(self, config: DataConfig) -> DatasetInfo:
-        """Class count and shape of the images as they are stored; looks at the disk only if it must.
+        """The number of classes and the shape of the images as they are stored; looks at the disk only if it must.
 
         Raises:
-            DataError: they cannot be known, since the files are missing or of different sizes.
+            DataError: they cannot be known, as the files are missing or of different sizes.
         """
 
     @abstractmethod
     def read(self, config: DataConfig) -> Parts:
         """All images.
 
+        A part is a `Split`, images in memory, or a `FileSplit`, image files that are decoded when they come into a batch.
+        Its images have the shape that `info` says, its labels are from 0 to the number of classes, exclusive.
+
         Raises:
-            DataError: a file is damaged or does not fit the others; the message names it.
+            DataError: a file is damaged or does not fit the others.
         """
 
     def on_disk(self, config: DataConfig) -> bool:
-        """Whether it is read from files below `data_root`."""
+        """Whether the dataset is read from files below `data_root`."""
         return True
 
     def folder(self, config: DataConfig) -> Path:
-        """Where the files lie, or have to."""
+        """The folder that the files lie in, or must be put into."""
         return data_root(config)
 
     def missing(self, config: DataConfig) -> str | None:
-        """What must be put where; None if the files are there, by a look at names alone."""
+        """What must be put where, in one line; None if the files are there, as far as their names tell."""
         return None
 
-    @abstractmethod
     def identity(self, config: DataConfig) -> object:
-        """What tells the images and labels from others, wherever they lie, as JSON has it; `config.kwargs` aside.
+        """What tells these images and labels from others, wherever they lie, as JSON has it.
+
+        Teachers and their cached logits are kept by it. None takes a hash of the images and labels that `read` gives, or
+        of the names, sizes and some bytes of the image files. Anything else, such as a hash of the files, must change
+        whenever an image or label does; `config.kwargs` and a user's code are added to it.
 
         Raises:
-            DataError: files that are missing, cannot be read, or are not laid out as they must be.
+            DataError: files are missing, cannot be read, or are not laid out as they must be.
         """
+        return None
 
     def notes(self, config: DataConfig) -> Iterable[str]:
-        """What is worth saying of files that are there.
+        """What a person should know of files that are there, such as files that are not read; a line each.
 
         Raises:
             DataError: some are not laid out as they must be, or cannot be decoded.
@@ -92,10 +110,10 @@ class Source(ABC):
         return ()
 
     def download(self, config: DataConfig) -> bool:
-        """Fetch the files; False if that has to be done by hand.
+        """Fetch the files into `folder`; False if that has to be done by hand.
 
         Raises:
-            OSError or others: whatever torchvision raises.
+            OSError or others: whatever the download raises.
         """
         return False
 
@@ -110,19 +128,19 @@ class Generated(Source):
     """A hash of what `make` gives that takes less time than making it."""
 
     def info(self, config: DataConfig) -> DatasetInfo:
-        """As given."""
+        """The given shape."""
         return self.shape
 
     def on_disk(self, config: DataConfig) -> bool:
-        """It is not."""
+        """False: no files are read."""
         return False
 
     def read(self, config: DataConfig) -> Parts:
-        """As made."""
-        return Parts(self.make(), None)
+        """The images that `make` gives."""
+        return Parts(self.make())
 
     def identity(self, config: DataConfig) -> object:
-        """A hash of what is made."""
+        """A hash of the images and labels."""
         if self.hashed is not None:
             return self.hashed()
         made = self.make()

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.table import of_status
-from tune_topkd.trials import TrialStatus
 
 
 def best_trial(trials: pd.DataFrame) -> "pd.Series[Any] | None":

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib.ticker import NullLocator
 
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.answer import best_label
 from tune_topkd.report.answer import best_trial
 from tune_topkd.report.style import BEST_COLOUR
@@ -27,7 +28,6 @@ from tune_topkd.report.style import say
 from tune_topkd.report.style import set_top1_axis
 from tune_topkd.report.style import title
 from tune_topkd.report.table import floats
-from tune_topkd.trials import TrialStatus
 
 _CURVE_LOOKS: Mapping[str, tuple[str, str, float, str, float]] = {
     TrialStatus.COMPLETED: ("completed", COMPLETED_COLOUR, 0.5, "o", 12),

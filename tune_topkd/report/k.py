@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedFormatter
 from matplotlib.ticker import FixedLocator
 from matplotlib.ticker import NullLocator
 
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.answer import best_trial
 from tune_topkd.report.answer import finite
 from tune_topkd.report.answer import value_text
@@ -33,7 +34,6 @@ from tune_topkd.report.table import FloatArray
 from tune_topkd.report.table import floats
 from tune_topkd.report.table import of_status
 from tune_topkd.report.table import row_of
-from tune_topkd.trials import TrialStatus
 
 BASELINE_STYLES = ("--", ":", "-.")
 

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.answer import best_label
 from tune_topkd.report.answer import best_trial
 from tune_topkd.report.style import BEST_COLOUR
@@ -31,7 +32,6 @@ from tune_topkd.report.table import is_log_scaled
 from tune_topkd.report.table import is_number
 from tune_topkd.report.table import parameters_of
 from tune_topkd.report.table import row_of
-from tune_topkd.trials import TrialStatus
 
 VALUE_COLOURS = LinearSegmentedColormap.from_list("top1", ["#D7E3C8", "#7FC0A5", "#2F8FA3", "#26528C", "#1B1150"])
 

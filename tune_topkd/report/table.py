@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from tune_topkd.config import Scalar
-from tune_topkd.trials import TrialStatus
+from tune_topkd.ledger import TrialStatus
 
 PARAMETER_ORDER = (
     "k",

@@ -207,7 +207,7 @@ def _content(config: TrialConfig, dataset: Dataset, device: torch.device) -> dic
     return in_config(config.data, config.teacher, config.seed) | {
         "weights": file_hash(Path(config.teacher_checkpoint)),
         "network": _network(config.teacher.model_dump_json(), dataset.num_classes, dataset.train.batch_shape),
-        "files": fingerprint(config.data),
+        "files": fingerprint(config.data, dataset),
         "mean": dataset.mean,
         "std": dataset.std,
         "computed": computed_by(device),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tune_topkd.ledger import read_events
 from tune_topkd.tracking.reading import PARENT_TAG
 from tune_topkd.tracking.reading import Batch
 from tune_topkd.tracking.reading import Reading
@@ -19,7 +20,6 @@ from tune_topkd.tracking.store import find_experiment
 from tune_topkd.tracking.store import masked_errors
 from tune_topkd.tracking.store import rows_in_bulk
 from tune_topkd.tracking.store import runs_by_trial
-from tune_topkd.trials import read_events
 
 FINDINGS_PER_RUN = 5
 
@@ -42,13 +42,13 @@ def disagreements(ledger: Path, uri: str) -> list[str]:
     reading, should_be, abandoned = Reading(), Batch(), Batch()
     for event in read_events(ledger)[0]:
         reading.take(event, should_be)
-    if not reading.state.header:
+    if not reading.state.has_begun:
         return []
     reading.abandon(abandoned)
     with masked_errors(uri):
         client = client_of(uri)
         experiment = find_experiment(client, uri)
-        sweep_id = reading.state.header["id"]
+        sweep_id = reading.state.header.id
         found = runs_by_trial(client, experiment.experiment_id, sweep_id) if experiment else {}
         parents = {run.info.run_id for run in found.get("", [])}
         rows = _rows(client, [run for copies in found.values() for run in copies], should_be)

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import read_events
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
 from tune_topkd.tracking.reading import NOTE_TAG
@@ -28,9 +31,6 @@ from tune_topkd.tracking.store import experiment_id
 from tune_topkd.tracking.store import masked_errors
 from tune_topkd.tracking.store import one_transaction
 from tune_topkd.tracking.store import runs_by_trial
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Event
-from tune_topkd.trials import read_events
 
 EVENTS_PER_CHUNK = 2000  # what is held while MLflow is down; some 200 trials of 9 epochs
 RUNS_PER_TRANSACTION = 25  # others wait for a database's lock for about a second
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class MlflowTracker:
-    """Follows a sweep's ledger into MLflow, on a thread of its own; a `tune_topkd.trials.Tracker`."""
+    """Follows a sweep's ledger into MLflow, on a thread of its own; a `tune_topkd.ledger.Tracker`."""
 
     def __init__(self, ledger: Path, uri: str) -> None:
         """Start following.
@@ -190,7 +190,7 @@ class _Follower:
 
     def abandon(self) -> None:
         """Show what is running as interrupted, as a `stop` event would have."""
-        if self._reading.state.header:
+        if self._reading.state.has_begun:
             self._unsent = Batch()
             self._reading.abandon(self._unsent)
             self._deliver()
@@ -205,7 +205,7 @@ class _Follower:
         self._experiment = experiment_id(client, self._uri)
         before = {run: known.id for run, known in self._runs.items()}
         runs = {}
-        for run, copies in runs_by_trial(client, self._experiment, self._reading.state.header["id"]).items():
+        for run, copies in runs_by_trial(client, self._experiment, self._reading.state.header.id).items():
             kept, *others = sorted(copies, key=lambda copy: (copy.info.run_id not in before.values(), *_age(copy)))
             for other in others:
                 client.delete_run(other.info.run_id)

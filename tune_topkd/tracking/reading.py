@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
 
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.tracking.cleaning import LONGEST_NAME
 from tune_topkd.tracking.cleaning import LONGEST_PARAM
 from tune_topkd.tracking.cleaning import LONGEST_TAG
@@ -15,11 +26,6 @@ from tune_topkd.tracking.cleaning import clean_name
 from tune_topkd.tracking.cleaning import clean_number
 from tune_topkd.tracking.cleaning import clean_text
 from tune_topkd.tracking.cleaning import is_step
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Event
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import TrialStatus
 
 _MLFLOW_STATUS = {
     TrialStatus.COMPLETED: "FINISHED",
@@ -56,25 +62,23 @@ class Reading:
 
     def take(self, event: Event, batch: "Batch") -> None:
         """Take the next event."""
-        was_driven, before, self._now = bool(self.state.last_driver), self._now, event.time
+        was_driven, before, self._now = self.state.last_driver is not None, self._now, event.time
         self.state.apply(event)
-        match event.name:
-            case "sweep":
-                header = self.state.header
-                batch.open("", header["sweep"], event.time, _sweep_params(header), self._tags(), SWEEP_NOTE)
-            case "driver":
+        match event.content:
+            case Header() as header:
+                batch.open("", header.sweep, event.time, _sweep_params(header), self._tags(), SWEEP_NOTE)
+            case Driver():
                 self._enter_work("running", "running", "RUNNING", "RUNNING", before if was_driven else None, batch)
-            case "suggest" if event.key.arm == SEARCH:
-                tags = self._tags() | {"trial_number": str(event.key.number), "trial_status": "running"}
-                run = str(event.key.number)
-                batch.open(run, run_name(run), event.time, event.data["params"], tags)
-            case "report" if event.key.arm == SEARCH:
-                batch.metrics(str(event.key.number), event.time, event.data["metrics"], step=event.data["epoch"])
-            case "end":
+            case Suggest(key=key, params=params) if key.arm == SEARCH:
+                run = str(key.number)
+                tags = self._tags() | {"trial_number": run, "trial_status": "running"}
+                batch.open(run, run_name(run), event.time, params, tags)
+            case Report(key=key, metrics=metrics, epoch=epoch) if key.arm == SEARCH:
+                batch.metrics(str(key.number), event.time, metrics, step=epoch)
+            case End(key=key):
                 self._enter_end(event, batch)
-                self.state.trials[event.key].reports.clear()
-            case "stop":
-                reason = event.data["reason"]
+                self.state.trials[key].reports.clear()
+            case Stop(reason=reason):
                 self._enter_work(reason, "interrupted", _MLFLOW_END.get(reason, "KILLED"), "KILLED", event.time, batch)
 
     def abandon(self, batch: "Batch") -> None:
@@ -94,8 +98,9 @@ class Reading:
                 batch.status[str(record.key.number)] = (child, ended)
 
     def _enter_end(self, event: Event, batch: "Batch") -> None:
-        key, status = event.key, TrialStatus(event.data["status"])
+        key = event.key
         record = self.state.trials[key]
+        status = record.status
         if key.arm == SEARCH:
             tags = {"trial_status": status.value, "reason": record.reason, "error": record.error}
             batch.tag(str(key.number), {name: text for name, text in tags.items() if text})
@@ -130,7 +135,7 @@ class Reading:
         return {name: value for record in best for name, value in _best_metrics(record).items()}
 
     def _tags(self) -> dict[str, str]:
-        return {"sweep": self.state.header["sweep"], "sweep_id": self.state.header["id"]}
+        return {"sweep": self.state.header.sweep, "sweep_id": self.state.header.id}
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ class Batch:
             number = clean_number(value)
             if number is not None and is_step(step):
                 self.points[run].append(Row(self._name(run, name), step, number, milliseconds(at)))
-            elif not isinstance(value, str):  # NaN and infinities are texts in a ledger
+            elif number is not None or not isinstance(value, float):  # that NaN and infinities are left out goes unsaid
                 self.notes[run, name] = (
                     f"metric {name!r} is left out: {str(value)[:40]} at step {step} does not fit a float"
                 )
@@ -227,9 +232,9 @@ def run_name(run: str) -> str:
     return f"trial {int(run):04d}"
 
 
-def _sweep_params(header: Mapping[str, Any]) -> dict[str, Any]:
+def _sweep_params(header: Header) -> dict[str, Any]:
     names = ("dataset", "teacher", "student", "method", "trials", "epochs", "seed", "digest", "git_commit")
-    return {name: header[name] for name in names if header.get(name) is not None}
+    return {name: value for name in names if (value := getattr(header, name)) not in (None, "")}
 
 
 def _outcome(record: TrialRecord) -> dict[str, float]:

@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.ledger import LedgerError
 from tune_topkd.tracking.masking import mask_record
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
-from tune_topkd.trials import LedgerError
 
 # MLflow reads these at import or at a request; what the user has set wins. Its own patience with a server that is down
 # is minutes per call; ours is the retry loop below. It must not repeat a request by itself: `create_run`, repeated after

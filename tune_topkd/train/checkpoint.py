@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.data import Dataset
+from tune_topkd.data import fingerprint
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.loss import build_loss
 from tune_topkd.models import WEIGHTS_KEY
@@ -81,13 +83,12 @@ def checkpoint_metrics(folder: Path) -> tuple[int, dict[str, float]]:
 # --- of which config a checkpoint is --------------------------------------------------------------------------------
 
 
-def config_identity(config: TrialConfig, num_classes: int, image_shape: tuple[int, int, int]) -> str:
+def config_identity(config: TrialConfig, dataset: Dataset) -> str:
     """The config of a training as JSON, without what changes no result, and with files and the user's code by content.
 
     Args:
         config: the training's.
-        num_classes: of its dataset.
-        image_shape: of its batches, (C, H, W).
+        dataset: what its `data` names.
     """
     content = config.model_dump(mode="json")
     content["teacher_checkpoint"] = teacher_identity(config)[1]
@@ -99,7 +100,7 @@ def config_identity(config: TrialConfig, num_classes: int, image_shape: tuple[in
         del content[name]
     if config.recipe.optimizer == "adamw":
         content["adamw"] = _ADAMW
-    if code := _code(config, num_classes, image_shape):
+    if code := _code(config, dataset):
         content[CODE_KEY] = code
     return json.dumps(content, sort_keys=True)
 
@@ -124,16 +125,19 @@ def check_same_config(path: Path, kept: str, current: str) -> None:
     there[CODE_KEY] = code | there[CODE_KEY]
     if changed := _differences(there, here):
         told = "; ".join(changed)
-        hint = " (code: what the network or loss of this name computes)" if f"{CODE_KEY}." in told else ""
+        hint = " (code: what the network, loss or dataset of this name computes)" if f"{CODE_KEY}." in told else ""
         raise ValueError(f"{path}: is of another config: {told}{hint}")
 
 
-def _code(config: TrialConfig, num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What the user's networks and loss that a config names compute."""
+def _code(config: TrialConfig, dataset: Dataset) -> dict[str, Any]:
+    """What the user's networks, loss and dataset that a config names compute, or give."""
     code: dict[str, Any] = {}
+    num_classes, image_shape = dataset.num_classes, dataset.train.batch_shape
     for role, network in {"student": config.student, "teacher": config.teacher}.items():
         if network is not None and is_users(network.name):
             code[role] = network_fingerprint(network, num_classes=num_classes, image_shape=image_shape)
+    if is_users(config.data.name):
+        code["data"] = fingerprint(config.data, dataset)
     if is_users(config.method) and (values := _loss_values(config, num_classes)):
         code["method"] = values
     return code

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import AnySplit
@@ -53,7 +54,7 @@ TRAIN_PREFIX = "train_"
 """Before the name of each unweighted term of the loss: `train_ce`, `train_tdl`, …"""
 TRAIN_LOSS = "train_loss"
 """The loss that is minimised; like its terms, the mean over the epoch's batches."""
-VAL_TOP1 = "val_top1"
+VAL_TOP1 = OBJECTIVE
 """Percent of the validation images whose label has the largest logit."""
 VAL_TOP5 = "val_top5"
 """Percent with the label among the five largest logits; only where there are more than five classes."""
@@ -159,7 +160,7 @@ class Training:
         self.loss = build_loss(config.method, config.loss)
         self.loss_state = LossState(self.loss, device)
         self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
-        self.identity = config_identity(config, self.dataset.num_classes, self.train_split.batch_shape)
+        self.identity = config_identity(config, self.dataset)
         self.optimizer = build_optimizer([self.model, self.loss], config.recipe, device)
         self.scheduler = build_scheduler(self.optimizer, config.recipe)
         self.epoch = 0

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import TrialStatus
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
 
 SAME_ERRORS_THAT_END_A_SWEEP = 3
 """Failed trials in a row, of the same error, that end a sweep in which no trial has done better than to fail."""

@@ -8,30 +8,33 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
+from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Retry
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.search.failing import CommonError
+from tune_topkd.search.samplers import TpeSampler
+from tune_topkd.search.samplers import optuna_state
+from tune_topkd.search.schedulers import Asha
+from tune_topkd.search.search import NODES_LOST_WITHOUT_AN_EPOCH
 from tune_topkd.space import Space
-from tune_topkd.sweep.failing import CommonError
-from tune_topkd.sweep.search import NODES_LOST_WITHOUT_AN_EPOCH
-from tune_topkd.sweep.search import OBJECTIVE
-from tune_topkd.sweep.search import Asha
-from tune_topkd.sweep.search import Proposer
-from tune_topkd.sweep.search import optuna_state
-from tune_topkd.sweep.worker import checkpoints
-from tune_topkd.sweep.worker import is_whole
-from tune_topkd.trials import LEDGER_FILE
-from tune_topkd.trials import SEARCH
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Event
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import read_events
 
 PROPOSALS_DRAWN_AGAIN = 250
 """Of a longer sweep so many proposals, evenly spread, are drawn again: each costs more the more there were before it."""
@@ -47,45 +50,44 @@ _OUTCOME = {
 }
 
 
-def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
-    """Check a sweep that no process drives at the moment.
+def audit_decisions(config: SweepConfig, events: Sequence[Event]) -> tuple[list[str], SweepState]:
+    """Take every decision of a sweep again.
 
     Args:
         config: the sweep's frozen config.
-        folder: the sweep's.
+        events: its ledger's.
 
     Returns:
-        What is wrong, a line each; empty if nothing is.
+        What is wrong, a line each, empty if nothing is; and what the events tell.
+
+    Raises:
+        LedgerError: one event contradicts another.
     """
-    try:
-        events = read_events(folder / LEDGER_FILE)[0]
-        audit = _Audit(config, events)
-        findings = list(audit.findings())
-    except LedgerError as error:
-        return [str(error)]
-    return findings + list(_checkpoint_findings(audit.state, folder))
+    audit = _Audit(config, events)
+    return list(audit.findings()), audit.state
 
 
 class _Audit:
     """A sweep told again, event by event, beside what should have been decided."""
 
-    def __init__(self, config: SweepConfig, events: list[Event]) -> None:
+    def __init__(self, config: SweepConfig, events: Sequence[Event]) -> None:
         self.state = SweepState()
         self._config = config
         self._events = events
         self._space = Space.of(config)
         self._recipe_space = Space.of_recipe(config)
         self._asha = Asha(config)
-        self._proposer = Proposer(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._sampler = TpeSampler(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
-        suggested = sum(event.name == "suggest" and event.key.arm == SEARCH for event in events)
+        suggested = sum(isinstance(event.content, Suggest) and event.key.arm == SEARCH for event in events)
         self._stride = max(1, math.ceil(suggested / PROPOSALS_DRAWN_AGAIN))
 
     def findings(self) -> Iterator[str]:
         for event in self._events:
-            if event.name == "suggest" and event.key.number != (expected := self.state.size(event.key.arm)):
+            is_suggest = isinstance(event.content, Suggest)
+            if is_suggest and event.key.number != (expected := self.state.size(event.key.arm)):
                 yield f"line {event.seq + 1}: trial {event.key} is suggested where {expected} comes next; no more is checked"
                 return
             yield from (f"line {event.seq + 1}: {what}" for what in self._before(event))
@@ -95,73 +97,74 @@ class _Audit:
 
     def _before(self, event: Event) -> Iterator[str]:
         """What is wrong with an event, seen from the state that it came into."""
-        match event.name:
-            case "suggest":
-                yield from self._proposal_findings(event)
-                self._may_start[event.key] = True
+        match event.content:
+            case Suggest() as suggest:
+                yield from self._proposal_findings(suggest)
+                self._may_start[suggest.key] = True
                 if self._common_error.error and self._knows_common_errors():
-                    yield f"trial {event.key} is suggested although the newest have all failed alike"
-            case "start":
-                if not self._may_start.get(event.key) and self.state.header["version"] > 1:  # 1 had no `retry`
-                    yield f"trial {event.key} is started again without a retry or a new driver"
-                self._may_start[event.key] = False
-            case "retry":
-                self._may_start[event.key] = True
-                yield from self._retry_findings(event)
-            case "report":
-                yield from self._decision_findings(event)
-            case "end":
-                yield from self._end_findings(event)
-            case "driver":
+                    yield f"trial {suggest.key} is suggested although the newest have all failed alike"
+            case Start(key=key):
+                if not self._may_start.get(key) and self.state.header.version > 1:  # 1 had no `retry`
+                    yield f"trial {key} is started again without a retry or a new driver"
+                self._may_start[key] = False
+            case Retry() as retry:
+                self._may_start[retry.key] = True
+                yield from self._retry_findings(retry)
+            case Report() as report:
+                yield from self._decision_findings(report)
+            case End() as end:
+                yield from self._end_findings(end)
+            case Driver():
                 self._may_start = dict.fromkeys(self._may_start, True)
                 if self.state.stop_reason == "failed":
                     self._common_error.forgive()
                 self._is_driven = True
-            case "stop":
+            case Stop(reason=reason):
                 self._is_driven = False
-                if event.data["reason"] == "failed" and self._knows_common_errors() and not self._common_error.error:
+                if reason == "failed" and self._knows_common_errors() and not self._common_error.error:
                     yield "the sweep is given up although its trials do not all fail alike"
-        if event.name not in ("sweep", "stop") and not self._is_driven:
+        if not isinstance(event.content, Header | Stop) and not self._is_driven:
             yield f"`{event.name}` while no process drives the sweep"
 
     def _after(self, event: Event) -> Iterator[str]:
-        if event.name == "end" and event.key.arm == SEARCH:
-            self._proposer.tell(self.state.trials[event.key])
-        if event.name == "stop" and event.data["reason"] == "finished":
-            if left := self.state.running():
-                yield f"the sweep is finished, but {_named(left)} not"
-            if self.state.size() != self.state.target:
-                yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
-        if event.name == "end":
-            self._common_error.take(self.state.trials[event.key])
+        match event.content:
+            case End(key=key):
+                if key.arm == SEARCH:
+                    self._sampler.tell(self.state.trials[key])
+                self._common_error.take(self.state.trials[key])
+            case Stop(reason="finished"):
+                if left := self.state.running():
+                    yield f"the sweep is finished, but {_named(left)} not"
+                if self.state.size() != self.state.target:
+                    yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
 
-    def _proposal_findings(self, event: Event) -> Iterator[str]:
-        key, proposal, params = event.key, event.data["proposal"], event.data["params"]
+    def _proposal_findings(self, suggest: Suggest) -> Iterator[str]:
+        key, proposal, params = suggest.key, suggest.proposal, suggest.params
         space = self._space if key.arm == SEARCH else self._recipe_space
         if not _alike(space.params(proposal), params):
             yield f"the parameters of trial {key} are not what its proposal gives"
         if key.arm != SEARCH:
             return
-        first = self.state.header.get("first", [])
+        first = self.state.header.first
         if key.number < len(first):
             expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
         elif key.number % self._stride == 0 and self._has_the_same_optuna():
-            expected = self._proposer.would_ask(key.number)
+            expected = self._sampler.ask(key.number)
         else:
             expected = None
         if expected is not None and not _alike(expected, proposal):
             yield f"the proposal of trial {key} is not what the sampler proposes"
-        self._proposer.take(key.number, proposal)
+        self._sampler.take(key.number, proposal)
 
     def _knows_common_errors(self) -> bool:
         """Whether the program that began the sweep gave up by the rule of today."""
-        return int(self.state.header["version"]) >= _FIRST_WITH_COMMON_ERRORS
+        return self.state.header.version >= _FIRST_WITH_COMMON_ERRORS
 
     def _has_the_same_optuna(self) -> bool:
-        return self.state.header.get("versions", {}).get("optuna") in (None, metadata.version("optuna"))
+        return self.state.header.versions.get("optuna") in (None, metadata.version("optuna"))
 
-    def _decision_findings(self, event: Event) -> Iterator[str]:
-        key, epoch, decision = event.key, event.data["epoch"], Decision(event.data["decision"])
+    def _decision_findings(self, report: Report) -> Iterator[str]:
+        key, epoch, decision, metrics = report.key, report.epoch, report.decision, report.metrics
         record = self.state.trials.get(key)
         if record is None:
             return
@@ -169,7 +172,6 @@ class _Audit:
             yield f"trial {key} reports epoch {epoch} after epoch {record.epoch}"
         if record.decision not in (None, Decision.CONTINUE):
             yield f"trial {key} reports although it was to end ({record.decision})"
-        metrics = {name: float(value) for name, value in event.data["metrics"].items()}
         if not all(map(math.isfinite, metrics.values())):
             expected = Decision.DIVERGED
         elif epoch >= self._config.recipe.epochs:
@@ -179,31 +181,31 @@ class _Audit:
         if decision is not expected:
             yield f"trial {key} was decided {decision} at epoch {epoch}, where {expected} is right"
 
-    def _retry_findings(self, event: Event) -> Iterator[str]:
-        record = self.state.trials.get(event.key)
+    def _retry_findings(self, retry: Retry) -> Iterator[str]:
+        key, reason = retry.key, retry.reason
+        record = self.state.trials.get(key)
         limits = {"crash": self._config.sweep.max_failures, "oom": 1}
-        reason = event.data["reason"]
         if record is not None and reason == "node" and record.nodes_lost >= NODES_LOST_WITHOUT_AN_EPOCH:
-            yield f"trial {event.key} is retried although it lost {record.nodes_lost} nodes without an epoch in between"
+            yield f"trial {key} is retried although it lost {record.nodes_lost} nodes without an epoch in between"
         if record is not None and record.retries.count(reason) >= limits.get(reason, math.inf):
-            yield f"trial {event.key} is retried for {reason} more often than {limits[reason]} times"
+            yield f"trial {key} is retried for {reason} more often than {limits[reason]} times"
 
-    def _end_findings(self, event: Event) -> Iterator[str]:
-        record = self.state.trials.get(event.key)
+    def _end_findings(self, end: End) -> Iterator[str]:
+        key, status = end.key, end.status
+        record = self.state.trials.get(key)
         if record is None:
             return
-        status, value = TrialStatus(event.data["status"]), event.data["value"]
         if status not in _OUTCOME[record.decision]:
-            yield f"trial {event.key} ends {status} after the decision {record.decision or 'none'}"
-        if event.data["epoch"] != record.epoch:
-            yield f"trial {event.key} ends at epoch {event.data['epoch']}, but its last report is of {record.epoch}"
+            yield f"trial {key} ends {status} after the decision {record.decision or 'none'}"
+        if end.epoch != record.epoch:
+            yield f"trial {key} ends at epoch {end.epoch}, but its last report is of {record.epoch}"
         last = record.reports.get(record.epoch, {}).get(OBJECTIVE)
         expected = None if status is TrialStatus.FAILED else last
-        if value != expected:
-            yield f"trial {event.key} ends with {value}, but its last {OBJECTIVE} is {expected}"
+        if end.value != expected:
+            yield f"trial {key} ends with {end.value}, but its last {OBJECTIVE} is {expected}"
 
     def _whole_findings(self) -> Iterator[str]:
-        in_optuna = self._proposer.study.get_trials(deepcopy=False)
+        in_optuna = self._sampler.study.get_trials(deepcopy=False)
         for record, trial in zip(self.state.arm(SEARCH), in_optuna, strict=True):
             if trial.state is not optuna_state(record.status):
                 yield f"trial {record.key} is {record.status}, but {trial.state.name} in Optuna"
@@ -212,19 +214,6 @@ class _Audit:
         for arm, number in Counter(key.arm for key in self.state.trials).items():
             if arm == SEARCH and number > self.state.target:
                 yield f"there are {number} trials, more than the {self.state.target} asked for"
-
-
-def _checkpoint_findings(state: SweepState, folder: Path) -> Iterator[str]:
-    for record in state.trials.values():
-        if record.status in (TrialStatus.PRUNED, TrialStatus.FAILED):
-            continue
-        found = checkpoints(folder / "trials" / str(record.key))
-        damaged = [path for path in found if not is_whole(path)]
-        for path in damaged:
-            yield f"{path}: is not as it was written"
-        if record.epoch and len(damaged) == len(found):
-            what = "its weights are lost" if record.status.is_end else "it would begin again"
-            yield f"trial {record.key} has no checkpoint that can be read after epoch {record.epoch}: {what}"
 
 
 def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:

@@ -1,9 +1,5 @@
 """One trial, where Ray put it: calls the train function, hands its reports to the driver, keeps its checkpoints.
 
-Checkpoints are a trial's own folder: `epoch-0003/` with what `save` wrote and `report.json` (that epoch's metrics and the
-files' SHA-256). A folder appears under its name only when it is whole and on the disk, and loses that name before anything
-in it is removed; the two newest are kept; one that is not as it was written is passed over for the other.
-
 A trial's folder has one worker at a time. A killed driver or a lost node can leave one at work; the next waits for its end,
 and ends it if it can.
 """
@@ -12,8 +8,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
-import shutil
 import signal
 import socket
 import time
@@ -28,19 +22,24 @@ from typing import Protocol
 
 from tune_topkd.config import TrialConfig
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.execution.checkpoints import StorageError
+from tune_topkd.execution.checkpoints import clear_up
+from tune_topkd.execution.checkpoints import jsonable
+from tune_topkd.execution.checkpoints import newest_checkpoint
+from tune_topkd.execution.checkpoints import read_report
+from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import read_header
 from tune_topkd.storage import FileError
 from tune_topkd.storage import Lock
 from tune_topkd.storage import disk_trouble
 from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
-from tune_topkd.storage import publish
-from tune_topkd.storage import rename
-from tune_topkd.trials import LEDGER_FILE
 
 MESSAGE = "message"
 """The one key of what a worker reports to Ray: our message as JSON."""
 
-GENERATIONS = 2
 HANG_FILE = "hang.txt"
 """Where the stacks of a trial that hangs are written, by itself, as it ends."""
 LONGEST_WAIT_FOR_ANOTHER_WORKER = 90.0
@@ -48,9 +47,7 @@ LONGEST_WAIT_FOR_ANOTHER_WORKER = 90.0
 PATIENCE_WITH_ANOTHER_WORKER = 15.0
 """Seconds after which a worker on the same machine that holds the folder is killed: Ray may have forgotten it."""
 
-_REPORT_FILE = "report.json"
 _LOCK_FILE = ".worker"
-_CHECKPOINT = re.compile(r"epoch-([0-9]+)")
 
 
 class Reporter(Protocol):
@@ -65,10 +62,6 @@ class TrainFunction(Protocol):
 
     def __call__(self, config: TrialConfig, report: Reporter, resume_from: Path | None, /) -> Any:
         """Train to the last epoch of the recipe."""
-
-
-class StorageError(OSError):
-    """The trial's folder cannot be written: the disk's trouble, not the trial's."""
 
 
 class ChangedFileError(TuneTopKDError):
@@ -90,7 +83,7 @@ class Worker:
     train: TrainFunction
 
     def __call__(self, trial: Mapping[str, Any]) -> None:
-        """Run the trial that `tuning` described.
+        """Run the trial that the driver described.
 
         An exception of the train function is reported as the trial's failure: it would come again, so it is no crash to
         be retried. A worker that dies is Ray's to see.
@@ -114,20 +107,19 @@ class Worker:
             send(_failure(error, folder) | {"is_surroundings": _is_surroundings(error, trial["config"])})
 
 
-def folder_trouble(folder: Path, sweep_id: str | None) -> str:
+def folder_trouble(folder: Path, sweep_id: str) -> str:
     """What is wrong with a sweep's folder as this node sees it; empty if nothing is.
 
     Args:
         folder: the sweep's, with its ledger in it.
-        sweep_id: what the ledger must say; None for one that says nothing.
+        sweep_id: what the ledger must say.
     """
     shared = "--runs-dir must be on storage that all nodes share"
     try:
-        with open(folder / LEDGER_FILE, "rb") as ledger:
-            found = json.loads(ledger.readline()).get("id")
+        found = read_header(folder / LEDGER_FILE).id
     except FileNotFoundError:
         return f"{folder} is not there: {shared}"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, LedgerError) as error:
         return f"{folder} cannot be read: {error}: {shared}"
     if found != sweep_id:
         return f"{folder} is another sweep's there: {shared}"
@@ -171,95 +163,18 @@ def run_trial(
     """
     with _only_worker(folder), _ends_when_hung(folder, timeout) as awaited:
         newest = newest_checkpoint(folder)
-        _clear_up(folder, newest)
+        clear_up(folder, newest)
         if newest is not None:
-            epoch, metrics = _read_report(newest)
+            epoch, metrics = read_report(newest)
             with awaited():  # a kill may have come before the driver had it
                 send({"kind": "report", "epoch": epoch, "metrics": metrics})
 
         def report(epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
             with awaited():
                 write_checkpoint(folder, epoch, metrics, save)
-                send({"kind": "report", "epoch": epoch, "metrics": _jsonable(metrics)})
+                send({"kind": "report", "epoch": epoch, "metrics": jsonable(metrics)})
 
         train(config, report, newest)
-
-
-def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
-    """Write the checkpoint of one epoch, whole or not at all, and drop the ones before the last two.
-
-    Raises:
-        StorageError: the disk is full, read-only or gone.
-        Exception: what `save` raises by itself.
-    """
-    partial = folder / f".epoch-{epoch:04d}.partial"
-    final = folder / f"epoch-{epoch:04d}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        save(partial)
-        files = {p.name: file_hash(p) for p in sorted(partial.iterdir())}
-        report = {"epoch": epoch, "metrics": _jsonable(metrics), "files": files}
-        (partial / _REPORT_FILE).write_text(json.dumps(report))
-        _drop(final)
-        publish(partial, final)
-    except Exception as error:
-        trouble = disk_trouble(error, folder)  # before room is made again
-        shutil.rmtree(partial, ignore_errors=True)
-        if trouble:
-            raise StorageError(trouble) from error
-        raise
-    for old in checkpoints(folder)[GENERATIONS:]:
-        _drop(old)
-
-
-def _drop(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there: a kill in between leaves it whole or without its name."""
-    nameless = checkpoint.with_name(f".{checkpoint.name}.dropped")
-    _remove(nameless)
-    with contextlib.suppress(FileNotFoundError):
-        rename(checkpoint, nameless)
-    _remove(nameless)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or a file that somebody has put in its place, as far as that goes."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def _clear_up(folder: Path, newest: Path | None) -> None:
-    """Remove what a killed worker has left beside the checkpoints that are kept; `newest` is the newest whole one."""
-    for left in folder.glob(".epoch-*"):
-        _remove(left)
-    if newest is not None:
-        found = checkpoints(folder)
-        for old in found[max(GENERATIONS, found.index(newest) + 1) :]:
-            _drop(old)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, if any."""
-    return next((path for path in checkpoints(folder) if is_whole(path)), None)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """A trial's checkpoints, the newest first, whole or not; what only looks like one (`epoch-0003.bak`) is not ours."""
-    found = {path: _CHECKPOINT.fullmatch(path.name) for path in folder.glob("epoch-*") if path.is_dir()}
-    epochs = {path: int(name[1]) for path, name in found.items() if name}
-    return sorted(epochs, key=lambda path: (epochs[path], path.name), reverse=True)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint is as it was written."""
-    try:
-        epoch, _ = _read_report(path)
-        files = json.loads((path / _REPORT_FILE).read_bytes())["files"]
-        is_its = epoch == int(path.name.partition("-")[2])
-        return is_its and all(file_hash(path / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged report may be of any shape
-        return False
 
 
 @contextlib.contextmanager
@@ -341,15 +256,6 @@ def _is_surroundings(error: BaseException, config: Mapping[str, Any]) -> bool:
     data, student = config.get("data", {}), config.get("student", {})
     needed = [data.get("root"), student.get("checkpoint"), config.get("teacher_checkpoint"), config.get("dataset_file")]
     return any(path is not None and not os.path.exists(path) for path in needed)
-
-
-def _read_report(path: Path) -> tuple[int, dict[str, Any]]:
-    report = json.loads((path / _REPORT_FILE).read_bytes())
-    return report["epoch"], dict(report["metrics"])
-
-
-def _jsonable(metrics: Mapping[str, float]) -> dict[str, Any]:
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def _failure(error: Exception, folder: Path) -> dict[str, Any]:

@@ -38,9 +38,9 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub lack
 from tune_topkd import machine
 from tune_topkd.config import SweepConfig
 from tune_topkd.errors import TuneTopKDError
-from tune_topkd.sweep.scratch import NoScratchError
-from tune_topkd.sweep.scratch import scratch_folder
-from tune_topkd.trials import Share
+from tune_topkd.execution.scratch import NoScratchError
+from tune_topkd.execution.scratch import scratch_folder
+from tune_topkd.ledger import Share
 
 LONGEST_SILENCE_OF_THE_HEAD = 25.0
 """Seconds without an answer after which Ray's head counts as lost."""

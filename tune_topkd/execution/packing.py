@@ -18,12 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import SweepSettings
 from tune_topkd.config import TrialConfig
-from tune_topkd.sweep.cluster import ResourceError
-from tune_topkd.sweep.cluster import fitting
-from tune_topkd.sweep.cluster import resources
-from tune_topkd.sweep.cluster import trial_part
-from tune_topkd.sweep.nodes import LONGEST_START_OF_A_WORKER
-from tune_topkd.trials import Share
+from tune_topkd.execution.cluster import ResourceError
+from tune_topkd.execution.cluster import fitting
+from tune_topkd.execution.cluster import resources
+from tune_topkd.execution.cluster import trial_part
+from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
+from tune_topkd.ledger import Share
 
 NUMBERS = (1, 2, 4, 8)
 """Of trials on one GPU that are tried; on CPUs it goes on as long as each has one."""

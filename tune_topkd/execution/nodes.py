@@ -21,14 +21,14 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tune_topkd.sweep.cluster import Cluster
-from tune_topkd.sweep.cluster import ResourceError
-from tune_topkd.sweep.cluster import fitting
-from tune_topkd.sweep.cluster import resources
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.sweep.worker import folder_trouble
-from tune_topkd.trials import Share
-from tune_topkd.trials import TrialKey
+from tune_topkd.execution.cluster import Cluster
+from tune_topkd.execution.cluster import ResourceError
+from tune_topkd.execution.cluster import fitting
+from tune_topkd.execution.cluster import resources
+from tune_topkd.execution.worker import Worker
+from tune_topkd.execution.worker import folder_trouble
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import TrialKey
 
 LONGEST_START_OF_A_WORKER = 120.0
 """Seconds that a node has for its first worker."""
@@ -49,9 +49,7 @@ class Nodes:
     **Threads.** Not thread-safe: one thread calls it.
     """
 
-    def __init__(
-        self, worker: Worker, folder: Path, sweep_id: str | None, share: Share, note: Callable[[str], None]
-    ) -> None:
+    def __init__(self, worker: Worker, folder: Path, sweep_id: str, share: Share, note: Callable[[str], None]) -> None:
         """Nothing is looked at yet.
 
         Args:
@@ -230,7 +228,7 @@ def _without_numbers(error: str) -> str:
     return re.sub(r"\b0x[0-9a-f]+\b|\b[0-9a-f]{16,}\b|\d+", "#", error)
 
 
-def _look(pickled: bytes, folder: str, sweep_id: str | None) -> str:
+def _look(pickled: bytes, folder: str, sweep_id: str) -> str:
     """On a node: load the train function, and look for the sweep's folder. What is wrong, or nothing."""
     try:
         ray.cloudpickle.loads(pickled)

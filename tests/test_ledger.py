@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,50 +18,62 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from tune_topkd.trials import LEDGER_VERSION
-from tune_topkd.trials import Decision
-from tune_topkd.trials import Event
-from tune_topkd.trials import Ledger
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import Share
-from tune_topkd.trials import SweepState
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialStatus
-from tune_topkd.trials import driver_identity
-from tune_topkd.trials import is_driven
-from tune_topkd.trials import read_events
-from tune_topkd.trials import read_state
-from tune_topkd.trials import tell_all
+from tune_topkd.ledger import LEDGER_VERSION
+from tune_topkd.ledger import Content
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
+from tune_topkd.ledger import Event
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Prepared
+from tune_topkd.ledger import Report
+from tune_topkd.ledger import Retry
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import Start
+from tune_topkd.ledger import Stop
+from tune_topkd.ledger import Suggest
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TeacherFile
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import is_driven
+from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_header
+from tune_topkd.ledger import read_state
+from tune_topkd.ledger import tell_all
+from tune_topkd.ledger.events import decode
+from tune_topkd.ledger.events import encode
 
-HEADER = {"sweep": "digits", "id": "abc", "seed": 7, "trials": 3, "epochs": 2}
-KEY = {"arm": "search", "number": 0}
+SWEEP = {"sweep": "digits", "id": "abc", "seed": 7, "trials": 3, "epochs": 2}
+HEADER = Header(**SWEEP)
 FIRST = TrialKey("search", 0)
 
 
 def suggest(number, arm="search"):
-    return ("suggest", {"arm": arm, "number": number, "proposal": {"k": 0.5}, "params": {"k": 5}})
+    return Suggest(key=TrialKey(arm, number), proposal={"k": 0.5}, params={"k": 5})
 
 
 def start(number, attempt=1):
-    return ("start", {"arm": "search", "number": number, "attempt": attempt})
+    return Start(key=TrialKey("search", number), attempt=attempt)
 
 
 def report(number, epoch, top1=50.0, decision=Decision.CONTINUE):
     metrics = {"val_top1": top1, "train_loss": 0.25}
-    return ("report", {"arm": "search", "number": number, "epoch": epoch, "metrics": metrics, "decision": decision})
+    return Report(key=TrialKey("search", number), epoch=epoch, metrics=metrics, decision=decision)
 
 
-def end(number, value=50.0, status=TrialStatus.COMPLETED, arm="search", **more):
-    outcome = {"status": status, "reason": "full budget", "epoch": 2, "value": value}
-    return ("end", {"arm": arm, "number": number, **outcome, **more})
+def end(number, value=50.0, status=TrialStatus.COMPLETED, arm="search", reason="full budget", error=""):
+    return End(key=TrialKey(arm, number), epoch=2, status=status, reason=reason, error=error, value=value)
 
 
 def retry(number, reason="crash", share=None):
-    return ("retry", {"arm": "search", "number": number, "reason": reason, "error": "it died", "share": share})
+    return Retry(key=TrialKey("search", number), reason=reason, error="it died", share=share)
 
 
 STORY = [
-    ("driver", {"host": "here", "pid": 1, "trials": 3}),
+    Driver(host="here", pid=1, trials=3),
     suggest(0),
     suggest(1),
     start(0),
@@ -70,13 +83,13 @@ STORY = [
     end(1, None, TrialStatus.FAILED, reason="diverged", error="é → \r\n\u2028 NaN"),
     retry(0),
     start(0, 2),
-    retry(0, "oom", [2.0, 0.5]),
+    retry(0, "oom", Share(2.0, 0.5)),
     start(0, 3),
     report(0, 2, 60.0, Decision.COMPLETE),
     end(0, 60.0),
     suggest(2),
     suggest(0, "kd"),
-    ("stop", {"reason": "interrupted"}),
+    Stop(reason="interrupted"),
 ]
 
 
@@ -87,7 +100,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def ledger(path):
-    with Ledger.create(path, **HEADER) as ledger:
+    with Ledger.create(path, HEADER) as ledger:
         yield ledger
 
 
@@ -95,7 +108,7 @@ def ledger(path):
 def story(tmp_path_factory):
     """The bytes of a whole ledger and the state after each of its lines."""
     path = tmp_path_factory.mktemp("story") / "ledger.jsonl"
-    with Ledger.create(path, **HEADER) as ledger:
+    with Ledger.create(path, HEADER) as ledger:
         states = [snapshot(ledger.state)]
         for event in STORY:
             ledger.append(event)
@@ -118,7 +131,7 @@ def line(seq, event, **data):
 
 
 def test_a_reopened_ledger_has_the_same_state(path):
-    with Ledger.create(path, **HEADER) as ledger:
+    with Ledger.create(path, HEADER) as ledger:
         ledger.append(*STORY)
         written = snapshot(ledger.state)
     assert snapshot(read_state(path)) == written
@@ -130,7 +143,7 @@ def test_a_state_tells_what_happened(ledger):
     ledger.append(*STORY)
     state = ledger.state
     done, failed = state.trials[FIRST], state.trials[TrialKey("search", 1)]
-    assert (state.header["sweep"], state.target, state.stop_reason) == ("digits", 3, "interrupted")
+    assert (state.header.sweep, state.target, state.stop_reason) == ("digits", 3, "interrupted")
     assert (done.status, done.value, done.epoch, done.attempts) == (TrialStatus.COMPLETED, 60.0, 2, 3)
     assert (done.params, done.proposal, done.decision) == ({"k": 5}, {"k": 0.5}, Decision.COMPLETE)
     assert done.reports == {1: {"val_top1": 50.0, "train_loss": 0.25}, 2: {"val_top1": 60.0, "train_loss": 0.25}}
@@ -151,6 +164,76 @@ def test_a_line_is_json_with_place_time_event_and_checksum(ledger, path):
         assert told["crc"] == f"{zlib.crc32(body):08x}"
     assert json.loads(lines[0])["version"] == LEDGER_VERSION
     assert json.loads(lines[2])["metrics"]["val_top1"] == "inf"
+
+
+FULL_HEADER = Header(
+    sweep="s", id="i", seed=7, trials=3, baselines=2, epochs=9, metric="val_top1", dataset="digits", num_classes=10,
+    teacher="cnn", student="é", method="topkd", digest="d", space_digest="e", first=[{"k": 5, "lr": 0.1}],
+    versions={"torch": "2.11"}, git_commit=None,
+)  # fmt: skip
+KEY = '"arm":"search","number":0'
+PREPARED = Prepared(digest="d", identity_version=1, share=Share(1.0, 0.0))
+DIVERGED = {"reason": "diverged", "error": "NaN"}
+LINES = [
+    (FULL_HEADER,
+     '"sweep","version":3,"sweep":"s","id":"i","seed":7,"trials":3,"baselines":2,"epochs":9,"metric":"val_top1","dataset":'
+     '"digits","num_classes":10,"teacher":"cnn","student":"é","method":"topkd","digest":"d","space_digest":"e",'
+     '"first":[{"k":5,"lr":0.1}],"versions":{"torch":"2.11"},"git_commit":null'),
+    (Driver(host="h", pid=1, trials=3, folder="/x", versions={}, places={"data.download": True}),
+     '"driver","host":"h","pid":1,"trials":3,"folder":"/x","versions":{},"places":{"data.download":true}'),
+    (replace(PREPARED, teacher_file=TeacherFile("t", 9.5), identities={"data": "x"}, share=Share(1, 0.0)),
+     '"prepared","digest":"d","teacher_file":{"key":"t","val_top1":9.5},"identities":{"data":"x"},"identity_version":1,'
+     '"share":[1,0.0]'),
+    (PREPARED,
+     '"prepared","digest":"d","teacher_file":{},"identities":{},"identity_version":1,"share":[1.0,0.0]'),
+    (suggest(0), f'"suggest",{KEY},"proposal":{{"k":0.5}},"params":{{"k":5}}'),
+    (start(0, 2), f'"start",{KEY},"attempt":2'),
+    (report(0, 1, math.nan, Decision.DIVERGED),
+     f'"report",{KEY},"epoch":1,"metrics":{{"val_top1":"nan","train_loss":0.25}},"decision":"diverged"'),
+    (retry(0), f'"retry",{KEY},"reason":"crash","error":"it died","share":null'),
+    (retry(0, "oom", Share(2.0, 0.5)), f'"retry",{KEY},"reason":"oom","error":"it died","share":[2.0,0.5]'),
+    (end(0), f'"end",{KEY},"epoch":2,"status":"completed","reason":"full budget","value":50.0'),
+    (end(0, 50.0, TrialStatus.PRUNED), f'"end",{KEY},"epoch":2,"status":"pruned","reason":"full budget","value":50.0'),
+    (end(0, None, TrialStatus.FAILED, **DIVERGED),
+     f'"end",{KEY},"epoch":2,"status":"failed","reason":"diverged","error":"NaN","value":null'),
+    (end(0, None, TrialStatus.FAILED, reason="oom", error="\udce9"),
+     f'"end",{KEY},"status":"failed","reason":"oom","error":"\\udce9","epoch":2,"value":null'),
+    (Stop(reason="finished"), '"stop","reason":"finished","error":""'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "text"), LINES, ids=[f"{n} {c.NAME}" for n, (c, _) in enumerate(LINES)])
+def test_a_line_of_each_event_is_as_version_3_has_it_byte_for_byte(content, text):
+    event = Event(4, 1.5, content)
+    written = encode(event)
+    body = f'{{"seq":4,"time":1.5,"event":{text}'.encode()
+    assert written == b'%s,"crc":"%08x"}\n' % (body, zlib.crc32(body))
+    assert repr(decode(written[:-1], "line 5")) == repr(event)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_header_of_an_older_version_is_read_whole(path, version):
+    """With the key that has moved to `prepared`, and with one that no version has."""
+    said = {
+        **Event(0, 0.0, FULL_HEADER).data,
+        "version": version,
+        "teacher_file": {"key": "t", "val_top1": 9.5},
+        "odd": 1,
+    }
+    path.write_bytes(line(0, "sweep", **said))
+    header = replace(FULL_HEADER, version=version, teacher_file=TeacherFile("t", 9.5))
+    assert read_state(path).header == read_header(path) == header
+
+
+def test_the_first_line_is_read_alone(ledger, path):
+    path.write_bytes(path.read_bytes() + b"damaged\n")
+    assert read_header(path) == HEADER
+    path.write_bytes(line(0, "stop", reason="x"))
+    with pytest.raises(LedgerError, match="line 1 is no `sweep` event"):
+        read_header(path)
+    path.write_bytes(b'{"seq":0')
+    with pytest.raises(LedgerError, match="line 1 is not as it was written"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -175,36 +258,37 @@ def test_a_text_that_is_no_unicode_does_not_stop_the_sweep(ledger, path):
 def test_a_retry_says_why_and_with_which_share(path, ledger):
     ledger.append(suggest(0), start(0), retry(0))
     assert (ledger.state.trials[FIRST].retries, ledger.state.trials[FIRST].share) == (["crash"], None)
-    ledger.append(start(0, 2), retry(0, "oom", [2.0, 0.5]))
+    ledger.append(start(0, 2), retry(0, "oom", Share(2.0, 0.5)))
     record = read_state(path).trials[FIRST]
     assert (record.retries, record.share) == (["crash", "oom"], Share(2.0, 0.5))
     assert record.status is TrialStatus.RUNNING
 
 
 def test_a_ledger_of_the_version_before_is_read(path):
-    path.write_bytes(line(0, "sweep", version=1, trials=3))
+    path.write_bytes(line(0, "sweep", version=1, **SWEEP))
     with Ledger.open(path) as ledger:
         ledger.append(suggest(0))
-    assert read_state(path).header["version"] == 1
+    assert read_state(path).header.version == 1
 
 
 def test_a_new_driver_clears_the_stop_and_moves_the_target(path, ledger):
-    ledger.append(*STORY, ("driver", {**driver_identity(), "trials": 9}))
+    ledger.append(*STORY, Driver.here(trials=9))
     state = read_state(path)
-    assert (state.stop_reason, state.target, state.last_driver["pid"]) == ("", 9, os.getpid())
+    assert (state.stop_reason, state.target, state.last_driver.pid) == ("", 9, os.getpid())
 
 
 def test_an_existing_ledger_is_never_overwritten(path, ledger):
     before = path.read_bytes()
     with pytest.raises(LedgerError, match=r"ledger\.jsonl: exists already$"):
-        Ledger.create(path, **HEADER)
+        Ledger.create(path, HEADER)
     assert path.read_bytes() == before
 
 
 def test_one_that_may_be_replaced_is_begun_anew_unless_a_process_drives_it(path):
-    with Ledger.create(path, **HEADER), pytest.raises(LedgerError, match="is being driven by"):
-        Ledger.create(path, lambda: None, lambda state: True, **HEADER)
-    Ledger.create(path, lambda: None, lambda state: not state.is_prepared, **HEADER | {"trials": 77}).close()
+    with Ledger.create(path, HEADER), pytest.raises(LedgerError, match="is being driven by"):
+        Ledger.create(path, HEADER, may_replace=lambda state: True)
+    larger = replace(HEADER, trials=77)
+    Ledger.create(path, larger, may_replace=lambda state: not state.is_prepared).close()
     assert read_state(path).target == 77
 
 
@@ -212,23 +296,24 @@ def test_what_is_done_before_the_first_line_is_done_by_the_owner_alone(path, led
     done = []
     for may_replace in (lambda state: True, lambda state: False):
         with pytest.raises(LedgerError):
-            Ledger.create(path, lambda: done.append(1), may_replace, **HEADER)
+            Ledger.create(path, HEADER, before=lambda: done.append(1), may_replace=may_replace)
     assert not done
 
 
 @pytest.mark.parametrize("left", [b"", b'{"seq":0,"ti'])
 def test_a_file_that_a_kill_left_without_a_whole_line_is_no_ledger(path, left):
     path.write_bytes(left)
-    Ledger.create(path, **HEADER).close()
+    Ledger.create(path, HEADER).close()
     assert read_state(path).last_seq == 0
 
 
 def test_of_many_processes_that_begin_one_ledger_one_succeeds(path):
     script = (
         "import pathlib, sys\n"
-        "from tune_topkd.trials import Ledger, LedgerError\n"
+        "from tune_topkd.ledger import Header, Ledger, LedgerError\n"
+        "header = Header(sweep=sys.argv[2], id='i', seed=0, trials=1)\n"
         "try:\n"
-        "    ledger = Ledger.create(pathlib.Path(sys.argv[1]), sweep=sys.argv[2], trials=1)\n"
+        "    ledger = Ledger.create(pathlib.Path(sys.argv[1]), header)\n"
         "    print('mine', flush=True)\n"
         "    sys.stdin.read()\n"
         "except LedgerError as error:\n"
@@ -245,28 +330,31 @@ def test_of_many_processes_that_begin_one_ledger_one_succeeds(path):
         process.communicate()
     assert said.count("mine") == 1
     assert all("exists already" in text or "is being driven" in text for text in said if text != "mine")
-    assert read_state(path).header["sweep"] == str(said.index("mine"))
+    assert read_state(path).header.sweep == str(said.index("mine"))
 
 
 def test_what_was_prepared_and_where_files_are_now_is_in_the_state(path, ledger):
     assert not ledger.state.is_prepared
     ledger.append(
-        ("prepared", {"teacher_file": {"key": "t", "val_top1": 9.0}, "identities": {"data": "d"}, "share": [1, 0]}),
-        ("driver", {**driver_identity(), "trials": 3, "places": {"data.root": "a", "teacher.checkpoint": "t"}}),
-        ("driver", {**driver_identity(), "trials": 3, "places": {"data.root": "b"}}),
+        Prepared(teacher_file=TeacherFile("t", 9.0), identities={"data": "d"}, share=Share(1, 0)),
+        Driver.here(trials=3, places={"data.root": "a", "teacher.checkpoint": "t"}),
+        Driver.here(trials=3, places={"data.root": "b"}),
     )
     state = read_state(path)
     assert state.is_prepared
-    assert state.teacher_file == {"key": "t", "val_top1": 9.0}
+    assert state.teacher_file == TeacherFile("t", 9.0)
+    assert (state.identities, state.prepared.share) == ({"data": "d"}, Share(1, 0))
     assert state.places == {"data.root": "b", "teacher.checkpoint": "t"}
     with pytest.raises(LedgerError, match="a second `prepared` event"):
-        ledger.append(("prepared", {"identities": {}}))
+        ledger.append(Prepared())
 
 
 def test_a_sweep_of_an_older_version_counts_as_prepared(path):
-    path.write_bytes(line(0, "sweep", version=2, trials=3, teacher_file={"key": "t"}))
+    path.write_bytes(line(0, "sweep", version=2, **SWEEP, teacher_file={"key": "t", "val_top1": 9.0}))
     assert read_state(path).is_prepared
-    assert read_state(path).teacher_file == {"key": "t"}
+    assert read_state(path).teacher_file == TeacherFile("t", 9.0)
+    path.write_bytes(line(0, "sweep", version=2, **SWEEP, teacher_file={}))
+    assert read_state(path).teacher_file is None
 
 
 def test_a_missing_ledger_is_told(path):
@@ -373,9 +461,14 @@ def test_a_ledger_of_another_version_is_named_and_left_alone(path):
     ("second", "told"),
     [
         (line(1, "dance"), "line 2: unknown event 'dance'"),
-        (line(1, "sweep", version=1, trials=3), "line 2: a second `sweep` event"),
+        (line(1, "sweep", version=1, **SWEEP), "line 2: a second `sweep` event"),
         (line(1, "stop"), "line 2: `stop` is incomplete: KeyError"),
+        (line(1, "sweep", version=1, trials=3), "line 2: `sweep` is incomplete: KeyError('sweep')"),
         (line(1, "suggest", arm="search", number=0), "line 2: `suggest` is incomplete: KeyError"),
+        (
+            line(1, "report", arm="search", number=0, epoch=1, metrics={}, decision="maybe"),
+            "line 2: `report` is incomplete: ValueError(\"'maybe' is not a valid Decision\")",
+        ),
         (line(1, "stop", reason="x").replace(b'"seq":1,', b""), "line 2 is not as it was written"),
     ],
 )
@@ -399,9 +492,9 @@ def test_a_line_with_a_right_checksum_but_no_event_is_an_error_with_the_line(pat
 def test_a_second_opener_is_refused_with_the_firsts_host_and_process(path):
     script = (
         "import sys, pathlib\n"
-        "from tune_topkd.trials import Ledger, driver_identity\n"
-        "ledger = Ledger.create(pathlib.Path(sys.argv[1]), sweep='s', trials=1)\n"
-        "ledger.append(('driver', {**driver_identity(), 'trials': 1}))\n"
+        "from tune_topkd.ledger import Driver, Header, Ledger\n"
+        "ledger = Ledger.create(pathlib.Path(sys.argv[1]), Header(sweep='s', id='i', seed=0, trials=1))\n"
+        "ledger.append(Driver.here(trials=1))\n"
         "print('open', flush=True)\n"
         "sys.stdin.read()\n"
     )
@@ -413,12 +506,12 @@ def test_a_second_opener_is_refused_with_the_firsts_host_and_process(path):
         told = re.escape(f"is being driven by process {other.pid} on {os.uname().nodename}")
         with pytest.raises(LedgerError, match=told):
             Ledger.open(path)
-        assert read_state(path).last_driver["pid"] == other.pid  # reading is free
+        assert read_state(path).last_driver.pid == other.pid  # reading is free
         assert path.read_bytes() == before
         other.kill()
     assert not is_driven(path)
     with Ledger.open(path) as ledger:
-        assert ledger.state.last_driver["pid"] == other.pid
+        assert ledger.state.last_driver.pid == other.pid
 
 
 def test_a_driver_that_has_let_go_is_not_named_for_the_one_at_work(path, ledger):
@@ -508,7 +601,7 @@ def test_a_write_that_fails_keeps_nothing_and_the_next_one_is_whole(path, ledger
         ledger.append(report(0, 5), end(0), suggest(7), suggest(9, "ce"))
     assert (path.read_bytes(), snapshot(ledger.state)) == (before, state)
     assert ledger.state.trials[FIRST] is record, "who holds a record sees what is written later"
-    ledger.append(report(0, 5), ("stop", {"reason": "interrupted"}))
+    ledger.append(report(0, 5), Stop(reason="interrupted"))
     assert record.epoch == 5
     assert snapshot(read_state(path)) == snapshot(ledger.state)
 
@@ -543,10 +636,10 @@ def test_a_disk_that_fills_in_the_middle_of_a_line_takes_the_next_one_when_it_ha
 
 SIGNALS = """
 import pathlib, random, signal, sys
-from tune_topkd.trials import Ledger, read_state
+from tune_topkd.ledger import Header, Ledger, Stop, Suggest, TrialKey, read_state
 
 chance, caught = random.Random(0), 0
-ledger = Ledger.create(pathlib.Path(sys.argv[1]), sweep="s", trials=9999)
+ledger = Ledger.create(pathlib.Path(sys.argv[1]), Header(sweep="s", id="i", seed=0, trials=9999))
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(chance.choice([signal.SIGINT, signal.SIGTERM])))
 while caught < 500:
@@ -554,10 +647,10 @@ while caught < 500:
         signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-3))
         while True:
             number = len(ledger.state.trials)
-            ledger.append(("suggest", {"arm": "search", "number": number, "proposal": {}, "params": {}}))
+            ledger.append(Suggest(key=TrialKey("search", number), proposal={}, params={}))
     except KeyboardInterrupt:
         caught += 1
-ledger.append(("stop", {"reason": "interrupted"}))
+ledger.append(Stop(reason="interrupted"))
 assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.default_int_handler
 ledger.close()
 state = read_state(ledger.path)
@@ -622,14 +715,14 @@ def test_a_write_in_pieces_is_whole(path, ledger):
 def test_a_full_disk_leaves_whole_lines_and_the_sweep_goes_on_after_room_is_made(path):
     script = (
         "import resource, signal, sys, pathlib\n"
-        "from tune_topkd.trials import Ledger\n"
+        "from tune_topkd.ledger import Header, Ledger, Suggest, TrialKey\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "ledger = Ledger.create(pathlib.Path(sys.argv[1]), sweep='s', trials=9999)\n"
+        "ledger = Ledger.create(pathlib.Path(sys.argv[1]), Header(sweep='s', id='i', seed=0, trials=9999))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))\n"
         "number = 0\n"
         "try:\n"
         "    while True:\n"
-        "        ledger.append(('suggest', {'arm': 'search', 'number': number, 'proposal': {}, 'params': {}}))\n"
+        "        ledger.append(Suggest(key=TrialKey('search', number), proposal={}, params={}))\n"
         "        number += 1\n"
         "except OSError:\n"
         "    print(number)\n"
@@ -646,9 +739,9 @@ def test_a_full_disk_leaves_whole_lines_and_the_sweep_goes_on_after_room_is_made
 
 def test_a_ledger_that_cannot_be_begun_leaves_no_file(path, failing_sync):
     with failing_sync(FULL), pytest.raises(OSError, match="No space left"):
-        Ledger.create(path, **HEADER)
+        Ledger.create(path, HEADER)
     assert not path.exists()
-    Ledger.create(path, **HEADER).close()
+    Ledger.create(path, HEADER).close()
 
 
 def test_every_append_is_synced(ledger, monkeypatch):
@@ -662,6 +755,13 @@ def test_every_append_is_synced(ledger, monkeypatch):
 
 # --- events that cannot follow --------------------------------------------------------------------------------------
 
+
+class Dance(Content):
+    """What no ledger tells of."""
+
+    NAME = "dance"
+
+
 INVALID = {
     "a report of an unknown trial": ([report(7, 1)], "`report` for trial 0007, which was never suggested"),
     "a start of an unknown trial": ([start(7)], "`start` for trial 0007, which was never suggested"),
@@ -670,8 +770,8 @@ INVALID = {
     "two ends": ([suggest(0), end(0), end(0)], "`end` for trial 0000, which is already completed"),
     "a report after the end": ([suggest(0), end(0), report(0, 3)], "`report` for trial 0000, which is already"),
     "an epoch again": ([suggest(0), report(0, 1), report(0, 1)], "trial 0000 reports epoch 1 again"),
-    "a second header": ([("sweep", {"version": 1, **HEADER})], "a second `sweep` event"),
-    "an unknown event": ([("dance", {})], "unknown event 'dance'"),
+    "a second header": ([replace(HEADER, version=1)], "a second `sweep` event"),
+    "an unknown event": ([Dance()], "unknown event 'dance'"),
 }
 
 
@@ -701,7 +801,7 @@ def test_of_events_in_one_piece_all_are_written_or_none(path, ledger, events, to
 def test_what_is_no_json_is_refused_and_not_written(path, ledger, value):
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        ledger.append(suggest(0), ("stop", {"reason": value}))
+        ledger.append(suggest(0), Stop(reason=value))
     assert (path.read_bytes(), ledger.state.trials) == (before, {})
     ledger.append(suggest(0))
     assert list(read_state(path).trials) == [FIRST]
@@ -764,6 +864,6 @@ def test_trackers_are_told_in_turn_and_those_that_raised_are_returned():
         raise error
 
     trackers = [SimpleNamespace(notify=each) for each in (told.append, broken, told.append)]
-    event = Event(0, 0.0, "stop", {})
+    event = Event(0, 0.0, Stop(reason="finished"))
     assert tell_all(trackers, event) == [(trackers[1], error)]
     assert told == [event, event]

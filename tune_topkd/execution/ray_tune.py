@@ -33,32 +33,32 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_topkd.config import NO_FILES
+from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SharedFiles
 from tune_topkd.errors import TuneTopKDError
-from tune_topkd.sweep.cluster import Cluster
-from tune_topkd.sweep.cluster import ResourceError
-from tune_topkd.sweep.cluster import share_of
-from tune_topkd.sweep.cluster import trial_part
-from tune_topkd.sweep.nodes import LONGEST_START_OF_A_WORKER
-from tune_topkd.sweep.nodes import Nodes
-from tune_topkd.sweep.nodes import is_node_loss
-from tune_topkd.sweep.nodes import kill_worker
-from tune_topkd.sweep.nodes import whereabouts
-from tune_topkd.sweep.scratch import scratch_folder
-from tune_topkd.sweep.search import OBJECTIVE
-from tune_topkd.sweep.search import Search
-from tune_topkd.sweep.search import UndecidedError
-from tune_topkd.sweep.worker import HANG_FILE
-from tune_topkd.sweep.worker import MESSAGE
-from tune_topkd.sweep.worker import TrainFunction
-from tune_topkd.sweep.worker import Worker
-from tune_topkd.sweep.worker import checkpoints
-from tune_topkd.sweep.worker import folder_trouble
-from tune_topkd.trials import Decision
-from tune_topkd.trials import LedgerError
-from tune_topkd.trials import TrialKey
-from tune_topkd.trials import TrialRecord
-from tune_topkd.trials import TrialStatus
+from tune_topkd.execution.checkpoints import checkpoints
+from tune_topkd.execution.cluster import Cluster
+from tune_topkd.execution.cluster import ResourceError
+from tune_topkd.execution.cluster import share_of
+from tune_topkd.execution.cluster import trial_part
+from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
+from tune_topkd.execution.nodes import Nodes
+from tune_topkd.execution.nodes import is_node_loss
+from tune_topkd.execution.nodes import kill_worker
+from tune_topkd.execution.nodes import whereabouts
+from tune_topkd.execution.scratch import scratch_folder
+from tune_topkd.execution.worker import HANG_FILE
+from tune_topkd.execution.worker import MESSAGE
+from tune_topkd.execution.worker import TrainFunction
+from tune_topkd.execution.worker import Worker
+from tune_topkd.execution.worker import folder_trouble
+from tune_topkd.ledger import Decision
+from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import TrialKey
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.search.search import Search
+from tune_topkd.search.search import UndecidedError
 
 LONGEST_WAIT_FOR_ROOM = 30.0
 """Seconds that a sweep waits, with no trial at work, for a node that could hold one."""
@@ -119,7 +119,7 @@ def run_sweep(
     """
     cluster.room(search.config)
     worker = Worker(train)
-    nodes = Nodes(worker, folder, search.state.header.get("id"), share_of(search.config), note)
+    nodes = Nodes(worker, folder, search.state.header.id, share_of(search.config), note)
     nodes.wait_for_one()
     (folder / "trials").mkdir(exist_ok=True)
 
@@ -136,7 +136,7 @@ def run_sweep(
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
             search.stopped(bridge.trouble)
-        sweep = search.state.header["sweep"]
+        sweep = search.state.header.sweep
         raise SweepTroubleError(f"{bridge.trouble}; the sweep has stopped, nothing is lost: `resume {sweep}` goes on")
     return search.stopped()
 
@@ -243,7 +243,7 @@ class _Bridge:
             "folder": str(self._trial_folder(record.key)),
             "share": list(share),
             "placement": self._nodes.placement,
-            "sweep_id": self.search.state.header.get("id"),
+            "sweep_id": self.search.state.header.id,
             "timeout": self.search.config.sweep.trial_timeout,
             "hashes": self._hashes,
             "config": config.model_dump(mode="json"),
@@ -389,7 +389,7 @@ class _Bridge:
     def _is_one_node_s(self, key: TrialKey, message: dict[str, Any]) -> bool:
         """Whether trouble with the sweep's folder is one node's, as far as can be seen from here."""
         is_full = any(os.strerror(number) in message["error"] for number in (errno.ENOSPC, errno.EDQUOT))
-        if is_full or folder_trouble(self._folder, self.search.state.header.get("id")):
+        if is_full or folder_trouble(self._folder, self.search.state.header.id):
             return False
         return self._nodes.is_to_blame(key, message["node"], message["error"], is_surroundings=True)
 

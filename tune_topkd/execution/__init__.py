@@ -1,0 +1,26 @@
+"""Where trials run: all of Ray.
+
+`run_sweep` is the whole of it for a caller. Inside: `worker` runs one trial where Ray put it, `checkpoints` keeps what it
+can go on from, `cluster` is the Ray there is, `nodes` which of its nodes trials may go to, `packing` measures how many to
+put there, `ray_tune` joins them to the search through Ray Tune.
+"""
+
+from tune_topkd.execution.cluster import Cluster
+from tune_topkd.execution.cluster import ResourceError
+from tune_topkd.execution.cluster import check_address
+from tune_topkd.execution.packing import Packed
+from tune_topkd.execution.packing import pack
+from tune_topkd.execution.ray_tune import SweepTroubleError
+from tune_topkd.execution.ray_tune import run_sweep
+from tune_topkd.execution.worker import TrainFunction
+
+__all__ = [
+    "Cluster",
+    "Packed",
+    "ResourceError",
+    "SweepTroubleError",
+    "TrainFunction",
+    "check_address",
+    "pack",
+    "run_sweep",
+]

@@ -1,0 +1,71 @@
+"""The ledger: the append-only file that is the truth about a sweep.
+
+Every suggestion, report, decision and end is one line of `ledger.jsonl`, on the disk before it is acted on. All else
+(Optuna's study, ASHA's rungs, the MLflow runs, the tables) is a view that can be rebuilt from it.
+
+Inside: `events` are the lines, `state` is what they tell, `log` is the file, `trackers` is who watches.
+"""
+
+from tune_topkd.ledger.events import LEDGER_VERSION
+from tune_topkd.ledger.events import SEARCH
+from tune_topkd.ledger.events import Content
+from tune_topkd.ledger.events import Decision
+from tune_topkd.ledger.events import Driver
+from tune_topkd.ledger.events import End
+from tune_topkd.ledger.events import Event
+from tune_topkd.ledger.events import Header
+from tune_topkd.ledger.events import LedgerError
+from tune_topkd.ledger.events import Prepared
+from tune_topkd.ledger.events import Report
+from tune_topkd.ledger.events import Retry
+from tune_topkd.ledger.events import Share
+from tune_topkd.ledger.events import Start
+from tune_topkd.ledger.events import Stop
+from tune_topkd.ledger.events import Suggest
+from tune_topkd.ledger.events import TeacherFile
+from tune_topkd.ledger.events import TrialContent
+from tune_topkd.ledger.events import TrialKey
+from tune_topkd.ledger.events import TrialStatus
+from tune_topkd.ledger.log import LEDGER_FILE
+from tune_topkd.ledger.log import Ledger
+from tune_topkd.ledger.log import is_driven
+from tune_topkd.ledger.log import read_events
+from tune_topkd.ledger.log import read_header
+from tune_topkd.ledger.log import read_state
+from tune_topkd.ledger.state import SweepState
+from tune_topkd.ledger.state import TrialRecord
+from tune_topkd.ledger.trackers import Tracker
+from tune_topkd.ledger.trackers import tell_all
+
+__all__ = [
+    "LEDGER_FILE",
+    "LEDGER_VERSION",
+    "SEARCH",
+    "Content",
+    "Decision",
+    "Driver",
+    "End",
+    "Event",
+    "Header",
+    "Ledger",
+    "LedgerError",
+    "Prepared",
+    "Report",
+    "Retry",
+    "Share",
+    "Start",
+    "Stop",
+    "Suggest",
+    "SweepState",
+    "TeacherFile",
+    "Tracker",
+    "TrialContent",
+    "TrialKey",
+    "TrialRecord",
+    "TrialStatus",
+    "is_driven",
+    "read_events",
+    "read_header",
+    "read_state",
+    "tell_all",
+]

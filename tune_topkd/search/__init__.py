@@ -1,0 +1,26 @@
+"""What to try next and what to stop: all of Optuna, and the one class of Ray's that decides.
+
+`search` takes every decision and writes it into the ledger first; `samplers` propose, `schedulers` stop, `failing` sees
+when all trials fail alike, `audit` takes every decision again. `conformance` runs a sampler or a scheduler from outside
+against what they must hold. Nothing here knows workers.
+"""
+
+from tune_topkd.search.audit import audit_decisions
+from tune_topkd.search.samplers import RandomSampler
+from tune_topkd.search.samplers import Sampler
+from tune_topkd.search.samplers import SamplerFactory
+from tune_topkd.search.samplers import TpeSampler
+from tune_topkd.search.schedulers import Asha
+from tune_topkd.search.schedulers import Scheduler
+from tune_topkd.search.search import Search
+
+__all__ = [
+    "Asha",
+    "RandomSampler",
+    "Sampler",
+    "SamplerFactory",
+    "Scheduler",
+    "Search",
+    "TpeSampler",
+    "audit_decisions",
+]
