@@ -33,7 +33,7 @@ def run(quick: bool) -> list[Ratio]:
 
 def _ratios(bank: LogitBank, images: int, turns: int) -> list[Ratio]:
     order, views = torch.randperm(images), torch.zeros(images, dtype=torch.int64)
-    bank.keep(order, views, torch.randn(images, CLASSES).half())
+    bank.write(order, views, torch.randn(images, CLASSES).half())
     peak = _peak_bytes(lambda: bank.read(order, views))
     seconds = in_turns(
         {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import tune_topkd.models as models
@@ -30,11 +31,11 @@ from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.models import build_configured
 from tune_topkd.models import save_weights
-from tune_topkd.teacher import AskedTeacher
 from tune_topkd.teacher import BankSize
 from tune_topkd.teacher import LogitBank
 from tune_topkd.teacher import TeacherError
 from tune_topkd.teacher import TeacherLogits
+from tune_topkd.teacher import TeacherNetwork
 from tune_topkd.teacher import bank
 from tune_topkd.teacher import bank_file
 from tune_topkd.teacher import bank_size
@@ -43,7 +44,7 @@ from tune_topkd.teacher import has_room
 from tune_topkd.teacher import in_config
 from tune_topkd.teacher import logits as logits_module
 from tune_topkd.teacher import stored_banks
-from tune_topkd.teacher.asking import ON_CPU
+from tune_topkd.teacher.network import ON_CPU
 from tune_topkd.train import train
 
 SIZE = BankSize(images=50, views=18, num_classes=10)
@@ -67,7 +68,7 @@ def row(place):
 
 
 def fill(bank, *places):
-    bank.keep(*rows(*places), said(torch.tensor(places)).half())
+    bank.write(*rows(*places), said(torch.tensor(places)).half())
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def test_what_was_filled_is_read_by_all_and_nothing_else_is_there(tmp_path):
 @pytest.mark.parametrize("special", [0.0, -0.0, float("inf"), float("nan")])
 def test_any_logits_are_kept_as_they_are(tmp_path, special):
     bank = LogitBank(tmp_path / "b.f16", SIZE)
-    bank.keep(*rows(5), torch.full((1, 10), special).half())
+    bank.write(*rows(5), torch.full((1, 10), special).half())
     given, there = bank.read(*rows(5))
     assert there.all()
     assert torch.equal(given.view(torch.int16), torch.full((1, 10), special).half().view(torch.int16))
@@ -290,17 +291,17 @@ def threads():
 def test_the_teacher_is_always_shown_as_many(threads):
     threads(1)
     model = Recording()
-    said = AskedTeacher(model, "x", torch.device("cpu")).says(pictures(ON_CPU + 5))
+    said = TeacherNetwork(model, "x", torch.device("cpu")).logits(pictures(ON_CPU + 5))
     assert [len(shown) for shown in model.shown] == [ON_CPU, ON_CPU]
     assert model.shown[1] == [*range(ON_CPU, ON_CPU + 5), *[ON_CPU] * (ON_CPU - 5)]
     assert torch.equal(said[:, 0], torch.arange(ON_CPU + 5).half() + 1)
 
 
 def test_what_the_teacher_says_does_not_depend_on_the_threads(threads):
-    asked = AskedTeacher(Recording(), "x", torch.device("cpu"))
+    asked = TeacherNetwork(Recording(), "x", torch.device("cpu"))
     for number in (1, 3, 2):
         threads(number)
-        said = asked.says(pictures(5 * ON_CPU - 2))
+        said = asked.logits(pictures(5 * ON_CPU - 2))
         assert torch.equal(said[:, 0], torch.arange(5 * ON_CPU - 2).half() + 1)
         assert torch.get_num_threads() == number
 
@@ -309,23 +310,23 @@ def test_a_network_that_cannot_be_copied_works_on_one_thread(threads, caplog):
     threads(3)
     model = Recording()
     model.lock = threading.Lock()
-    said = AskedTeacher(model, "x", torch.device("cpu")).says(pictures(2 * ON_CPU))
+    said = TeacherNetwork(model, "x", torch.device("cpu")).logits(pictures(2 * ON_CPU))
     assert torch.equal(said[:, 0], torch.arange(2 * ON_CPU).half() + 1)
-    assert "teacher x: works on one thread, since it cannot be copied" in caplog.text
+    assert "teacher x: runs on one thread, since it cannot be copied" in caplog.text
 
 
 def test_a_network_of_the_zoo_says_the_same_at_any_place_and_on_any_threads(threads):
     torch.manual_seed(0)
     model = build_configured(ModelConfig(name="resnet8"), num_classes=100).eval()
     images = torch.randn(40, 3, 32, 32)
-    asked = AskedTeacher(model, "x", torch.device("cpu"))
+    asked = TeacherNetwork(model, "x", torch.device("cpu"))
     order = torch.randperm(40)
     threads(1)
-    expected = asked.says(images)
+    expected = asked.logits(images)
     for number in (1, 4):
         threads(number)
-        assert torch.equal(asked.says(images[order]), expected[order])
-        assert torch.equal(asked.says(images[7:8]), expected[7:8])
+        assert torch.equal(asked.logits(images[order]), expected[order])
+        assert torch.equal(asked.logits(images[7:8]), expected[7:8])
 
 
 @pytest.mark.parametrize(("value", "told"), [(7e4, "70000"), (float("inf"), "inf"), (float("nan"), "nan")])
@@ -468,14 +469,14 @@ def test_a_batch_is_taught_what_the_live_teacher_says_of_it(teacher, tmp_path, a
 
 def run_and_tell(config, folder):
     """Train, and write down how many rows were asked of a teacher that takes its time."""
-    asked, ask = [], TeacherLogits.ask
+    asked, compute = [], TeacherLogits.compute
 
     def slow(self, images):
         asked.append(len(images))
         time.sleep(0.05)
-        return ask(self, images)
+        return compute(self, images)
 
-    TeacherLogits.ask = slow
+    TeacherLogits.compute = slow
     torch.set_num_threads(1)
     result = train(config)
     folder.mkdir()
@@ -619,7 +620,7 @@ def test_another_network_under_the_same_name_and_other_kernels_are_another_file(
     names = []
     for factory in (odd, lambda *, num_classes: odd(num_classes=num_classes, activation=nn.Tanh)):
         monkeypatch.setitem(models._REGISTRY, "odd", factory)
-        logits_module._network.cache_clear()
+        logits_module._fingerprint.cache_clear()
         names.append(bank_file(config, dataset))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
     names.append(bank_file(config, dataset))
@@ -633,7 +634,7 @@ def test_without_room_the_teacher_is_asked_for_every_batch(teacher, tmp_path, as
     monkeypatch.setattr(os, "posix_fallocate", full)
     result = train(trial(teacher, tmp_path))
     assert sum(asked) == 3 * (len(load_dataset(DIGITS).train) // 64 * 64)
-    assert "no bank of the teacher's logits" in caplog.text
+    assert "the teacher's logits are not cached" in caplog.text
     assert torch.equal(weights(result), weights(train(trial(teacher))))
 
 
@@ -663,6 +664,30 @@ def test_a_bank_that_was_filled_ahead_is_the_one_that_trials_use(teacher, tmp_pa
     (tmp_path / "live").mkdir()
     lazily = train(config.model_copy(update={"teacher_bank": str(tmp_path / "live")}))
     assert torch.equal(weights(filled), weights(lazily))
+
+
+def test_the_bank_of_image_files_is_filled_ahead_where_their_views_can_be_counted(tmp_path, asked):
+    for number in range(40):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (90 * (number % 2), 5 * number, 200 - 4 * number)).save(path)
+    data = DataConfig(
+        name="image_folder",
+        root=str(tmp_path / "images"),
+        val_fraction=0.2,
+        test_fraction=0.2,
+        augment=AugmentConfig(pad=1, flip=True),
+    )
+    network = ModelConfig(name="small_cnn", kwargs={"widths": [4, 8], "strides": [2, 2]})
+    save_weights(build_configured(network, num_classes=2), tmp_path / "t.pt")
+    teacher = {"teacher": network, "teacher_checkpoint": str(tmp_path / "t.pt")}
+    config = trial(teacher, tmp_path, data, recipe={"batch_size": 8}).model_copy(update={"student": network})
+    bank = fill_bank(config, torch.device("cpu"), lambda share: None)
+    assert bank.filled() == len(load_dataset(data).train) * 18
+    asked.clear()
+    filled = train(config)
+    assert asked == []
+    assert torch.equal(weights(filled), weights(train(config.model_copy(update={"teacher_bank": None}))))
 
 
 def test_a_longer_training_lengthens_a_bank_of_endless_views(teacher, tmp_path, asked):

@@ -336,6 +336,15 @@ def test_all_problems_between_sections_are_told_at_once(tmp_path):
         assert part in text
 
 
+def test_a_new_sweep_gets_one_gpu_per_trial_and_an_older_one_keeps_what_it_had(tmp_path):
+    raw = changed({"sweep.gpus_per_trial": 2.0, "sweep.asha.grace_epochs": 99})
+    with pytest.raises(ConfigError) as error:
+        load_config(written(tmp_path, raw))
+    assert [problem.key for problem in error.value.problems] == ["sweep.asha.grace_epochs", "sweep.gpus_per_trial"]
+    assert "sweep.gpus_per_trial = 2.0: must be at most 1: a trial trains on one GPU" in str(error.value)
+    assert config_from(changed({"sweep.gpus_per_trial": 2.0}), "begun").sweep.gpus_per_trial == 2.0
+
+
 def test_the_error_keeps_its_problems_for_programs():
     with pytest.raises(ConfigError) as caught:
         config_from(changed({"recipe.epochs": "8"}), "here")

@@ -400,11 +400,11 @@ REFUSED = {
     "gpus: endless": (["--gpus-per-trial", "inf"], "gpus_per_trial (from --gpus-per-trial) = inf: must be a finite"),
     "gpus: more than a trial uses": (
         ["--gpus-per-trial", "4"],
-        "gpus_per_trial = 4.0: must be at most 1: a trial trains",
+        "gpus_per_trial (from --gpus-per-trial) = 4.0: must be at most 1: a trial trains on one",
     ),
     "gpus: two": (
         ["--set", "sweep.gpus_per_trial=2"],
-        "gpus_per_trial = 2.0: must be at most 1: a trial trains on one",
+        "gpus_per_trial (from --set sweep.gpus_per_trial=2) = 2.0: must be at most 1: a trial trains on one",
     ),
     "gpus: a list": (
         ["--set", "sweep.gpus_per_trial=[1]"],
@@ -434,7 +434,7 @@ def test_a_sweep_that_was_begun_with_more_gpus_may_go_on(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
 def test_no_shipped_space_asks_for_gpus_that_would_idle(path):
-    assert not list(preflight._idle_problems(load_config(path)))
+    assert load_config(path).sweep.gpus_per_trial <= 1
 
 
 def test_sharing_a_gpu_that_is_not_there_is_refused_before_ray_starts(space, tmp_path, inside, monkeypatch):

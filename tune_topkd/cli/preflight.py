@@ -68,7 +68,7 @@ def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
     path = _space_path(source)
     config = _with_absolute_paths(load_config(path, overrides))
     notes: list[str] = []
-    if problems := [*_problems(config, notes), *_idle_problems(config)]:
+    if problems := list(_problems(config, notes)):
         raise ConfigError(str(path), problems)
     is_reviewed = not overrides and path.resolve().parent == _space_folders()[1]
     return Checked(config, str(path), (*_warnings(config), *notes), is_reviewed)
@@ -278,14 +278,6 @@ def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[P
     num_classes = _num_classes(config)
     names = list(_space_name_problems(config))
     yield from names or _range_problems(config, num_classes)
-
-
-def _idle_problems(config: SweepConfig) -> Iterator[Problem]:
-    """What a new sweep would ask for in vain; one that has begun so may go on."""
-    gpus = config.sweep.gpus_per_trial
-    if not isinstance(gpus, str) and gpus > 1:
-        rule = "must be at most 1: a trial trains on one GPU, and others of its own would idle; trials run side by side"
-        yield _problem("sweep.gpus_per_trial", rule, gpus)
 
 
 def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:

@@ -45,7 +45,7 @@ def parse_set(text: str) -> Override:
 
 
 def load_config(path: Path | str, overrides: Sequence[Override] = ()) -> SweepConfig:
-    """Read a search-space YAML.
+    """Read a search-space YAML for a new sweep.
 
     `extends: other.yaml` (or a list of files), relative to the file that says so, starts from those: mappings are
     merged key by key, everything else is replaced, later files win and the file itself wins over all. A `null` in
@@ -59,7 +59,7 @@ def load_config(path: Path | str, overrides: Sequence[Override] = ()) -> SweepCo
         ConfigError: the file is missing or no YAML, or a key or value breaks a rule; all such problems at once.
     """
     raw, origins = _overridden(path, overrides)
-    return validated_sweep(raw, str(path), origins)
+    return validated_sweep(raw, str(path), origins, is_new=True)
 
 
 def load_pair(path: Path | str, overrides: Sequence[Override] = ()) -> PairConfig:

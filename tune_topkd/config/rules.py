@@ -17,6 +17,15 @@ def problems_of_sweep(config: SweepConfig) -> list[Problem]:
     return [*_space_problems(config), *problems_of_pair(config), *_sweep_problems(config)]
 
 
+def problems_of_new_sweep(config: SweepConfig) -> list[Problem]:
+    """What a new sweep may not ask for, though one that an older version has begun may go on with it."""
+    gpus = config.sweep.gpus_per_trial
+    if isinstance(gpus, str) or gpus <= 1:
+        return []
+    rule = "must be at most 1: a trial trains on one GPU, and the others would idle; more trials at once use more GPUs"
+    return [Problem(key="sweep.gpus_per_trial", rule=rule, value=gpus, has_value=True)]
+
+
 def problems_of_pair(config: PairConfig) -> list[Problem]:
     """Those of the rules that concern a single training too."""
     return [*_recipe_problems(config), *_method_problems(config)]

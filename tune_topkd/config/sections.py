@@ -355,7 +355,7 @@ def _gpus(value: float | str) -> float | str:
     if value < 0:
         raise ValueError("must be greater than or equal to 0")
     if value > 1 and value != int(value):
-        raise ValueError("must be a fraction up to 1 or a whole number")
+        raise ValueError("must be a fraction up to 1, or auto")
     return value
 
 
@@ -373,8 +373,8 @@ class SweepSettings(_Section):
     cpus_per_trial: Annotated[float | str, AfterValidator(_cpus)] = 1.0
     """`auto` measures how many trials, on how many CPUs each, train the most together."""
     gpus_per_trial: Annotated[float | str, AfterValidator(_gpus)] = 0.0
-    """May be a fraction: 0.25 lets four trials share a GPU. `auto` measures how many do best. A trial uses one at most, so a
-    new sweep is refused more."""
+    """May be a fraction: 0.25 lets four trials share a GPU; `auto` measures how many do best. More than 1 is refused for a
+    new sweep: a trial trains on one GPU."""
     max_failures: int = Field(3, ge=0)
     """Times that a trial whose worker died is started again from its last checkpoint; a lost node does not count."""
     trial_timeout: float = Field(3600.0, gt=0)

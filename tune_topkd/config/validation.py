@@ -17,6 +17,7 @@ from tune_topkd.config.errors import ConfigError
 from tune_topkd.config.errors import Override
 from tune_topkd.config.errors import Problem
 from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.rules import problems_of_new_sweep
 from tune_topkd.config.rules import problems_of_pair
 from tune_topkd.config.rules import problems_of_sweep
 from tune_topkd.config.sections import PairConfig
@@ -41,14 +42,22 @@ def validated(model: type[_ModelT], raw: object, source: str, overrides: Sequenc
         raise ConfigError(source, _with_origin(problems, overrides)) from error
 
 
-def validated_sweep(raw: Mapping[str, Any], source: str, overrides: Sequence[Override]) -> SweepConfig:
+def validated_sweep(
+    raw: Mapping[str, Any], source: str, overrides: Sequence[Override], *, is_new: bool = False
+) -> SweepConfig:
     """Plain data as a `SweepConfig` whose sections fit together.
+
+    Args:
+        raw: the data.
+        source: stands in the error.
+        overrides: where values of it come from, for the error.
+        is_new: the sweep has not begun, so the rules hold that a sweep of an older version may break.
 
     Raises:
         ConfigError: as `validated`; also if a rule between sections is broken.
     """
     config = validated(SweepConfig, raw, source, overrides)
-    if problems := problems_of_sweep(config):
+    if problems := [*problems_of_sweep(config), *(problems_of_new_sweep(config) if is_new else [])]:
         raise ConfigError(source, _with_origin(problems, overrides))
     return config
 

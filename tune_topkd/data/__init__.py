@@ -11,6 +11,8 @@ from tune_topkd.data.batches import Batch
 from tune_topkd.data.batches import batches_of
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
+from tune_topkd.data.batches import image_size
+from tune_topkd.data.batches import plain_images
 from tune_topkd.data.batches import shown
 from tune_topkd.data.batches import train_batches
 from tune_topkd.data.datasets import check_readable
@@ -61,11 +63,13 @@ __all__ = [
     "epoch_order",
     "eval_batches",
     "fingerprint",
+    "image_size",
     "load_dataset",
     "load_saved",
     "missing_data",
     "needs_files",
     "numbered_views",
+    "plain_images",
     "read_as",
     "save_dataset",
     "shown",

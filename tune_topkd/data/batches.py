@@ -1,5 +1,6 @@
 """Batches of a split on its device: in a random order and augmented to train on, as they are to evaluate on."""
 
+import dataclasses
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def train_batches(
     if isinstance(split, FileSplit) or not goes_by_batch(augment):
         batches = torch.split(order, batch_size)
         made = views_of(split, batches, augment=augment, seed=seed, epoch=epoch)
-        side = split.image_size if isinstance(split, Split) else None
+        side = image_size(split)
         for indices, (images, kept) in zip(batches, made, strict=True):
             pixels = normalise(resized(images.to(split.device, non_blocking=True), side))
             if kept is not None:
@@ -116,18 +117,51 @@ def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> T
     return order[: len(split) - len(split) % batch_size or len(split)]
 
 
+def plain_images(split: AnySplit, indices: Tensor) -> Tensor:
+    """Some images as they are stored, those of files decoded: `(B, C, H, W)` uint8 on the device of `split`.
+
+    Args:
+        split: of which.
+        indices: which images, `(B,)` int64 on the CPU.
+
+    Raises:
+        DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+    """
+    if isinstance(split, Split):
+        return split.images[indices.to(split.device)]
+    ((images, _),) = views_of(dataclasses.replace(split, workers=0), [indices])
+    return images.to(split.device)
+
+
+def image_size(split: AnySplit) -> int | None:
+    """The side that the views of a split are resized to; None where they have it."""
+    return split.image_size if isinstance(split, Split) else None
+
+
 def shown(
-    split: Split,
-    indices: Tensor,
+    images: Tensor,
     numbers: Tensor,
     *,
     augment: AugmentConfig,
     mean: Sequence[float],
     std: Sequence[float],
+    image_size: int | None = None,
 ) -> Tensor:
-    """Numbered views of some images as `train_batches` shows them: `(B, C, H, W)` float32, normalised."""
-    views = resized(numbered_views(split.images[indices], numbers, augment), split.image_size)
-    return _normaliser(mean, std, split.device)(views)
+    """Numbered views of images as `train_batches` shows them.
+
+    Args:
+        images: `(B, C, H, W)` uint8.
+        numbers: of the views, `(B,)` int64 on the images' device.
+        augment: with countable views.
+        mean: per channel, with pixels from 0 to 1.
+        std: likewise.
+        image_size: side that the views are resized to; by default the images' own.
+
+    Returns:
+        `(B, C, H, W)` float32, normalised.
+    """
+    views = resized(numbered_views(images, numbers, augment), image_size)
+    return _normaliser(mean, std, images.device)(views)
 
 
 def eval_batches(

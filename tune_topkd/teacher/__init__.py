@@ -1,7 +1,6 @@
-"""The teacher: trained once and kept by content hash, or given as a checkpoint; and the bank of its logits."""
+"""The teacher: trained once and kept under a content hash, or given as a checkpoint; and the bank that caches its
+logits."""
 
-from tune_topkd.teacher.asking import AskedTeacher
-from tune_topkd.teacher.asking import TeacherError
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import StoredBank
@@ -14,6 +13,8 @@ from tune_topkd.teacher.logits import bank_size
 from tune_topkd.teacher.logits import fill_bank
 from tune_topkd.teacher.logits import in_config
 from tune_topkd.teacher.logits import teacher_identity
+from tune_topkd.teacher.network import TeacherError
+from tune_topkd.teacher.network import TeacherNetwork
 from tune_topkd.teacher.training import WEIGHTS_NAME
 from tune_topkd.teacher.training import Teacher
 from tune_topkd.teacher.training import ensure_teacher
@@ -22,13 +23,13 @@ from tune_topkd.teacher.training import teacher_key
 
 __all__ = [
     "WEIGHTS_NAME",
-    "AskedTeacher",
     "BankSize",
     "LogitBank",
     "StoredBank",
     "Teacher",
     "TeacherError",
     "TeacherLogits",
+    "TeacherNetwork",
     "bank_file",
     "bank_path",
     "bank_size",

@@ -1,16 +1,19 @@
-"""The bank of a teacher's logits: each view of an image is shown to the teacher once, whichever trial comes first.
+"""The bank: a cache on the disk of a teacher's logits, which the trials of a node share.
 
-A bank is one file of float16 rows, mapped into the memory of all trials of a node: row `view × images + image` holds the
-logits of one view of one image, raw and whole, so that K, scales and weights stay free, and a checksum. Rows are filled as
-they are asked for, or ahead. A row that was never written, was torn by a kill, or is another file's does not match its
-checksum and counts as empty; writers beside one another write the same. So nothing needs a lock to be right, and filling may
-be killed and gone on with at any instant. Locks only spare work: trials of a sweep come to the same batch at about the same
-time, and one of them asks while the others wait. A bank that cannot be written, since it is another user's, its disk is
-read-only or has no room, is read.
+Each view of an image is shown to the teacher once, by whichever trial comes to it first. A bank is one file of float16
+rows, mapped into the memory of all trials: row `view × images + image` holds the logits of one view of one image,
+unscaled and of all classes, so that K, scales and weights stay free, and a checksum. Rows are filled when they are
+needed, or ahead of a sweep.
 
-The file's name is a hash of all that the logits depend on: another teacher, normalisation, augmentation, dataset or split
-is another file. Beside it lies what was hashed, as JSON. Where an image is shown another view in every epoch, views are
-numbered by the epoch: a longer training lengthens the file.
+A row that was never written, that a kill tore, or that belongs to another file does not match its checksum and counts
+as empty; processes that write the same row write the same bytes. So correctness needs no lock, and filling may be
+killed and continued at any instant. Locks only save work: trials of a sweep come to the same batch at about the same
+time, and one of them runs the teacher while the others wait. A bank that cannot be written, because it is another
+user's or its disk is read-only or full, is read.
+
+The file's name is a hash of everything that the logits depend on: another teacher, normalisation, augmentation, dataset
+or split is another file. Beside it lies, as JSON, what was hashed. Where an image has another view in every epoch,
+views are numbered by the epoch: a longer training lengthens the file.
 """
 
 import contextlib
@@ -39,28 +42,29 @@ from tune_topkd.storage import unlock_byte
 from tune_topkd.storage import write_text
 
 LARGEST_SHARE_OF_DISK = 0.5
-"""Of what is free and what banks have taken: a bank with which all of them would take more is not begun."""
+"""Fraction of the disk space that is free or taken by banks: a bank with which all banks would exceed it is not
+begun."""
 
 LONGEST_WAIT_FOR_ANOTHER = 60.0
-"""Seconds that a training waits for another that asks the same; then it asks by itself."""
+"""Seconds that a training waits for another one that computes the same logits; then it computes them itself."""
 
 BYTES_AT_ONCE = 2**22
-"""Of the numbers that checksums are computed with: what reading a bank takes besides the rows that are read."""
+"""Memory for computing checksums: what reading takes besides the rows that are read."""
 
 _FORMAT = 2
 _CHECKSUM = 2
-"""Words of a row: of noise, one row in four thousand million passes for one of the bank's."""
+"""Words of the checksum of a row: one row of noise in four thousand million passes for a row of the bank."""
 _MODULUS = 65521
 _SECONDS_BETWEEN_TRIES = 0.002
 _EXPECTED_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS}
-"""Of a bank that is another user's, or lies on a read-only disk: it is meant to be read only."""
+"""Reasons for which a bank is meant to be read only: it is another user's, or its disk is read-only."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BankSize:
-    """How many rows a bank has, and how long they are."""
+    """The number of rows of a bank, images × views, and their length."""
 
     images: int
     views: int
@@ -68,22 +72,22 @@ class BankSize:
 
     @property
     def bytes(self) -> int:
-        """Of the file, which takes its room at once."""
+        """Size of the file, which is allocated when it is made."""
         return self.images * self.views * (self.num_classes + _CHECKSUM) * 2
 
 
 class LogitBank:
-    """The logits of all views of a split's training images under one teacher.
+    """The logits of one teacher for all views of the training images.
 
-    **Threads and processes.** Any number may read and fill the same file at once. **Memory.** Reading rows takes their own
-    size and `BYTES_AT_ONCE`, whatever their number.
+    **Threads and processes.** Any number may read and write the same file at once. **Memory.** Reading takes the size
+    of the rows that are read, and `BYTES_AT_ONCE`.
     """
 
     def __init__(self, path: Path, size: BankSize) -> None:
-        """Map the file, which is made, with its room on the disk, if need be.
+        """Map the file; if it is not there, make it with all its disk space.
 
         Raises:
-            OSError: it cannot be made, the disk has no room for it, or what lies there cannot be read as a bank.
+            OSError: it cannot be made, the disk has no room for it, or what is there cannot be read as a bank.
         """
         self.path = path
         self.size = size
@@ -100,14 +104,14 @@ class LogitBank:
         self._odd = (2 * torch.randint(2**15, (size.num_classes, _CHECKSUM), generator=generator) + 1).double()
 
     def read(self, images: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
-        """What is there of some views of some images.
+        """Read the logits of some views of some images.
 
         Args:
-            images: their indices in the split, `(N,)` int64 on the CPU.
-            views: their views' numbers, `(N,)` int64 on the CPU.
+            images: indices in the split, `(N,)` int64 on the CPU.
+            views: the number of the view of each image, `(N,)` int64 on the CPU.
 
         Returns:
-            The logits `(N, C)` float16, and which rows of them are there `(N,)` bool.
+            The logits `(N, C)` float16, and which of their rows are filled, `(N,)` bool.
         """
         places = self._places(images, views)
         given = torch.empty(len(places), self.size.num_classes, dtype=torch.float16)
@@ -119,8 +123,8 @@ class LogitBank:
             words[part] = rows[:, :-_CHECKSUM]
         return given, is_there
 
-    def keep(self, images: Tensor, views: Tensor, logits: Tensor) -> None:
-        """Write what the teacher says of some views of some images; nothing if the bank can only be read.
+    def write(self, images: Tensor, views: Tensor, logits: Tensor) -> None:
+        """Write the logits of some views of some images; does nothing if the bank is read-only.
 
         Args:
             images: as for `read`.
@@ -136,17 +140,17 @@ class LogitBank:
 
     @contextlib.contextmanager
     def claimed(self, what: object) -> Iterator[None]:
-        """Hold something that others would ask the teacher for as well; the kernel lets go of it if this process dies.
+        """Claim a piece of work, such as the logits of a batch, that other trials would do as well.
 
-        Waits for another process that holds it, though not for ever. On storage without locks, and where nothing could be
-        kept for the others, nothing is held.
+        Waits while another process has claimed it, `LONGEST_WAIT_FOR_ANOTHER` at most; the kernel releases the claim of
+        a process that dies. Where files cannot be locked, or the bank is read-only, nothing is claimed.
 
         Args:
-            what: the same for all that would ask the same.
+            what: names the work, the same in all processes.
         """
         place = int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:5])
         locks = self._lock_file()
-        is_held = locks is not None and _is_claimed(locks, place)
+        is_held = locks is not None and _claim(locks, place)
         try:
             yield
         finally:
@@ -154,16 +158,16 @@ class LogitBank:
                 unlock_byte(locks, place)
 
     def filled(self) -> int:
-        """How many rows are there."""
+        """The number of rows that are filled."""
         return sum(int(self._is_whole(self._rows[part]).sum()) for part in self._parts(len(self._rows)))
 
     def _lock_file(self) -> int | None:
-        """The file that claims are locks of; None where there can be none."""
+        """The file whose locks are the claims; None where there can be none."""
         if self._locks is None and self.is_writable:
             try:
                 self._locks = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError as error:  # another user's: the work is done twice, the results are the same
-                _log.info("trials beside one another ask the teacher each by itself: %s", error)
+                _log.info("trials at the same batch each run the teacher: %s", error)
                 return None
             weakref.finalize(self, os.close, self._locks)
         return self._locks
@@ -172,7 +176,7 @@ class LogitBank:
         return views * self.size.images + images
 
     def _parts(self, count: int) -> Iterator[slice]:
-        """Of so many rows, those that are looked at at once."""
+        """So many rows in parts that are processed at once."""
         at_once = max(BYTES_AT_ONCE // (8 * self.size.num_classes), 1)
         return (slice(start, start + at_once) for start in range(0, count, at_once))
 
@@ -180,7 +184,7 @@ class LogitBank:
         return (self._checksum(rows[:, :-_CHECKSUM]) == rows[:, -_CHECKSUM:]).all(1)
 
     def _checksum(self, words: Tensor) -> Tensor:
-        """Of each row's logits, `(n, _CHECKSUM)` int16; never 0, so that a row that was never written has none.
+        """The checksums of rows of logits, `(n, _CHECKSUM)` int16; never 0, so that a row of zeros has none.
 
         The sums are whole numbers below 2^53, which float64 holds exactly in whatever order they are added up.
         """
@@ -188,8 +192,8 @@ class LogitBank:
         return (sums.long() % _MODULUS + 1).to(torch.int16)
 
 
-def _is_claimed(locks: int, place: int) -> bool:
-    """Claim a place, waiting for who holds it; whether it is ours."""
+def _claim(locks: int, place: int) -> bool:
+    """Claim a place, waiting while another process holds it; whether it is claimed in the end."""
     deadline = time.monotonic() + LONGEST_WAIT_FOR_ANOTHER
     while time.monotonic() < deadline:
         try:
@@ -203,13 +207,13 @@ def _is_claimed(locks: int, place: int) -> bool:
 
 
 def bank_path(folder: Path, content: Mapping[str, Any]) -> Path:
-    """The file of the bank that holds what this describes: the same for the same content only."""
+    """The file of the bank with this content, everything that its logits depend on: another content is another file."""
     text = json.dumps({"format": _FORMAT, **content}, sort_keys=True, separators=(",", ":"))
     return folder / f"bank-{hashlib.sha256(text.encode()).hexdigest()[:16]}.f16"
 
 
 def describe(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside a bank what it holds, if that is not there."""
+    """Write beside a bank, as JSON, everything that its logits depend on; a description that is there stays."""
     beside = path.with_suffix(".json")
     if beside.exists():
         return
@@ -221,14 +225,16 @@ def describe(path: Path, content: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class StoredBank:
-    """A bank on the disk: its file, the bytes that it takes there, and what it holds, if that is known."""
+    """A bank on the disk."""
 
     path: Path
     bytes: int
+    """What it takes of the disk."""
     content: Mapping[str, Any]
+    """What its logits depend on, as `describe` wrote it; empty where that is not there."""
 
     def remove(self) -> None:
-        """Unlink it and what lies beside it; trainings that have mapped it go on with it.
+        """Remove it and the files beside it; trainings that have mapped it keep what they mapped.
 
         Raises:
             OSError: it cannot be removed.
@@ -239,7 +245,7 @@ class StoredBank:
 
 
 def stored_banks(root: Path) -> list[StoredBank]:
-    """All banks below the folder of all teachers, also what killed processes have left of one they began."""
+    """All banks below the folder of all teachers, unfinished ones of killed processes included."""
     found = []
     for path in sorted([*root.glob("*/bank-*.f16"), *root.glob("*/.bank-*.f16.*")]):
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
@@ -256,7 +262,7 @@ def _described(path: Path) -> Mapping[str, Any]:
 
 
 def has_room(path: Path, size: BankSize) -> bool:
-    """Whether a bank of this size may be begun at `path`, in a teacher's folder, or is there already."""
+    """Whether the bank at `path`, in a teacher's folder, is there with this size or may be given it."""
     there = path.stat().st_size if path.exists() else 0
     if there >= size.bytes:
         return True

@@ -1,4 +1,5 @@
-"""What a student is taught: the teacher's logits, batch by batch, out of the bank as far as it has them."""
+"""The teacher's logits for a training, batch by batch: from the bank where it has them, else from the teacher's
+network."""
 
 import functools
 import logging
@@ -16,26 +17,27 @@ from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import AnySplit
 from tune_topkd.data import Dataset
-from tune_topkd.data import Split
 from tune_topkd.data import batches_of
 from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
+from tune_topkd.data import image_size
 from tune_topkd.data import load_dataset
+from tune_topkd.data import plain_images
 from tune_topkd.data import shown
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import to_channels_last
 from tune_topkd.storage import file_hash
-from tune_topkd.teacher.asking import AskedTeacher
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
 from tune_topkd.teacher.bank import describe
+from tune_topkd.teacher.network import TeacherNetwork
 from tune_topkd.teacher.training import load_teacher
 
 GROUP_BYTES = 2**25
-"""Of the logits that are looked up in the bank at once: those of the next batches."""
+"""Size of the logits that are read from the bank at once: those of the next batches."""
 
 _IMAGES_AT_ONCE = 512
 _CPU = torch.device("cpu")
@@ -44,10 +46,10 @@ _log = logging.getLogger(__name__)
 
 
 class TeacherLogits:
-    """The teacher's logits for one training: from the bank where there is one, else asked for every batch.
+    """The teacher's logits for one training: from the bank if there is one, else computed for every batch.
 
-    **Determinism.** They are the float16 of what `AskedTeacher` says, wherever they come from: a training is the same, bit
-    for bit, without a bank, with an empty one and with a full one, and on any number of threads as far as they go.
+    **Determinism.** They are rounded to float16 wherever they come from, so a training is the same, bit for bit,
+    without a bank, with an empty one and with a full one, and as far as they go on any number of threads.
     """
 
     def __init__(self, config: TrialConfig, dataset: Dataset, split: AnySplit) -> None:
@@ -66,7 +68,7 @@ class TeacherLogits:
         self._config = config
         self._num_classes = dataset.num_classes
         self._split = split
-        self._asked: AskedTeacher | None = None
+        self._loaded: TeacherNetwork | None = None
         self._bank = open_bank(config, dataset, split.device)
         batch_bytes = 2 * dataset.num_classes * config.recipe.batch_size
         self._batches_at_once = max(GROUP_BYTES // batch_bytes, 1)
@@ -76,17 +78,17 @@ class TeacherLogits:
         self._known = self._is_known = torch.empty(0)
         self._on_device: Tensor | None = None
         if self._bank is None:
-            self._teacher()
+            self._network()
 
     def begin(self, epoch: int) -> None:
-        """See which views an epoch shows.
+        """Begin an epoch: work out which views of the images it shows.
 
         Raises:
             TeacherError: the teacher's logits in the epoch before were not finite or too large.
         """
         self._epoch, self._group = epoch, -1
         if self._bank is None:
-            self._teacher().check()
+            self._network().check()
             return
         config = self._config
         order = epoch_order(self._split, batch_size=config.recipe.batch_size, seed=config.seed, epoch=epoch).cpu()
@@ -99,7 +101,7 @@ class TeacherLogits:
             TeacherError: they are not finite or too large.
         """
         if self._bank is None:
-            return self._teacher().says(images).float()
+            return self._network().logits(images).float()
         self._look_up(number // self._batches_at_once)
         size = self._config.recipe.batch_size
         start = number % self._batches_at_once * size
@@ -111,11 +113,11 @@ class TeacherLogits:
         if len(lacking):
             whole = slice(number * size, number * size + len(images))
             with self._bank.claimed((self._config.seed, size, self._epoch, number)):
-                known[lacking] = self._asked_or_found(images, self._places[whole], self._views[whole], lacking)
+                known[lacking] = self._filled(images, self._places[whole], self._views[whole], lacking)
         return known.to(images.device).float()
 
     def _look_up(self, group: int) -> None:
-        """Read the logits of a group of batches: nothing is waited for within it when they are all there."""
+        """Read the logits of a group of batches; where all are there, they go to the device at once."""
         assert self._bank is not None, "what is looked up is in a bank"
         if group == self._group:
             return
@@ -127,41 +129,43 @@ class TeacherLogits:
             self._on_device = self._known.to(self._split.device)
             self._known = self._is_known = torch.empty(0)
 
-    def _asked_or_found(self, images: Tensor, places: Tensor, views: Tensor, lacking: Tensor) -> Tensor:
-        """The logits of what a batch lacked when it was looked up: another may have filled them since."""
+    def _filled(self, images: Tensor, places: Tensor, views: Tensor, lacking: Tensor) -> Tensor:
+        """The logits of a batch that the bank lacked: those that another trial has not filled in by now are
+        computed."""
         assert self._bank is not None, "what lacks is of a bank"
-        given, is_there = self._bank.read(places[lacking], views[lacking])
+        found, is_there = self._bank.read(places[lacking], views[lacking])
         left = lacking[~is_there]
         if len(left):
-            asked = self.ask(images[left.to(images.device)])
-            self._bank.keep(places[left], views[left], asked)
-            given[~is_there] = asked
-        return given
+            computed = self.compute(images[left.to(images.device)])
+            self._bank.write(places[left], views[left], computed)
+            found[~is_there] = computed
+        return found
 
-    def ask(self, images: Tensor) -> Tensor:
-        """What the teacher says of normalised images `(B, C, H, W)`: `(B, classes)` float16 on the CPU, not kept.
+    def compute(self, images: Tensor) -> Tensor:
+        """Run the teacher on normalised images `(B, C, H, W)`: `(B, classes)` float16 on the CPU, not written to the
+        bank.
 
         Raises:
-            TeacherError: it is not finite or too large.
+            TeacherError: a logit is not finite or too large.
         """
-        said = self._teacher().says(images)
-        self._teacher().check()
-        return said.cpu()
+        logits = self._network().logits(images)
+        self._network().check()
+        return logits.cpu()
 
-    def _teacher(self) -> AskedTeacher:
-        """The network, which a full bank makes needless."""
-        if self._asked is None:
+    def _network(self) -> TeacherNetwork:
+        """The teacher's network, loaded when it is first needed: with a full bank it never is."""
+        if self._loaded is None:
             assert self._config.teacher is not None, "checked at the start"
             path = Path(self._config.teacher_checkpoint or "")
             with torch.random.fork_rng(devices=[]):  # the training's random numbers are the same with a full bank
                 model = load_teacher(self._config.teacher, path, num_classes=self._num_classes).to(self._split.device)
             model = to_channels_last(model, self._split.batch_shape[0])
-            self._asked = AskedTeacher(model, f"{self._config.teacher.name} ({path})", self._split.device)
-        return self._asked
+            self._loaded = TeacherNetwork(model, f"{self._config.teacher.name} ({path})", self._split.device)
+        return self._loaded
 
 
 def bank_size(data: DataConfig, recipe: RecipeConfig, dataset: Dataset) -> BankSize | None:
-    """The bank that the views of a training make; None where each is seen once, as with mixup."""
+    """The size of the bank for the views of a training; None where every view is seen once, as with mixup."""
     if data.augment.mixup:
         return None
     views = view_count(data.augment)
@@ -169,7 +173,8 @@ def bank_size(data: DataConfig, recipe: RecipeConfig, dataset: Dataset) -> BankS
 
 
 def bank_views(config: TrialConfig, indices: Tensor, epoch: int) -> Tensor:
-    """The numbers of the views that images are shown in an epoch; where views are endless, the epoch's."""
+    """The numbers of the views that images are shown in an epoch, `(N,)` int64; where views are endless, the
+    epoch's."""
     augment = config.data.augment
     if view_count(augment) is None:
         return torch.full_like(indices, epoch - 1)
@@ -177,19 +182,19 @@ def bank_views(config: TrialConfig, indices: Tensor, epoch: int) -> Tensor:
 
 
 def bank_file(config: TrialConfig, dataset: Dataset, device: torch.device = _CPU) -> Path:
-    """The file of a training's bank, named by all that its logits depend on.
+    """The file of a training's bank, whose name is a hash of everything that its logits depend on.
 
     Args:
-        config: the training's.
+        config: the training's, with a `teacher_bank`.
         dataset: its dataset.
-        device: what the teacher works on.
+        device: where the teacher runs.
     """
     assert config.teacher_bank is not None, "asked for only where there may be one"
     return bank_path(Path(config.teacher_bank), _content(config, dataset, device))
 
 
 def in_config(data: DataConfig, teacher: ModelConfig, seed: int) -> dict[str, Any]:
-    """What a config says of the logits in its bank; the rest is of the files and the machine."""
+    """What a bank's logits depend on as far as a config says it; files and machine come besides."""
     augment = data.augment
     is_endless = view_count(augment) is None
     return {
@@ -201,12 +206,12 @@ def in_config(data: DataConfig, teacher: ModelConfig, seed: int) -> dict[str, An
 
 
 def _content(config: TrialConfig, dataset: Dataset, device: torch.device) -> dict[str, Any]:
-    """All that the logits in a training's bank depend on."""
+    """Everything that the logits in a training's bank depend on."""
     assert config.teacher is not None, "only a teacher has a bank"
     assert config.teacher_checkpoint is not None, "only a teacher has a bank"
     return in_config(config.data, config.teacher, config.seed) | {
         "weights": file_hash(Path(config.teacher_checkpoint)),
-        "network": _network(config.teacher.model_dump_json(), dataset.num_classes, dataset.train.batch_shape),
+        "network": _fingerprint(config.teacher.model_dump_json(), dataset.num_classes, dataset.train.batch_shape),
         "files": fingerprint(config.data, dataset),
         "mean": dataset.mean,
         "std": dataset.std,
@@ -215,13 +220,13 @@ def _content(config: TrialConfig, dataset: Dataset, device: torch.device) -> dic
 
 
 @functools.lru_cache(maxsize=8)  # the code of a process does not change
-def _network(model: str, num_classes: int, image_shape: tuple[int, int, int]) -> str:
+def _fingerprint(model: str, num_classes: int, image_shape: tuple[int, int, int]) -> str:
     config = ModelConfig.model_validate_json(model)
     return network_fingerprint(config, num_classes=num_classes, image_shape=image_shape)
 
 
 def computed_by(device: torch.device) -> dict[str, str]:
-    """What the last bits of a network's logits depend on besides its weights: whose kernels compute them, and which."""
+    """What the last bits of a network's logits depend on besides its weights: torch's version, and the kernels it uses."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         kernels = f"cuda {torch.version.cuda}, {major}.{minor}"
@@ -231,7 +236,7 @@ def computed_by(device: torch.device) -> dict[str, str]:
 
 
 def open_bank(config: TrialConfig, dataset: Dataset, device: torch.device) -> LogitBank | None:
-    """The bank of a training's teacher; None where there is to be none, or the disk has no room for it."""
+    """The bank of a training's teacher; None where the config wants none, or the disk has no room for it."""
     size = bank_size(config.data, config.recipe, dataset)
     if config.teacher_bank is None or size is None:
         return None
@@ -239,22 +244,22 @@ def open_bank(config: TrialConfig, dataset: Dataset, device: torch.device) -> Lo
     try:
         bank = LogitBank(bank_path(Path(config.teacher_bank), content), size)
     except (OSError, OverflowError) as error:
-        _log.warning("no bank of the teacher's logits, it is asked for every batch: %s", error)
+        _log.warning("the teacher's logits are not cached, it runs on every batch: %s", error)
         return None
     describe(bank.path, content)
     return bank
 
 
 def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[float], None]) -> LogitBank:
-    """Show the teacher all that a bank lacks; may be killed and gone on with.
+    """Compute all logits that a bank lacks; may be killed at any time and run again.
 
     Args:
         config: of a training that uses the bank.
-        device: where the teacher works: a bank is of one kind of device.
-        progress: told the share that is done, now and then.
+        device: where the teacher runs: a bank is of one kind of device.
+        progress: called with the fraction that is done, now and then.
 
     Raises:
-        ValueError: there is no such bank, no room for it, or it can only be read; or the teacher's logits are not finite.
+        ValueError: there is no such bank, no room for it, or it is read-only; or the teacher's logits are not finite.
     """
     dataset = load_dataset(config.data)
     bank = open_bank(config, dataset, device)
@@ -265,29 +270,40 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
     if not bank.is_writable:
         raise ValueError(f"{bank.path}: can be read but not filled: another user's, or the disk is read-only or full")
     split = dataset.train.to(device)
-    taught = TeacherLogits(config, dataset, split)
+    teacher = TeacherLogits(config, dataset, split)
     if view_count(config.data.augment) is None:
         for epoch in range(1, config.recipe.epochs + 1):
-            taught.begin(epoch)
+            teacher.begin(epoch)
             for number, batch in enumerate(batches_of(config, dataset, split, epoch)):
-                taught.logits(batch.images, number)
+                teacher.logits(batch.images, number)
             progress(epoch / config.recipe.epochs)
         return bank
-    assert isinstance(split, Split), "files have endless views"
-    augment, mean, std = config.data.augment, dataset.mean, dataset.std
+    show = functools.partial(shown, augment=config.data.augment, mean=dataset.mean, std=dataset.std)
     chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
     for done, chunk in enumerate(chunks):
-        for view in range(bank.size.views):
-            images = chunk[~bank.read(chunk, torch.full_like(chunk, view))[1]]
-            if len(images):
-                views = torch.full_like(images, view)
-                places = images.to(device), views.to(device)
-                bank.keep(images, views, taught.ask(shown(split, *places, augment=augment, mean=mean, std=std)))
+        _fill_chunk(bank, teacher, split, chunk, show)
         progress((done + 1) / len(chunks))
     return bank
 
 
+def _fill_chunk(
+    bank: LogitBank, teacher: TeacherLogits, split: AnySplit, chunk: Tensor, show: Callable[..., Tensor]
+) -> None:
+    """Compute the logits that a bank lacks of some images, whose views can be counted."""
+    pixels: Tensor | None = None
+    for view in range(bank.size.views):
+        views = torch.full_like(chunk, view)
+        lacking = ~bank.read(chunk, views)[1]
+        if not bool(lacking.any()):
+            continue
+        if pixels is None:
+            pixels = plain_images(split, chunk)
+        numbers = views[lacking].to(split.device)
+        images = show(pixels[lacking.to(split.device)], numbers, image_size=image_size(split))
+        bank.write(chunk[lacking], views[lacking], teacher.compute(images))
+
+
 def teacher_identity(config: TrialConfig) -> tuple[Any, str | None]:
-    """The teacher's network, and its file by content."""
+    """The config of the teacher's network, and the SHA-256 of its weights' file; None where there is none."""
     path = config.teacher_checkpoint
     return config.teacher and config.teacher.model_dump(mode="json"), path and file_hash(Path(path))

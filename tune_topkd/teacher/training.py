@@ -1,11 +1,12 @@
-"""The teacher: trained once and kept by content hash, or given as a checkpoint.
+"""The teacher: trained once and kept under a content hash, or given as a checkpoint.
 
-Under `runs/teachers/<key>/` lie `teacher.pt`, the weights, and `teacher.json`, what they are. The JSON is written last
-and holds the weights' SHA-256: a folder without it, or whose weights do not match it, counts for nothing. While it is
-trained, `checkpoint/` holds its last epoch, from which a training that was interrupted goes on.
+`runs/teachers/<key>/` holds `teacher.pt`, the weights, and `teacher.json`, what they are. The JSON is written last and
+holds the SHA-256 of the weights: a folder without it, or whose weights do not match it, is no teacher. During training,
+`checkpoint/` holds the last epoch, from which an interrupted training resumes.
 
-A teacher is measured on the validation split when it is opened. What took long is kept in `measured-….json`, named by the
-weights, the network and the data, also for a checkpoint that was given, and taken from there the next time.
+A teacher is measured on the validation split when it is opened. A measurement that took long is kept in
+`measured-….json`, named by a hash of the weights, the network and the data, also for a checkpoint that was given, and
+read the next time.
 """
 
 import contextlib
@@ -50,27 +51,28 @@ from tune_topkd.storage import Lock
 from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
 from tune_topkd.storage import write_text
-from tune_topkd.teacher.asking import check_logits
+from tune_topkd.teacher.network import check_logits
 
 WEIGHTS_NAME = "teacher.pt"
 RECORD_NAME = "teacher.json"
 CHECKPOINT_NAME = "checkpoint"
 
 KEPT_FROM_SECONDS = 10.0
-"""A measurement that took longer is not repeated at each opening."""
+"""A measurement that took longer than this is kept, and not repeated each time the teacher is opened."""
 
 _FORMAT = 2
-"""Part of the key: raised when the same config would come to be trained in another way. 1 did not look at the network's code
-and at what the dataset's files hold."""
+"""Part of the key, to be raised when the same config is trained in another way. The keys of format 1 covered neither
+the network's code nor the content of the dataset's files."""
 _TOLERANCE = 0.5
-"""Points between two measurements of the same weights, or two images: other kernels may turn one that is on the edge."""
+"""Percentage points, or two images, by which two measurements of the same weights may differ: other kernels may decide
+otherwise on images that are on the edge."""
 
 _CPU = torch.device("cpu")
 
 _log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Told the epoch, from 1, and its metrics while the teacher is trained."""
+"""Called after each epoch of a teacher's training with the epoch, from 1, and its metrics."""
 
 
 class TrainingOutcome(Protocol):
@@ -86,11 +88,11 @@ class TrainingOutcome(Protocol):
 
     @property
     def diverged(self) -> bool:
-        """The loss was not finite."""
+        """Whether the training stopped because its loss was not finite."""
 
 
 class TrainFunction(Protocol):
-    """What trains: `tune_topkd.train.train`, handed in, since that module imports this one."""
+    """How a network is trained: `tune_topkd.train.train`, which is passed in because it imports this room."""
 
     def __call__(
         self,
@@ -99,33 +101,39 @@ class TrainFunction(Protocol):
         resume_from: Path | None = None,
         /,
     ) -> TrainingOutcome:
-        """Train the student of `config`, from the checkpoint in `resume_from` on."""
+        """Train the student of `config`, from the checkpoint in the folder `resume_from` if one is given."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher that is ready: its weights' absolute `path`, its content `key`, its accuracy on the validation split
-    in percent, whether it was there before, and when it was measured, if that was not now.
-    """
+    """A teacher that is ready to be used."""
 
     path: Path
+    """Of its weights, absolute."""
     key: str
+    """Its `teacher_key`."""
     val_top1: float
+    """Its accuracy on the validation split, in percent."""
     was_cached: bool
+    """Whether it was there before, so that nothing was trained."""
     measured: str | None = None
+    """When `val_top1` was measured (ISO 8601), if it was read from an earlier measurement."""
 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Accuracy on the validation split in percent; how long that took, or when it was taken, if that was not now."""
+    """How good a teacher is."""
 
     val_top1: float
+    """Its accuracy on the validation split, in percent."""
     seconds: float = 0.0
+    """How long the measurement took."""
     taken: str | None = None
+    """When it was taken, if it was read from a file."""
 
 
 def teacher_key(config: PairConfig) -> str:
-    """16 hex digits that name a teacher by content: of its training's inputs, or of the given checkpoint's bytes.
+    """16 hex digits that name a teacher: a hash of everything that its training depends on, or of the given checkpoint.
 
     Raises:
         ValueError: the given checkpoint cannot be read, or the dataset's files are not there.
@@ -149,40 +157,40 @@ def ensure_teacher(
     device: torch.device = _CPU,
     measure: bool = False,
 ) -> Teacher:
-    """The teacher of a sweep: the given checkpoint, checked, or the one under `root`, trained first if need be.
+    """The teacher of a sweep: the given checkpoint, or the one under `root`, which is trained if it is not there.
 
-    Two processes that need the same teacher at once train it once: the second waits for the first. A training that was
-    interrupted goes on from its last epoch.
+    Two processes that need the same teacher at the same time train it once: the second waits for the first. An
+    interrupted training resumes from its last epoch.
 
     Args:
         config: whose teacher.
         root: the folder of all teachers, `runs/teachers`; made if need be.
-        train: what trains a `TrialConfig`.
-        progress: told of each epoch, if one is trained.
+        train: trains a `TrialConfig`.
+        progress: called after each epoch, if the teacher is trained.
         device: where a teacher that is there is measured.
-        measure: measure it even if a measurement that took long is there.
+        measure: measure it even if an earlier measurement is kept.
 
     Raises:
         ValueError: the checkpoint does not fit or cannot be read, the training diverged, the teacher is hardly better
             than chance on the validation split, its logits are not finite or too large, or `root` cannot be written to.
     """
-    measured = _Measured(config, device, measure)
+    measurer = _Measurer(config, device, measure)
     key = teacher_key(config)
     folder = root.absolute() / key
     given = _given(config)
     if given.checkpoint is not None:
         path = Path(given.checkpoint).absolute()
-        found = measured(path, folder, str(path))
+        found = measurer(path, folder, str(path))
         return Teacher(path, key, found.val_top1, was_cached=True, measured=found.taken)
-    known = _kept(folder, key, measured) or _of_older_format(config, root.absolute(), measured)  # no need of the lock
+    known = _kept(folder, key, measurer) or _of_older_format(config, root.absolute(), measurer)  # needs no lock
     if known is not None:
         return known
     with _locked(folder):
-        return _kept(folder, key, measured) or _trained(config, folder, key, measured, train, progress)
+        return _kept(folder, key, measurer) or _trained(config, folder, key, measurer, train, progress)
 
 
 def load_teacher(model: ModelConfig, checkpoint: Path, *, num_classes: int) -> nn.Module:
-    """The network with the checkpoint's weights, on the CPU, in eval mode, no weight asking for a gradient.
+    """The network with the checkpoint's weights, on the CPU, in eval mode and frozen.
 
     Raises:
         ValueError: an unknown network, or a checkpoint that is missing, damaged or of another network or class count.
@@ -198,18 +206,18 @@ def _given(config: PairConfig) -> TeacherConfig:
 
 
 def _data(config: PairConfig) -> DataConfig:
-    """The data as the teacher is trained on it."""
+    """The data that the teacher is trained on, with its own augmentation if it has one."""
     augment = _given(config).augment
     return config.data if augment is None else config.data.model_copy(update={"augment": augment})
 
 
 def _inputs(config: PairConfig) -> dict[str, Any]:
-    """All that a trained teacher depends on."""
+    """Everything that a trained teacher depends on."""
     return {"format": _FORMAT, **_settings(config), "files": fingerprint(config.data), "network": _network(config)}
 
 
 def _settings(config: PairConfig) -> dict[str, Any]:
-    """What the config says of it."""
+    """What a trained teacher depends on as far as the config says it."""
     teacher = _given(config).model_dump(mode="json", include={"name", "kwargs", "image_size", "recipe", "seed"})
     data = _data(config).model_dump(mode="json", exclude={"root", "download", "workers"})  # these change no pixel
     return {"data": data, "teacher": teacher}
@@ -221,7 +229,7 @@ def _network(config: PairConfig) -> str:
 
 
 def _trained(
-    config: PairConfig, folder: Path, key: str, measured: "_Measured", train: TrainFunction, progress: Progress | None
+    config: PairConfig, folder: Path, key: str, measurer: "_Measurer", train: TrainFunction, progress: Progress | None
 ) -> Teacher:
     given = _given(config)
     assert given.recipe is not None, "a teacher without a checkpoint has a recipe"
@@ -234,13 +242,13 @@ def _trained(
     )
     inputs = _inputs(config)
     started = time.perf_counter()
-    result = _gone_on(trial, folder / CHECKPOINT_NAME, train, progress)
+    result = _train_or_resume(trial, folder / CHECKPOINT_NAME, train, progress)
     if result.diverged:
         raise ValueError(f"teacher {given.name!r}: its training diverged in epoch {result.epoch}; lower its lr")
-    found = measured.of(result.model, repr(given.name))
+    found = measurer.of(result.model, repr(given.name))
     path = folder / WEIGHTS_NAME
     save_weights(result.model, path)
-    measured.keep(found, path, folder)
+    measurer.keep(found, path, folder)
     record = {
         "key": key,
         "config": inputs,
@@ -255,8 +263,10 @@ def _trained(
     return Teacher(path, key, found.val_top1, was_cached=False)
 
 
-def _gone_on(trial: TrialConfig, checkpoint: Path, train: TrainFunction, progress: Progress | None) -> TrainingOutcome:
-    """Train, from the checkpoint of an interrupted training if there is one that can be gone on from."""
+def _train_or_resume(
+    trial: TrialConfig, checkpoint: Path, train: TrainFunction, progress: Progress | None
+) -> TrainingOutcome:
+    """Train, from the checkpoint of an interrupted training if there is one that can be used."""
     epochs = 0
 
     def report(epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
@@ -270,7 +280,7 @@ def _gone_on(trial: TrialConfig, checkpoint: Path, train: TrainFunction, progres
         try:
             return train(trial, report, checkpoint)
         except ValueError as error:
-            if epochs:  # it could be gone on from
+            if epochs:  # the checkpoint was good
                 raise
             _log.warning("the teacher is trained from the start, not from its last checkpoint: %s", error)
     return train(trial, report)
@@ -283,8 +293,8 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 # --- what is there --------------------------------------------------------------------------------------------------
 
 
-def _kept(folder: Path, key: str, measured: "_Measured") -> Teacher | None:
-    """The teacher in a folder; None if there is none, or none that is as it was: that is warned of."""
+def _kept(folder: Path, key: str, measurer: "_Measurer") -> Teacher | None:
+    """The teacher in a folder; None if there is none, or if it is not what it was, of which the log warns."""
     path = folder / WEIGHTS_NAME
     if not (folder / RECORD_NAME).exists():
         return None
@@ -296,17 +306,17 @@ def _kept(folder: Path, key: str, measured: "_Measured") -> Teacher | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         _log.warning("teacher %s is damaged and is trained again: %s: %s", folder, type(error).__name__, error)
         return None
-    return _as_recorded(Teacher(path, key, recorded, was_cached=True), measured, "is trained again")
+    return _as_recorded(Teacher(path, key, recorded, was_cached=True), measurer, "is trained again")
 
 
-def _as_recorded(teacher: Teacher, measured: "_Measured", otherwise: str) -> Teacher | None:
-    """The teacher, if it is as good as it was; else what is done `otherwise` is said."""
+def _as_recorded(teacher: Teacher, measurer: "_Measurer", otherwise: str) -> Teacher | None:
+    """The teacher, if it is as good as recorded; else None, and the log says what is done `otherwise`."""
     try:
-        found = measured(teacher.path, teacher.path.parent, str(teacher.path))
+        found = measurer(teacher.path, teacher.path.parent, str(teacher.path))
     except ValueError as error:
         reason = str(error)
     else:
-        if abs(found.val_top1 - teacher.val_top1) <= measured.tolerance():
+        if abs(found.val_top1 - teacher.val_top1) <= measurer.tolerance():
             return dataclasses.replace(teacher, measured=found.taken)
         reason = f"measured {found.val_top1:.2f} %"
     _log.warning(
@@ -316,8 +326,8 @@ def _as_recorded(teacher: Teacher, measured: "_Measured", otherwise: str) -> Tea
     return None
 
 
-def _of_older_format(config: PairConfig, root: Path, measured: "_Measured") -> Teacher | None:
-    """A teacher that an older version trained by the same config: its key says less, so its accuracy decides."""
+def _of_older_format(config: PairConfig, root: Path, measurer: "_Measurer") -> Teacher | None:
+    """A teacher of the same config in format 1, whose key covers less, so that its accuracy must confirm it."""
     settings = _settings(config)
     for path in sorted(root.glob(f"*/{RECORD_NAME}")):
         try:
@@ -334,7 +344,7 @@ def _of_older_format(config: PairConfig, root: Path, measured: "_Measured") -> T
             continue  # damaged: no teacher
         if is_whole:
             old = Teacher(path.with_name(WEIGHTS_NAME), path.parent.name, recorded, was_cached=True)
-            if (known := _as_recorded(old, measured, "is not used, and another is trained")) is not None:
+            if (known := _as_recorded(old, measurer, "is not used, and another is trained")) is not None:
                 return known
     return None
 
@@ -342,14 +352,14 @@ def _of_older_format(config: PairConfig, root: Path, measured: "_Measured") -> T
 # --- how good it is -------------------------------------------------------------------------------------------------
 
 
-class _Measured:
-    """Measures teachers of a config on its validation split, each as often as it has to."""
+class _Measurer:
+    """Measures teachers of a config on its validation split, and keeps measurements that took long."""
 
     def __init__(self, config: PairConfig, device: torch.device, again: bool) -> None:
         self._config, self._device, self._again = config, device, again
 
     def __call__(self, path: Path, folder: Path, name: str) -> _Measurement:
-        """The accuracy of the weights at `path`, from `folder` if it is kept there.
+        """Measure the weights at `path`, or read the measurement of them that `folder` keeps.
 
         Raises:
             ValueError: the weights do not fit, or are hardly better than chance.
@@ -364,7 +374,7 @@ class _Measured:
         return found
 
     def of(self, model: nn.Module, name: str) -> _Measurement:
-        """The accuracy of a network, on the device that it is on.
+        """Measure a network on its device.
 
         Raises:
             ValueError: it is hardly better than chance.
@@ -374,7 +384,7 @@ class _Measured:
         return _Measurement(val_top1, seconds=time.perf_counter() - started)
 
     def keep(self, found: _Measurement, path: Path, folder: Path) -> None:
-        """Write down in `folder` what was found of the weights at `path`, if it took long."""
+        """Keep the measurement of the weights at `path` in `folder`, if it took long."""
         if found.seconds < KEPT_FROM_SECONDS:
             return
         file, what = self._place(path, folder)
@@ -386,7 +396,7 @@ class _Measured:
             _log.warning("the teacher is measured again the next time: %s: %s", file, error.strerror or error)
 
     def _place(self, path: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
-        """The file of a measurement, and all that it depends on."""
+        """The file of a measurement, and everything that the measurement depends on."""
         data = self._config.data
         what = {
             "weights": file_hash(path),
@@ -397,7 +407,7 @@ class _Measured:
         return folder / f"measured-{digest}.json", what
 
     def tolerance(self) -> float:
-        """Points that two measurements of the same weights may differ by."""
+        """Percentage points that two measurements of the same weights may differ by."""
         return max(_TOLERANCE, 200 / len(load_dataset(self._config.data).val))
 
 

@@ -5,7 +5,8 @@
     result = train(config, report, resume_from)   # a TrialConfig, a Reporter, a folder with a checkpoint or None
 
 `train` does not know who calls it: the `Reporter` that it is given is told the metrics of every epoch and may save a
-checkpoint. A training that is resumed from a checkpoint ends as if it had never been interrupted, on the CPU bit for bit.
+checkpoint. A training that is resumed from a checkpoint ends as if it had never been interrupted, on the CPU bit for
+bit.
 
 Inside: `loop` trains, `optim` builds optimiser and learning-rate schedule, `checkpoint` writes, reads and compares
 checkpoints, `device` chooses the device and limits threads and GPU memory, `probe` measures speed and memory.

@@ -1,7 +1,7 @@
 """The checkpoints of a training, and of which config each is.
 
-A checkpoint is a file of torch's that holds tensors and plain data alone. Its config is kept as JSON in which files and the
-user's code stand by their content, so that a checkpoint is refused where either has changed under the same name.
+A checkpoint is a file of torch's that holds tensors and plain data alone. Its config is kept as JSON in which files and
+the user's code stand by their content, so that a checkpoint is refused where either has changed under the same name.
 """
 
 import json
@@ -108,7 +108,8 @@ def config_identity(config: TrialConfig, dataset: Dataset) -> str:
 def check_same_config(path: Path, kept: str, current: str) -> None:
     """Compare the config of a checkpoint with that of the training which is to resume from it.
 
-    What the checkpoint does not say of the user's code, as those of older versions do not, is warned of and not compared.
+    What the checkpoint does not say of the user's code, as those of older versions do not, is warned of and not
+    compared.
 
     Args:
         path: of the checkpoint, for messages.

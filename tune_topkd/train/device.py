@@ -11,8 +11,8 @@ import torch
 from tune_topkd.config import TrialConfig
 
 GPU_PART = 0.95
-"""Fraction of its share of a GPU's memory that a training may allocate; the rest is for the CUDA context, which torch does
-not count."""
+"""Fraction of its share of a GPU's memory that a training may allocate; the rest is for the CUDA context, which torch
+does not count."""
 LONGEST_WAIT_FOR_MEMORY = 60.0
 """Seconds that a training waits until its share of a GPU's memory is free."""
 _FREE_ENOUGH = 0.8

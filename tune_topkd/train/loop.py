@@ -78,9 +78,9 @@ Save: TypeAlias = Callable[[Path], None]
 class Reporter(Protocol):
     """What `train` reports to.
 
-    Called at the end of every epoch, on the thread of `train`, with the absolute epoch (from 1), its metrics and `save`,
-    which writes a checkpoint of this epoch into a folder and is valid until the reporter returns. To stop the training,
-    raise. Random numbers that a reporter draws do not change the training.
+    Called at the end of every epoch, on the thread of `train`, with the absolute epoch (from 1), its metrics and
+    `save`, which writes a checkpoint of this epoch into a folder and is valid until the reporter returns. To stop the
+    training, raise. Random numbers that a reporter draws do not change the training.
     """
 
     def __call__(self, epoch: int, metrics: Mapping[str, float], save: Save, /) -> None:

@@ -80,8 +80,8 @@ def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig) -> LRScheduler:
 def lr_factor(done: int, recipe: RecipeConfig) -> float:
     """The learning rate of a recipe with a warm-up, in units of the recipe's `lr`.
 
-    With SGD the factors of schedule and warm-up are multiplied. With AdamW, as in timm, the warm-up rises to `lr` and the
-    schedule follows it, its epochs counted from the first epoch of the training.
+    With SGD the factors of schedule and warm-up are multiplied. With AdamW, as in timm, the warm-up rises to `lr` and
+    the schedule follows it, its epochs counted from the first epoch of the training.
 
     Args:
         done: epochs that are over, from 0.
