@@ -48,6 +48,8 @@ from tune_topkd.teacher.network import ON_CPU
 from tune_topkd.train import train
 
 SIZE = BankSize(images=50, views=18, num_classes=10)
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tune_topkd.train"])  # importing it takes longer than what each of them does
 
 
 def said(places):
@@ -112,10 +114,9 @@ def fill_for_ever(path):
 
 
 def test_writers_beside_one_another_and_kills_leave_only_what_the_teacher_says(tmp_path):
-    context = multiprocessing.get_context("spawn")
     bank = LogitBank(tmp_path / "b.f16", SIZE)
     for _ in range(3):
-        writers = [context.Process(target=fill_for_ever, args=(tmp_path / "b.f16",)) for _ in range(2)]
+        writers = [PROCESSES.Process(target=fill_for_ever, args=(tmp_path / "b.f16",)) for _ in range(2)]
         for writer in writers:
             writer.start()
         deadline = time.monotonic() + 60
@@ -346,7 +347,8 @@ def test_a_logit_that_float16_has_not_is_refused(teacher, tmp_path, value, told,
 
 # --- in a training --------------------------------------------------------------------------------------------------
 
-DIGITS = DataConfig(name="digits", augment={"pad": 1, "flip": True})
+DIGITS = DataConfig(name="digits", test_fraction=0.6, augment={"pad": 1, "flip": True})
+"""539 images to train with: eight batches of 64."""
 
 
 @pytest.fixture(scope="module")
@@ -484,8 +486,7 @@ def run_and_tell(config, folder):
 
 def test_trials_beside_one_another_ask_of_each_view_once(teacher, tmp_path):
     config = trial(teacher, tmp_path)
-    context = multiprocessing.get_context("spawn")
-    beside = [context.Process(target=run_and_tell, args=(config, tmp_path / name)) for name in ("a", "b")]
+    beside = [PROCESSES.Process(target=run_and_tell, args=(config, tmp_path / name)) for name in ("a", "b")]
     for process in beside:
         process.start()
     for process in beside:
@@ -508,9 +509,8 @@ def claim_and_wait(path, is_claimed, is_told):
 def test_what_another_process_has_claimed_is_waited_for_until_it_is_done_or_dead(tmp_path, monkeypatch):
     path = tmp_path / "b.f16"
     own = LogitBank(path, SIZE)
-    context = multiprocessing.get_context("spawn")
-    is_claimed, is_told = context.Event(), context.Event()
-    other = context.Process(target=claim_and_wait, args=(path, is_claimed, is_told))
+    is_claimed, is_told = PROCESSES.Event(), PROCESSES.Event()
+    other = PROCESSES.Process(target=claim_and_wait, args=(path, is_claimed, is_told))
     other.start()
     assert is_claimed.wait(120)
     slept = []
@@ -532,9 +532,8 @@ def test_what_another_process_has_claimed_is_waited_for_until_it_is_done_or_dead
 
 def test_a_claim_that_is_never_given_back_is_waited_for_no_longer_than_told(tmp_path, monkeypatch):
     path = tmp_path / "b.f16"
-    context = multiprocessing.get_context("spawn")
-    is_claimed, is_told = context.Event(), context.Event()
-    other = context.Process(target=claim_and_wait, args=(path, is_claimed, is_told))
+    is_claimed, is_told = PROCESSES.Event(), PROCESSES.Event()
+    other = PROCESSES.Process(target=claim_and_wait, args=(path, is_claimed, is_told))
     other.start()
     assert is_claimed.wait(120)
     monkeypatch.setattr(bank, "LONGEST_WAIT_FOR_ANOTHER", 0.2)
@@ -752,7 +751,7 @@ def test_a_bank_that_cannot_be_written_is_read(not_ours, asked):
     assert asked == []
     longer = config.model_copy(update={"recipe": config.recipe.model_copy(update={"epochs": 3})})
     third = train(longer)
-    assert 0 < sum(asked) < 1400
+    assert 0 < sum(asked) <= 8 * 64
     live = config.model_copy(update={"teacher_bank": None})
     assert torch.equal(weights(again), weights(train(live)))
     assert torch.equal(weights(third), weights(train(live.model_copy(update={"recipe": longer.recipe}))))

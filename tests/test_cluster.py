@@ -17,6 +17,7 @@ import pytest
 from tune_topkd.execution import ResourceError
 from tune_topkd.execution import check_address
 from tune_topkd.execution import cluster
+from tune_topkd.ledger import Share
 
 pytestmark = [
     pytest.mark.ray,
@@ -220,6 +221,15 @@ def test_who_answers_and_is_no_ray_is_not_waited_for(credentials, monkeypatch):
         with pytest.raises(ResourceError, match="what answers there is no Ray head"):
             check_address(f"127.0.0.1:{silent.getsockname()[1]}")
         assert time.monotonic() - began < 20
+
+
+def test_an_address_attaches_to_a_running_cluster_and_leaves_it_running(private, credentials):
+    credentials(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=private.token.read_text())
+    for _ in range(2):
+        with cluster.Cluster.attached(private.facts["address"]) as attached:
+            assert attached.nodes == (Share(1.0, 0.0),)
+    with pytest.raises(ResourceError, match="no Ray cluster answers there"), cluster.Cluster.attached("127.0.0.1:1"):
+        pass
 
 
 def test_in_the_end_nothing_is_left_and_the_environment_is_as_it_was(private):

@@ -1,8 +1,6 @@
 """Whole sweeps of formula trials on a real Ray."""
 
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -314,41 +312,3 @@ def test_room_counts_whole_trials_on_each_node():
     assert room(cpus_per_trial=1.0, gpus_per_trial=0.4) == 4
     assert room(cpus_per_trial=1.0, gpus_per_trial=2.0) == 1
     assert room(cpus_per_trial=1.0, max_concurrent=3) == 3
-
-
-ATTACH = """
-import sys
-<<<<<<< HEAD
-from tune_topkd.execution import Cluster
-with Cluster.attached(sys.argv[1]) as cluster:
-    print(cluster.nodes)
-=======
-from tune_topkd.sweep import Cluster
-for _ in range(2):
-    with Cluster.attached(sys.argv[1]) as cluster:
-        print(cluster.nodes)
->>>>>>> trim
-"""
-
-
-def test_an_address_attaches_to_a_running_cluster_and_nothing_else_does():
-    """A second, real Ray: `--address` uses it and leaves it running, the default keeps away from it."""
-    head = subprocess.Popen(
-        [sys.executable, "-c", HEAD], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.PIPE, text=True
-    )
-    try:
-        address = next(line.split()[1] for line in head.stdout if line.startswith("ADDRESS"))
-        found = subprocess.run([sys.executable, "-c", ATTACH, address], capture_output=True, text=True, timeout=180)
-        assert found.stdout.splitlines() == ["(Share(cpus=3.0, gpus=0.0),)"] * 2, found.stderr
-        with pytest.raises(ResourceError, match="no Ray cluster answers there"), Cluster.attached("127.0.0.1:1"):
-            pass
-    finally:
-        head.communicate("stop\n", timeout=60)
-
-
-HEAD = """
-import ray, sys, tempfile
-context = ray.init(address="local", num_cpus=3, include_dashboard=False, _temp_dir=tempfile.mkdtemp(prefix="ttk-"))
-print("ADDRESS", context.address_info["gcs_address"], flush=True)
-sys.stdin.readline()
-"""
