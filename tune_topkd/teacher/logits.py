@@ -22,8 +22,8 @@ from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
 from tune_topkd.data import image_size
 from tune_topkd.data import load_dataset
+from tune_topkd.data import normalised_views
 from tune_topkd.data import plain_images
-from tune_topkd.data import shown
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
 from tune_topkd.models import network_fingerprint
@@ -279,7 +279,7 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
                 teacher.logits(batch.images, number)
             progress(epoch / config.recipe.epochs)
         return bank
-    show = functools.partial(shown, augment=config.data.augment, mean=dataset.mean, std=dataset.std)
+    show = functools.partial(normalised_views, augment=config.data.augment, mean=dataset.mean, std=dataset.std)
     chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
     for done, chunk in enumerate(chunks):
         _fill_chunk(bank, teacher, split, chunk, show)
