@@ -824,7 +824,7 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path: Path):
 def test_a_root_must_be_named_and_exist(tmp_path: Path):
     for config, rule in (
         (DataConfig(name="image_folder"), "data.root must name"),
-        (folder(tmp_path / "x"), "is no folder"),
+        (folder(tmp_path / "x"), "is not a folder"),
     ):
         assert rule in missing_data(config)
         for call in (load_dataset, dataset_info, fingerprint):

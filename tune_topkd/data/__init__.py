@@ -16,10 +16,10 @@ from tune_topkd.data.batches import Batch
 from tune_topkd.data.batches import batches_of
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
-from tune_topkd.data.batches import image_size
 from tune_topkd.data.batches import normalised_views
 from tune_topkd.data.batches import plain_images
 from tune_topkd.data.batches import train_batches
+from tune_topkd.data.batches import view_side
 from tune_topkd.data.datasets import check_readable
 from tune_topkd.data.datasets import data_notes
 from tune_topkd.data.datasets import dataset_info
@@ -68,7 +68,6 @@ __all__ = [
     "epoch_order",
     "eval_batches",
     "fingerprint",
-    "image_size",
     "load_dataset",
     "load_saved",
     "missing_data",
@@ -82,4 +81,5 @@ __all__ = [
     "view",
     "view_count",
     "view_numbers",
+    "view_side",
 ]

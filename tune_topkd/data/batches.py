@@ -75,7 +75,7 @@ def train_batches(
     if isinstance(split, FileSplit) or not goes_by_batch(augment):
         batches = torch.split(order, batch_size)
         made = views_of(split, batches, augment=augment, seed=seed, epoch=epoch)
-        side = image_size(split)
+        side = view_side(split)
         for indices, (images, kept) in zip(batches, made, strict=True):
             pixels = normalise(resized(images.to(split.device, non_blocking=True), side))
             if kept is not None:
@@ -134,7 +134,7 @@ def plain_images(split: AnySplit, indices: Tensor) -> Tensor:
     return images.to(split.device)
 
 
-def image_size(split: AnySplit) -> int | None:
+def view_side(split: AnySplit) -> int | None:
     """The side that the views of a split are resized to; None where they have it."""
     return split.image_size if isinstance(split, Split) else None
 

@@ -20,12 +20,12 @@ from tune_topkd.data import Dataset
 from tune_topkd.data import batches_of
 from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
-from tune_topkd.data import image_size
 from tune_topkd.data import load_dataset
 from tune_topkd.data import normalised_views
 from tune_topkd.data import plain_images
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
+from tune_topkd.data import view_side
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import to_channels_last
 from tune_topkd.storage import file_hash
@@ -300,7 +300,7 @@ def _fill_chunk(
         if pixels is None:
             pixels = plain_images(split, chunk)
         numbers = views[lacking].to(split.device)
-        images = show(pixels[lacking.to(split.device)], numbers, image_size=image_size(split))
+        images = show(pixels[lacking.to(split.device)], numbers, image_size=view_side(split))
         bank.write(chunk[lacking], views[lacking], teacher.compute(images))
 
 
