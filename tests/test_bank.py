@@ -681,7 +681,9 @@ def test_the_bank_of_image_files_is_filled_ahead_where_their_views_can_be_counte
     network = ModelConfig(name="small_cnn", kwargs={"widths": [4, 8], "strides": [2, 2]})
     save_weights(build_configured(network, num_classes=2), tmp_path / "t.pt")
     teacher = {"teacher": network, "teacher_checkpoint": str(tmp_path / "t.pt")}
-    config = trial(teacher, tmp_path, data, recipe={"batch_size": 8}).model_copy(update={"student": network})
+    config = trial(teacher, tmp_path, data, recipe={"batch_size": 8}).model_copy(
+        update={"student": StudentConfig(**network.model_dump())}
+    )
     bank = fill_bank(config, torch.device("cpu"), lambda share: None)
     assert bank.filled() == len(load_dataset(data).train) * 18
     asked.clear()

@@ -478,10 +478,13 @@ def another_size(folder: Path) -> None:
         (no_annotations, r"/val: has neither val_annotations.txt.* nor a folder for each class"),
         (half_sorted, r"/val: is half sorted: 11 images lie in images/"),
         (half_sorted_in_images, r"/val: is half sorted: 11 images lie in images/ and others in folders .* in images/"),
-        (two_classes_of_one, r"/val/val_annotations.txt: line 13: 'val_0.JPEG' has another class before"),
-        (half_a_line, r"/val/val_annotations.txt: line 13: the class '' of 'val_12.JPEG' is none of train's"),
+        (two_classes_of_one, r"/val/val_annotations.txt: line 13: 'val_0.JPEG' has another class in an earlier line"),
+        (half_a_line, r"/val/val_annotations.txt: line 13: the class '' of 'val_12.JPEG' is not a class of train"),
         (another_list, r"/train: its classes are not those of wnids.txt: lacks n04, has besides n03"),
-        (another_annotation, r"/val/val_annotations.txt: line 9: the class 'n09' of 'val_4.JPEG' is none of train's"),
+        (
+            another_annotation,
+            r"/val/val_annotations.txt: line 9: the class 'n09' of 'val_4.JPEG' is not a class of train",
+        ),
         (a_line_too_few, r"/val/val_annotations.txt: its files are not those of images/: lacks val_0.JPEG"),
         (an_image_too_few, r"/val/val_annotations.txt: its files are not those of images/: has besides val_5.JPEG"),
         (a_class_too_few, r"/train: has 2 classes, not 3; .*num_classes: 2"),
@@ -810,9 +813,7 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path: Path):
     write_folder(tmp_path)
     write_image(tmp_path / "bee" / "2.png", smooth(1, 2, 25, 32))
     for call in (load_dataset, dataset_info):
-        with pytest.raises(
-            ValueError, match=r"bee/2.png: is not of the size of .*ant/0.png, 32 × 24 .*data.image_size"
-        ):
+        with pytest.raises(ValueError, match=r"bee/2.png: has not the size of .*ant/0.png, 32 × 24 .*data.image_size"):
             call(folder(tmp_path))
     config = folder(tmp_path, image_size=16)
     assert dataset_info(config).image_shape == (3, 16, 16)
@@ -823,7 +824,7 @@ def test_images_of_several_sizes_need_an_image_size(tmp_path: Path):
 def test_a_root_must_be_named_and_exist(tmp_path: Path):
     for config, rule in (
         (DataConfig(name="image_folder"), "data.root must name"),
-        (folder(tmp_path / "x"), "is no folder"),
+        (folder(tmp_path / "x"), "is not a folder"),
     ):
         assert rule in missing_data(config)
         for call in (load_dataset, dataset_info, fingerprint):

@@ -64,10 +64,10 @@ def test_floats_from_0_to_1_are_black_to_white(tmp_path: Path):
 @pytest.mark.parametrize(
     ("pixels", "rule"),
     [
-        (RAMP.astype(np.float32), r"floating-point pixels \(mode F\) from 0 to 255; only 0 to 1"),
+        (RAMP.astype(np.float32), r"floating-point pixels \(mode F\) from 0 to 255; only floats from 0"),
         (RAMP.astype(np.float32) / 255 - 0.5, r"from -0\.5 to 0\.5"),
         (np.where(RAMP > 9, np.nan, 0.5).astype(np.float32), "from nan to nan"),
-        (RAMP.astype(np.int32) * 1000, r"whole numbers of 32 bits \(mode I\)"),
+        (RAMP.astype(np.int32) * 1000, r"integers of 32 bits \(mode I\)"),
     ],
 )
 def test_what_nothing_says_the_white_of_is_refused_by_name(tmp_path: Path, pixels, rule):
@@ -108,7 +108,9 @@ def test_an_image_drawn_in_its_transparency_alone_is_refused(tmp_path: Path):
     image = Image.new("RGBA", (16, 16))
     image.putalpha(Image.fromarray(RAMP))
     path = saved(image, tmp_path / "x.png")
-    with pytest.raises(ImageFileError, match=rf"^{path}: is drawn in its transparency alone"):
+    with pytest.raises(
+        ImageFileError, match=rf"^{path}: has the same colour everywhere and is drawn by its transparency alone"
+    ):
         decoded(str(path))
     for alpha in (0, 200, 255):
         assert decoded(str(saved(Image.new("RGBA", (4, 4), (1, 1, 1, alpha)), path))).unique().tolist() == [1]

@@ -206,9 +206,7 @@ FLAT = NET.replace(
 )
 def test_batches_of_one_are_refused_where_the_network_cannot_be_trained_on_them(checked, module, changes, key):
     (found,) = problems(checked, changes | {"student": f"{module(FLAT)}:Net"})
-    assert found.startswith(
-        f"{key}: must be at least 2: the student cannot be trained on one image at a time (ValueError"
-    )
+    assert found.startswith(f"{key}: must be at least 2: the student cannot be trained on a single image (ValueError")
 
 
 def test_what_a_network_prints_is_no_result(checked, module, capfd):
@@ -337,7 +335,7 @@ def test_a_parameter_of_the_loss_and_of_the_recipe_is_not_searched_without_a_wor
     method = f"{module(LOSS.replace('strength=1.0', f'{name}=0.5'))}:loss"
     searched = {"space": {name: [1, 2] if name == "batch_size" else [0.1, 0.2]}}
     (found,) = problems(checked, {"method": method} | searched)
-    assert found.startswith(f"space.{name}: is a parameter of the recipe and of method {method} too")
+    assert found.startswith(f"space.{name}: is a parameter of both the recipe and method {method}")
     other = {"space": {"weight_decay" if name != "weight_decay" else "momentum": [0.1, 0.2]}}
     assert checked({"method": method, "loss": {name: 0.25}} | other).config.loss == {name: 0.25}
 
@@ -364,7 +362,7 @@ def test_a_default_that_no_tuned_config_can_hold_is_found_at_the_start(checked, 
 def test_a_default_that_is_no_number_stays_the_codes_and_is_told(checked, module, default):
     method = f"{module(LOSS.replace('strength=1.0', f'strength={default}'))}:loss"
     (note,) = checked({"method": method}).warnings
-    assert note.startswith(f"loss.strength is what the code of {method} says: no tuned config can hold ")
+    assert note.startswith(f"loss.strength is set by the code of {method}: no tuned config can hold ")
 
 
 def test_numbers_of_numpys_and_torchs_are_pythons(checked, module):

@@ -1345,7 +1345,7 @@ def test_a_loss_of_the_users_is_the_base_of_the_plug_in(users: str) -> None:
         ("{}:Listed", {}, "its maps holds what asks for a gradient"),
         ("{}:closed", {}, "its shared holds what asks for a gradient"),
         ("{}:Lazy", {}, r"its parameter map\.weight has no shape before the first call"),
-        ("{}:one", {}, "is one object, and what it learns begins with no seed; name its class instead"),
+        ("{}:one", {}, "is an object whose weights are there before the seed is set; name its class instead"),
     ],
 )
 def test_what_is_wrong_with_a_users_loss_is_told(users: str, method: str, parameters: dict, told: str) -> None:

@@ -326,7 +326,7 @@ def test_a_resume_from_elsewhere_that_lacks_the_users_module_is_refused(sweeps, 
     before = len(sweeps.events())
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(here)])
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    with pytest.raises(ConfigError, match=rf"my_nets[\s\S]*the sweep was driven from {here}"):
+    with pytest.raises(ConfigError, match=rf"my_nets[\s\S]*the sweep was run from {here}"):
         sweeps.resume(trials=4)
     assert len(sweeps.events()) == before
 

@@ -271,7 +271,7 @@ def test_a_file_that_is_gone_is_told_from_one_that_is_damaged(tmp_path: Path):
 def test_what_is_no_file_of_torch_is_named(tmp_path: Path, content):
     path = tmp_path / "d.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^{path}: is no dataset that was saved here"):
+    with pytest.raises(ValueError, match=rf"^{path}: is not a dataset that was saved here"):
         load_saved(DIGITS, path)
 
 

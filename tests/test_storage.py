@@ -284,13 +284,11 @@ def test_without_locks_a_living_driver_of_this_machine_is_still_found(path, no_l
     Ledger.open(path).close()
 
 
-def test_without_locks_a_number_given_to_a_later_process_is_no_driver(path, no_locks, monkeypatch):
+def test_without_locks_a_number_given_to_a_later_process_is_no_driver(path, no_locks):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         an_hour_ago = time.time() - 3600
-        with monkeypatch.context() as patch:
-            patch.setattr(time, "time", lambda: an_hour_ago)
-            with Ledger.create(path, HEADER) as ledger:
-                ledger.append(replace(Driver.here(trials=1), pid=other.pid))
+        with Ledger.create(path, HEADER, clock=lambda: an_hour_ago) as ledger:
+            ledger.append(replace(Driver.here(trials=1), pid=other.pid))
         assert not is_driven(path)
         other.communicate(b"\n")
 

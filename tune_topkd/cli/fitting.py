@@ -1,6 +1,6 @@
-"""Whether the networks, weights and loss of a config fit its dataset: tried on two images, before anything is spent.
+"""Whether the networks, weights and loss of a config fit its dataset: tried on two images before anything is spent.
 
-A network is others' code, and so may be a loss: what they do with images is known only once they are shown some.
+Networks, and perhaps the loss, are other people's code, whose behaviour is known only by running it.
 """
 
 import contextlib
@@ -34,50 +34,53 @@ from tune_topkd.models import load_weights
 
 _IMAGES = 2
 _LOSS_ROWS = 64
-"""Rows of logits that a loss is tried on at most: some need a whole batch."""
+"""The most rows of logits that a loss is tried on; some losses need a whole batch."""
 _SIDES = (32, 64, 96, 128, 224, 299)
-"""Sides that an image is resized to in search of one that a network takes."""
+"""Sides that images are resized to in search of one that a network takes."""
 
 
 @dataclass
 class Findings:
-    """What came out: what cannot be run, and what is only worth saying."""
+    """Problems, which keep the config from being run, and notes, which do not."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, key: str, rule: str, *value: object) -> None:
-        """Note a problem."""
+        """Add a problem."""
         problem = Problem(key=key, rule=rule, value=value[0] if value else None, has_value=bool(value))
         self.problems.append(problem)
 
 
 @dataclass(frozen=True)
 class _Role:
-    """A network of a config: `recipe` is what it will be trained by, if it will be."""
+    """A network of a config, as the student or the teacher."""
 
     key: str
+    """`student` or `teacher`."""
     model: ModelConfig
     checkpoint: str | None
     recipe: RecipeConfig | None
+    """What it will be trained by; None if it is not trained."""
     smallest_batch: int
     batch_key: str
+    """The config key of the batch size."""
 
 
 def try_on(config: PairConfig, info: DatasetInfo, parameters: Mapping[str, object] | None) -> Findings:
-    """Build each network with its weights, show it images, and let it learn from the loss once.
+    """Build each network with its weights, run it on images, and compute the gradient of the loss once.
 
-    On the CPU, on one thread; what cannot be run there, on the GPU if there is one. The global generator is left as it
-    was, and what a network prints goes to stderr.
+    This runs on one thread of the CPU and, if there are problems, again on the GPU if there is one. The global
+    generator is left as it was, and what a network prints goes to stderr.
 
     Args:
         config: whose networks and loss.
         info: of its dataset.
-        parameters: of the loss; None leaves the loss out.
+        parameters: of the loss; None does not try the loss.
     """
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # the start of others takes longer than two images
+        torch.set_num_threads(1)  # starting more takes longer than two images
         with contextlib.redirect_stdout(sys.stderr):
             found = _tried(config, info, parameters, torch.device("cpu"))
             if found.problems and torch.cuda.is_available():
@@ -101,7 +104,7 @@ def _tried(
 
 
 def _try_teacher(config: PairConfig, info: DatasetInfo, images: Tensor, found: Findings) -> Tensor | None:
-    """What the teacher says of the images, if there is one and it can be asked."""
+    """The teacher's logits of the images; None if there is no teacher, or it does not run."""
     given = config.teacher
     if given is None:
         return None
@@ -112,7 +115,7 @@ def _try_teacher(config: PairConfig, info: DatasetInfo, images: Tensor, found: F
     teacher = _network(role, info, images.device, found)
     if teacher is None or not _takes(role, teacher, images, info, found):
         return None
-    teacher_logits = _asked(teacher, images)
+    teacher_logits = _logits(teacher, images)
     if given.recipe is not None:
         teacher.train()
         _learn(role, teacher, images, build_loss("ce", {}), None, info, found)
@@ -146,7 +149,7 @@ def _try_student(
 
 
 def _smallest_batch(config: PairConfig) -> tuple[int, str]:
-    """The smallest batch that the student may be trained on, and the key that says so."""
+    """The smallest batch size that the student may be trained with, and its config key."""
     sizes = config.space.get("batch_size") if isinstance(config, SweepConfig) else None
     if sizes is None:
         return config.recipe.batch_size, "recipe.batch_size"
@@ -158,7 +161,7 @@ def _smallest_batch(config: PairConfig) -> tuple[int, str]:
 
 
 def _network(role: _Role, info: DatasetInfo, device: torch.device, found: Findings) -> nn.Module | None:
-    """The network with its weights, as far as it can be had."""
+    """The network with its weights; None if it cannot be built."""
     try:
         network = build_configured(role.model, num_classes=info.num_classes)
     except ModelNameError as error:
@@ -193,10 +196,10 @@ def _fill(role: _Role, network: nn.Module, checkpoint: str, found: Findings) -> 
 
 
 def _takes(role: _Role, network: nn.Module, images: Tensor, info: DatasetInfo, found: Findings) -> bool:
-    """Whether the network gives logits of a batch and, as at the end of a split, of a single image."""
+    """Whether the network gives logits of a batch and of a single image, as at the end of a split."""
     for some in (images, images[:1]):
         try:
-            logits = _asked(network, some)
+            logits = _logits(network, some)
         except Exception as error:  # noqa: BLE001 (others' code can raise anything)
             _explain(role, error, some, info, found)
             return False
@@ -209,7 +212,7 @@ def _takes(role: _Role, network: nn.Module, images: Tensor, info: DatasetInfo, f
     return True
 
 
-def _asked(network: nn.Module, images: Tensor) -> Tensor:
+def _logits(network: nn.Module, images: Tensor) -> Tensor:
     """The logits in eval mode."""
     network.eval()
     with torch.no_grad():
@@ -218,7 +221,7 @@ def _asked(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _rule_of_logits(logits: Tensor, images: int, info: DatasetInfo) -> str:
-    """Which rule the logits break, if any."""
+    """The rule that the logits break; empty if they break none."""
     if logits.shape != (images, info.num_classes):
         return f"must give logits {(images, info.num_classes)} for {images} images, but gives {tuple(logits.shape)}"
     if not logits.is_floating_point():
@@ -227,7 +230,7 @@ def _rule_of_logits(logits: Tensor, images: int, info: DatasetInfo) -> str:
 
 
 def _explain(role: _Role, error: Exception, images: Tensor, info: DatasetInfo, found: Findings) -> None:
-    """Find out what a network that failed would take."""
+    """Add the problem of a network that failed on images, with the channels or the size that it takes, if found."""
     if isinstance(error, OutputError):
         found.add(f"{role.key}.name", str(error))
         return
@@ -248,14 +251,14 @@ def _explain(role: _Role, error: Exception, images: Tensor, info: DatasetInfo, f
 def _works(model: ModelConfig, images: Tensor, info: DatasetInfo) -> bool:
     try:
         network = build_configured(model, num_classes=info.num_classes).to(images.device)
-        logits = _asked(network, images)
-    except Exception:  # noqa: BLE001 (that it fails is the answer)
+        logits = _logits(network, images)
+    except Exception:  # noqa: BLE001 (failing is the answer)
         return False
     return not _rule_of_logits(logits, len(images), info)
 
 
 def _check_images_are_kept(role: _Role, network: nn.Module, images: Tensor, found: Findings) -> None:
-    """The teacher is shown the images after the student."""
+    """Check that the student does not change its images, which the teacher is shown after it."""
     shown = images.clone()
     with torch.no_grad():
         network(shown)
@@ -277,7 +280,7 @@ def _learn(
     found: Findings,
     method: str = "ce",
 ) -> None:
-    """One step without an optimiser: a forward pass in training mode, the loss, its gradient."""
+    """Try a training step without an optimiser: a forward pass in training mode, the loss, its gradient."""
     assert role.recipe is not None, "only what is trained learns"
     some = images[: min(len(images), role.smallest_batch)]
     try:
@@ -312,11 +315,11 @@ def _learn(
 def _explain_training(
     role: _Role, network: nn.Module, error: Exception, some: Tensor, images: Tensor, found: Findings
 ) -> None:
-    """A network that can be asked but not trained, on so few images or at all."""
+    """Add the problem of a network that runs in eval mode but not in training mode, on one image or on any."""
     if len(some) < len(images):
-        with contextlib.suppress(Exception):  # fails with more, too: told below
+        with contextlib.suppress(Exception):  # fails with more images, too: reported below
             network(images.clone())
-            rule = f"must be at least 2: the {role.key} cannot be trained on one image at a time ({_told(error)})"
+            rule = f"must be at least 2: the {role.key} cannot be trained on a single image ({_told(error)})"
             found.add(role.batch_key, rule)
             return
     rule = str(error) if isinstance(error, OutputError) else f"cannot be trained: {_told(error)}"
@@ -324,17 +327,17 @@ def _explain_training(
 
 
 def _total(loss: DistillationLoss, logits: Tensor, teacher_logits: Tensor | None, recipe: RecipeConfig) -> Tensor:
-    """The loss of as many rows as a batch has, up to some: the networks' logits, each time moved a little."""
+    """The loss of as many rows as a batch has, at most `_LOSS_ROWS`: the logits, repeated with a little noise."""
     times = max(1, min(recipe.batch_size, _LOSS_ROWS) // len(logits))
-    rows = _moved(logits, times)
+    rows = _with_noise(logits, times)
     labels = torch.arange(len(rows), device=rows.device) % rows.shape[1]
     if isinstance(loss, CELoss):
         return loss.total(loss.terms(rows, None, labels))
     assert teacher_logits is not None, "every other loss has a teacher"
-    return loss.total(loss.terms(rows, _moved(teacher_logits[: len(logits)], times), labels))
+    return loss.total(loss.terms(rows, _with_noise(teacher_logits[: len(logits)], times), labels))
 
 
-def _moved(logits: Tensor, times: int) -> Tensor:
+def _with_noise(logits: Tensor, times: int) -> Tensor:
     rows = logits.repeat(times, 1)
     return rows + 0.1 * torch.randn_like(rows)
 

@@ -1,6 +1,7 @@
-"""What a sweep's results depend on besides its config, by content: data, weights, networks, a user's code.
+"""What a sweep's results depend on besides its config: data, weights, networks and the user's code, each by its
+content.
 
-Where these lie may change; what they are may not. Each is named by the config key that a user would look at.
+Their places may change, their content may not. Each is named by the config key that it belongs to.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from tune_topkd.user_code import code_hash
 from tune_topkd.user_code import user_modules
 
 VERSION = 1
-"""Of the rules below: identities taken by other rules are not compared."""
+"""Of the rules by which identities are taken; those of other versions are not compared."""
 
 DATA, TEACHER, TEACHER_NETWORK = "data", "teacher.checkpoint", "teacher.name"
 STUDENT, STUDENT_NETWORK, CODE = "student.checkpoint", "student.name", "code"
@@ -28,11 +29,11 @@ _WHAT = {
 
 
 def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
-    """Each thing's identity by its config key; a module of the user's by `code MODULE`.
+    """The identities of everything that results depend on, by config key; of the user's modules by `code MODULE`.
 
     Args:
-        config: whose data, networks and loss.
-        teacher_file: the teacher's weights, where there are any.
+        config: names the data, networks and loss.
+        teacher_file: the teacher's weights, if there are any.
 
     Raises:
         ValueError: something is missing or cannot be read.
@@ -61,13 +62,13 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
 
 
 def file_hashes(config: PairConfig, found: Mapping[str, str], teacher_file: Path | None) -> dict[str, str]:
-    """SHA-256 by path of the weights among some identities: trials look that these are still the same."""
+    """The SHA-256 of each file of weights by its path, which trials compare with the file before they use it."""
     paths = {TEACHER: teacher_file, STUDENT: config.student.checkpoint}
     return {str(path): found[key] for key, path in paths.items() if path is not None and key in found}
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str], config: PairConfig) -> list[Problem]:
-    """What is no longer what it was, a problem each; what only one of the two has is not compared."""
+    """A problem for each identity that has changed; those that only one of the two has are not compared."""
     values = {
         DATA: config.data.root,
         TEACHER: config.teacher and config.teacher.checkpoint,
@@ -83,10 +84,11 @@ def changes(before: Mapping[str, str], now: Mapping[str, str], config: PairConfi
 
 
 def _rule(key: str) -> str:
-    cure = "put back what it was"
+    cure = "restore it"
     if key in (DATA, TEACHER, STUDENT):
-        cure += f", or say where that lies: `resume --set {'data.root' if key == DATA else key}=PATH`"
+        cure += f", or say where the old one is: `resume --set {'data.root' if key == DATA else key}=PATH`"
+    what = _WHAT.get(key, "this file of yours")
     return (
-        f"{_WHAT.get(key, 'this file of yours')} changed since the sweep began, and trials of both would be mixed; {cure}; "
-        "to use what is there now, `run` a new sweep under another name"
+        f"{what} changed since the sweep began, and its trials would not be comparable; {cure}; "
+        "to use the new one, `run` a new sweep under another name"
     )

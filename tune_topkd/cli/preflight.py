@@ -1,6 +1,6 @@
-"""What can be known to be wrong before anything starts: a config against the datasets, networks, losses and machine.
+"""Checks of a config before anything starts: against the datasets, networks, losses and machine that it names.
 
-`config` checks what a YAML says by itself; here it meets the rooms it names. All problems are reported at once.
+`config` checks a YAML by itself; here it is checked against the rooms that it names. All problems are reported at once.
 """
 
 import contextlib
@@ -41,25 +41,26 @@ from tune_topkd.space import Space
 SPACES = "search_spaces"
 """The folder of the search spaces that have names."""
 
-CORNERS_CHECKED = 4096  # all of a space of eleven ranges; of a larger one the first so many
+CORNERS_CHECKED = 4096
+"""Corners of a space at which the loss is built: all of a space of up to twelve ranges."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A config that has been found to fit, and what is worth saying about it."""
+    """A config without problems, and what a person should know about it."""
 
     config: SweepConfig
     source: str
     warnings: tuple[str, ...] = ()
     is_reviewed: bool = False
-    """Whether it is one of the project's own spaces as it is: its warnings are known, and `check` tells them."""
+    """Whether it is one of this project's spaces, unchanged: only `check` tells its warnings, which are known."""
 
 
 def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
-    """Read a search space and check it against the rooms it names.
+    """Read the search space of a new sweep and check it against the rooms that it names.
 
     Args:
-        source: a YAML's path, or the bare name of one in `search_spaces/`.
+        source: the path of a YAML, or the bare name of one in `search_spaces/`.
         overrides: values from the command line.
 
     Raises:
@@ -75,19 +76,19 @@ def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
 
 
 def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
-    """Check the frozen config of a sweep against the rooms it names, as they are now.
+    """Check the frozen config of a sweep against the rooms that it names, as they are now.
 
     Args:
-        config: with its files where they are now.
-        source: stands in the error.
-        begun_in: the working directory that the sweep was last driven from: a user's modules may lie there.
+        config: the frozen config, with the present places of its files.
+        source: names the config in the error.
+        begun_in: the working directory that the sweep was last run from, where the user's modules may be.
 
     Raises:
         ConfigError: with every problem found.
     """
     problems = list(_problems(config))
     if problems and begun_in is not None and begun_in != os.getcwd():
-        problems.append(_problem("", f"the sweep was driven from {begun_in}: what it imports may be found there only"))
+        problems.append(_problem("", f"the sweep was run from {begun_in}: what it imports may be found only there"))
     if problems:
         raise ConfigError(source, problems)
 
@@ -109,7 +110,7 @@ _PairT = TypeVar("_PairT", bound=PairConfig)
 
 
 def _with_absolute_paths(config: _PairT) -> _PairT:
-    """The config with its files where they are now: trials run in other folders."""
+    """The config with absolute paths, since trials run in other folders."""
     from tune_topkd.data import data_root
     from tune_topkd.data import needs_files
 
@@ -126,10 +127,10 @@ def _with_absolute_paths(config: _PairT) -> _PairT:
 
 
 def check_machine(config: SweepConfig, source: str) -> None:
-    """Check that this machine has room for one trial, before Ray is started for it.
+    """Check that this machine has the CPUs and GPUs for one trial, before Ray is started.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it has fewer.
     """
     import torch
 
@@ -148,7 +149,7 @@ def check_machine(config: SweepConfig, source: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make sure that files can be made in `folder`, which is made if need be.
+    """Check that files can be written in `folder`, which is made if need be.
 
     Raises:
         ConfigError: they cannot; nothing is left behind.
@@ -164,10 +165,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_mlflow_uri(uri: str) -> None:
-    """Check the form of a tracking URI; whether anything answers there is the tracker's to find out.
+    """Check the form of a tracking URI, without connecting to it.
 
     Raises:
-        ConfigError: MLflow would keep no runs there.
+        ConfigError: MLflow keeps no runs at such a URI.
     """
     from tune_topkd.tracking import masked
     from tune_topkd.tracking import uri_problem
@@ -177,7 +178,7 @@ def check_mlflow_uri(uri: str) -> None:
 
 
 def loss_defaults(config: PairConfig) -> dict[str, Scalar]:
-    """The defaults of the method's loss that a tuned config can hold, numbers of numpy's and torch's as Python's own."""
+    """The defaults of the method's loss that a tuned config can hold; numbers of numpy and torch become Python's."""
     from tune_topkd.loss import loss_parameters
 
     defaults = ((name, _plain(value)) for name, value in loss_parameters(config.method).items())
@@ -185,32 +186,33 @@ def loss_defaults(config: PairConfig) -> dict[str, Scalar]:
 
 
 def _plain(value: object) -> Scalar | None:
-    """A default as a config can say it; None if it cannot."""
+    """A default as a plain value that a config can hold; None if there is none."""
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "ndim", None) == 0:
         value = item()
     return value if isinstance(value, Scalar) and type(value) in (bool, int, float, str) else None
 
 
-@functools.lru_cache(maxsize=256)  # asked at each corner of a space
+@functools.lru_cache(maxsize=256)  # called at each corner of a space
 def _can_be_kept(value: Scalar) -> bool:
-    """Whether a value is the same after it was written to a YAML and read again."""
+    """Whether a value survives being written to a YAML and read again."""
     if isinstance(value, float) and not math.isfinite(value):
         return False
     try:
         text = yaml.safe_dump({"value": value}, allow_unicode=True).encode()
         return bool(yaml.safe_load(text)["value"] == value)
-    except (yaml.YAMLError, ValueError):  # text that no file can hold, a number of too many digits
+    except (yaml.YAMLError, ValueError):  # a text that no file can hold, a number with too many digits
         return False
 
 
 def usable_parameters(config: PairConfig) -> dict[str, Scalar] | None:
-    """Parameters of the loss that a training of this config may have: the defaults, or else a corner of the space."""
+    """Parameters with which the loss can be built: the defaults, else those of a corner of the space; None if none
+    can."""
     num_classes, fixed = _num_classes(config), loss_defaults(config) | config.loss
     if not _refusal(config, {}, num_classes):
         return fixed
     if isinstance(config, SweepConfig):
-        with contextlib.suppress(ValueError):  # a conditional range that is empty: another's to tell
+        with contextlib.suppress(ValueError):  # a conditional range that is empty, which another check reports
             for corner in itertools.islice(Space.of(config).corners(), CORNERS_CHECKED):
                 if not _refusal(config, corner, num_classes):
                     return fixed | {n: v for n, v in corner.items() if n not in RECIPE_PARAMETERS}
@@ -218,13 +220,13 @@ def usable_parameters(config: PairConfig) -> dict[str, Scalar] | None:
 
 
 def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
-    """What a search tries before it draws anything: the defaults, as far as they are searched."""
+    """The proposals that a search begins with: the defaults, if all searched parameters have one."""
     defaults = loss_defaults(config) | config.recipe.model_dump(include=set(RECIPE_PARAMETERS))
     return [{name: defaults[name] for name in config.space}] if set(config.space) <= set(defaults) else []
 
 
 def space_names() -> list[str]:
-    """The search spaces that can be had by their bare names: those beside the user and the project's own."""
+    """The search spaces that can be had by their bare names: those of the working directory and the project's own."""
     return sorted({path.stem for folder in _space_folders() for path in folder.glob("*.yaml")})
 
 
@@ -235,10 +237,10 @@ def _space_folders() -> tuple[Path, ...]:
 
 
 def _space_path(source: str) -> Path:
-    """Where a search space is: a path, or one of the spaces by name or file, from wherever the user is.
+    """The path of a search space that is given by its path, its bare name or its file's name.
 
     Raises:
-        ConfigError: nowhere; tells which there are.
+        ConfigError: there is none; names those that there are.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -253,7 +255,7 @@ def _space_path(source: str) -> Path:
 
 
 def _known_spaces(name: str) -> str:
-    """The spaces there are, those with names like this one first; the others by their datasets."""
+    """The known spaces as text, those with similar names first, the others grouped by dataset."""
     names = space_names()
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -270,7 +272,7 @@ def _problem(key: str, rule: str, *value: object) -> Problem:
 
 
 def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[Problem]:
-    """Every problem of a sweep's config; what is only worth saying is added to the notes."""
+    """Every problem of a sweep's config; what is no problem but should be known is added to the notes."""
     problems = list(_pair_problems(config, notes))
     yield from problems
     if problems:
@@ -319,7 +321,7 @@ def _loss_problems(config: PairConfig, num_classes: int, notes: list[str] | None
 
     try:
         known = loss_parameters(config.method)
-    except (ValueError, TypeError) as error:  # a callable of the user's that cannot be had
+    except (ValueError, TypeError) as error:  # a callable of the user's that cannot be imported
         yield _problem("method", str(error))
         return
     unknown = [name for name in config.loss if name not in known]
@@ -335,14 +337,14 @@ def _loss_problems(config: PairConfig, num_classes: int, notes: list[str] | None
 
 
 def _default_problems(config: SweepConfig, known: Mapping[str, object], notes: list[str] | None) -> Iterator[Problem]:
-    """A default that the tuned config cannot hold would be found out once the whole sweep has been run."""
+    """Defaults that the tuned config cannot hold, which would otherwise be found at the end of the sweep."""
     for name, default in known.items():
         if name in config.loss or name in config.space or default is None:
             continue
         value = _plain(default)
         if value is None and notes is not None:
             notes.append(
-                f"loss.{name} is what the code of {config.method} says: no tuned config can hold {default!r:.60}"
+                f"loss.{name} is set by the code of {config.method}: no tuned config can hold its value {default!r:.60}"
             )
         elif value is not None and not _can_be_kept(value):
             rule = "the default cannot be kept in a tuned config: set it here to a finite number, text, true or false"
@@ -350,7 +352,7 @@ def _default_problems(config: SweepConfig, known: Mapping[str, object], notes: l
 
 
 def _k_problems(config: PairConfig, num_classes: int) -> Iterator[Problem]:
-    """K where it is not searched: fixed, or the method's default."""
+    """Problems of a K that is not searched, but fixed or the method's default."""
     if (isinstance(config, SweepConfig) and "k" in config.space) or not _has_top_k(config):
         return
     k = (loss_defaults(config) | config.loss)["k"]
@@ -361,7 +363,7 @@ def _k_problems(config: PairConfig, num_classes: int) -> Iterator[Problem]:
 
 
 def _has_top_k(config: PairConfig) -> bool:
-    """Whether `k` is TopKD's: a loss of the user's may call another thing so."""
+    """Whether `k` is TopKD's K; a user's loss may use the name for something else."""
     return "topkd" in config.method.split("+")
 
 
@@ -372,8 +374,8 @@ def _space_name_problems(config: SweepConfig) -> Iterator[Problem]:
     for name in config.space:
         if name in defaults and name in RECIPE_PARAMETERS:
             rule = (
-                f"is a parameter of the recipe and of method {config.method} too, and a space cannot say which: give the "
-                f"loss's another name in its code; loss.{name} and recipe.{name} can fix either"
+                f"is a parameter of both the recipe and method {config.method}, and a space cannot say which: rename "
+                f"the loss's in its code, or fix them by loss.{name} and recipe.{name}"
             )
             yield _problem(f"space.{name}", rule)
         elif name not in defaults and name not in RECIPE_PARAMETERS:
@@ -383,7 +385,7 @@ def _space_name_problems(config: SweepConfig) -> Iterator[Problem]:
 
 
 def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
-    """Build the loss at every corner of the space: what a trial would be refused for is found here."""
+    """Build the loss at the corners of the space, so that no trial is refused later."""
     k = config.space.get("k") if _has_top_k(config) else None
     if k is not None and k.choices is None and isinstance(k.high, float | int) and k.high > num_classes:
         rule = f"must be at most {num_classes}, the number of classes of {config.data.name}"
@@ -414,7 +416,7 @@ def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
 def _refusal(
     config: PairConfig, params: Mapping[str, Scalar], num_classes: int, defaults: Mapping[str, Scalar] | None = None
 ) -> str:
-    """What a training with these parameters would be refused for, if anything."""
+    """The reason for which a training with these parameters would be refused; empty if it would not be."""
     from tune_topkd.loss import build_loss
 
     values = config.loss | {n: v for n, v in params.items() if n not in RECIPE_PARAMETERS}
@@ -430,7 +432,7 @@ def _refusal(
 
 
 def _kind_problems(config: SweepConfig) -> Iterator[Problem]:
-    """A whole-number parameter needs a range of whole numbers, and a yes/no one a choice."""
+    """Integer parameters whose range is not of integers, and boolean ones without a list of choices."""
     defaults = loss_defaults(config)
     for name, parameter in config.space.items():
         default = defaults.get(name)
@@ -448,7 +450,7 @@ def _is_whole(name: str, parameter: ParameterRange) -> bool:
 
 
 def _points(config: SweepConfig) -> float:
-    """How many different trials there can be."""
+    """The number of different trials that the space allows."""
     return math.prod(map(_values, Space.of(config).axes()))
 
 
@@ -479,6 +481,6 @@ def _warnings(config: SweepConfig) -> Iterator[str]:
         yield from data_notes(config.data)
     if "batch_size" in config.space and config.method == "topkd" and not config.loss.get("contrastive_batch"):
         yield (
-            "the contrastive loss means another thing at each batch size, which is searched; "
-            "loss.contrastive_batch fixes the number of samples it contrasts"
+            "the batch size is searched, and the contrastive loss depends on it; "
+            "loss.contrastive_batch fixes the number of samples that it contrasts"
         )

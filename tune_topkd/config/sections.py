@@ -97,6 +97,7 @@ class DataConfig(_Section):
     """A dataset by name and how it is split; the split is stratified and a function of `split_seed`."""
 
     name: str
+    """A dataset of this project, or `package.module:source`, one of the user's."""
     root: str | None = None
     """Folder the datasets lie in; by default `$TUNE_TOPKD_DATA_DIR`, or `data` in the working directory."""
     download: bool = False

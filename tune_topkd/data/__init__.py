@@ -1,20 +1,25 @@
 """Datasets by name, their splits, and batches of them on the device.
 
-Images that are in memory stay uint8 where the split lies (in the GPU's memory, if that is where it was moved); those of
-the large datasets stay in their files and are decoded when they come into a batch. They are normalised batch by batch.
-All randomness is a counter-based hash, not a generator with a state: the order of an epoch depends on nothing but (seed,
-epoch) and the view of an image on nothing but (seed, epoch, index), so that it is the same for every batch size and
-number of worker processes, and a resumed or repeated epoch is the same epoch.
+Small images are uint8 tensors in memory, on the GPU if the split was moved there; large ones stay in their files and
+are decoded when they come into a batch. Both are normalised batch by batch. All randomness is a counter-based hash
+without a state: the order of an epoch is a function of (seed, epoch), and the view of an image one of (seed, epoch,
+index). So both are the same for every batch size and number of worker processes, and a resumed or repeated epoch is the
+same epoch.
+
+Inside: `sources` says what a dataset has to offer, `formats`, `folders` and `glyphs` are those of this project,
+`outside` and `conformance` are for those of others; `datasets` finds one by its name and splits it, `splits` is what
+comes out, `saving` shares it between processes; `batches` and `views` make batches of it, in `workers` if need be, by
+`randomness`; `decoding`, `walking`, `notes` and `identity` look at files.
 """
 
 from tune_topkd.data.batches import Batch
 from tune_topkd.data.batches import batches_of
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
-from tune_topkd.data.batches import image_size
+from tune_topkd.data.batches import normalised_views
 from tune_topkd.data.batches import plain_images
-from tune_topkd.data.batches import shown
 from tune_topkd.data.batches import train_batches
+from tune_topkd.data.batches import view_side
 from tune_topkd.data.datasets import check_readable
 from tune_topkd.data.datasets import data_notes
 from tune_topkd.data.datasets import dataset_info
@@ -63,18 +68,18 @@ __all__ = [
     "epoch_order",
     "eval_batches",
     "fingerprint",
-    "image_size",
     "load_dataset",
     "load_saved",
     "missing_data",
     "needs_files",
+    "normalised_views",
     "numbered_views",
     "plain_images",
     "read_as",
     "save_dataset",
-    "shown",
     "train_batches",
     "view",
     "view_count",
     "view_numbers",
+    "view_side",
 ]

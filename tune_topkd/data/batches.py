@@ -1,4 +1,4 @@
-"""Batches of a split on its device: in a random order and augmented to train on, as they are to evaluate on."""
+"""Batches of a split on its device: shuffled and augmented for training, in order and plain for evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,17 +24,18 @@ from tune_topkd.data.views import view
 from tune_topkd.data.views import views_of
 
 CHUNK_BYTES = 2**24
-"""Size of the float images that are prepared at once: on small images a call per batch costs more than its work. More
-than the allocator keeps costs twice as much."""
+"""Size of the float images that are prepared at once: with small images, the calls for one batch cost more than the
+work on it. Chunks that are larger than what the allocator reuses take twice as long."""
 
 EVAL_BATCH = 512
-"""Images that are evaluated at once, if they are so small that their pixels stay below `EVAL_BYTES`."""
+"""Images per batch of an evaluation, fewer where their float pixels would exceed `EVAL_BYTES`."""
 EVAL_BYTES = 2**26
-"""Of their float images at most, unless one alone has more."""
+"""The largest size of a batch of an evaluation, unless a single image exceeds it."""
 
 
 class Batch(NamedTuple):
-    """Normalised images `(B, C, H, W)` float32, labels `(B,)` int64, and the images' indices in the split `(B,)` int64."""
+    """Normalised images `(B, C, H, W)` float32, labels `(B,)` int64, and the images' indices in the split `(B,)`
+    int64."""
 
     images: Tensor
     labels: Tensor
@@ -53,28 +54,28 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of one epoch, shuffled and augmented, on the device of `split`.
 
-    Every batch has `batch_size` images; the rest of the epoch's order, fewer than that, is left out: the contrastive
-    loss and batch norm depend on the batch size, and a last batch of one would have no contrast and no variance. The
-    images left out are others in each epoch. A split smaller than a batch is one batch.
+    Every batch has `batch_size` images. The last images of the order, too few for a batch, are left out, other ones in
+    each epoch: the contrastive loss and batch norm depend on the batch size, and a batch of one image has neither
+    contrast nor variance. A split smaller than a batch is one batch.
 
     Args:
         split: what to train on.
         batch_size: images per batch.
-        seed: with `epoch`, all that the order and the views depend on.
+        seed: order and views are functions of it and of `epoch`.
         epoch: absolute, from 1.
         augment: how views are made.
         mean: per channel, with pixels from 0 to 1.
         std: likewise.
 
     Raises:
-        DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+        DataError: an image file cannot be decoded, or has another size than the others; it is named.
     """
     order = epoch_order(split, batch_size=batch_size, seed=seed, epoch=epoch)
     normalise = _normaliser(mean, std, split.device)
     if isinstance(split, FileSplit) or not goes_by_batch(augment):
         batches = torch.split(order, batch_size)
         made = views_of(split, batches, augment=augment, seed=seed, epoch=epoch)
-        side = image_size(split)
+        side = view_side(split)
         for indices, (images, kept) in zip(batches, made, strict=True):
             pixels = normalise(resized(images.to(split.device, non_blocking=True), side))
             if kept is not None:
@@ -89,13 +90,13 @@ def train_batches(
 
 
 def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: int) -> Iterator[Batch]:
-    """The batches of a training's epoch, from 1: `train_batches` as its config has them.
+    """The batches of one epoch of a training: `train_batches` with the values of its config.
 
     Args:
         config: the training's.
         dataset: its dataset.
-        split: the training split, on the device that the batches come to lie on.
-        epoch: absolute.
+        split: the training split, on the device of the batches.
+        epoch: absolute, from 1.
 
     Raises:
         DataError: as `train_batches`.
@@ -112,7 +113,7 @@ def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: in
 
 
 def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """The images of an epoch's batches in their order, `(n,)` int64 on the device of `split`."""
+    """The indices of an epoch's images in the order of its batches, `(n,)` int64 on the device of `split`."""
     order = random_order(len(split), seed, epoch, ORDER, split.device)
     return order[: len(split) - len(split) % batch_size or len(split)]
 
@@ -125,7 +126,7 @@ def plain_images(split: AnySplit, indices: Tensor) -> Tensor:
         indices: which images, `(B,)` int64 on the CPU.
 
     Raises:
-        DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+        DataError: as `train_batches`.
     """
     if isinstance(split, Split):
         return split.images[indices.to(split.device)]
@@ -133,12 +134,12 @@ def plain_images(split: AnySplit, indices: Tensor) -> Tensor:
     return images.to(split.device)
 
 
-def image_size(split: AnySplit) -> int | None:
+def view_side(split: AnySplit) -> int | None:
     """The side that the views of a split are resized to; None where they have it."""
     return split.image_size if isinstance(split, Split) else None
 
 
-def shown(
+def normalised_views(
     images: Tensor,
     numbers: Tensor,
     *,
@@ -167,13 +168,19 @@ def shown(
 def eval_batches(
     split: AnySplit, *, mean: Sequence[float], std: Sequence[float], batch_size: int | None = None
 ) -> Iterator[Batch]:
-    """All images in their order, not augmented but normalised, on the device of `split`; the last batch may be smaller.
+    """All images of a split in their order, normalised and not augmented, on its device; the last batch may be smaller.
 
-    An image file is resized so that its shorter side is 8/7 of the split's and the middle is cut out (256 and 224),
-    unless it has the split's size.
+    An image file that has not the split's size is resized until its shorter side is 8/7 of it, and its centre is
+    cropped, as 256 and 224 are usual.
+
+    Args:
+        split: of which.
+        mean: per channel, with pixels from 0 to 1.
+        std: likewise.
+        batch_size: images per batch; by default `EVAL_BATCH`, fewer of large images.
 
     Raises:
-        DataError: an image file that cannot be decoded, or is not of the size that all are of; it is named.
+        DataError: as `train_batches`.
     """
     normalise = _normaliser(mean, std, split.device)
     size = batch_size or min(EVAL_BATCH, max(1, EVAL_BYTES // _image_bytes(split)))

@@ -1,4 +1,4 @@
-"""Datasets by name: what is known of them, whether their files are there, and how they are split."""
+"""Datasets by name: their shape, whether their files are there, and how they are split."""
 
 import dataclasses
 import functools
@@ -50,21 +50,22 @@ from tune_topkd.data.views import resized
 from tune_topkd.user_code import is_users
 
 MEASURED_FILES = 10_000
-"""Image files that mean and standard deviation are taken from, drawn out of the training split if it has more."""
+"""Image files that mean and standard deviation are measured on: a random sample of the training split, if it has
+more."""
 
 CHECKED_IMAGES = 32
-"""Training images that are looked at where the constants are known."""
+"""Training images that are checked where mean and standard deviation are known."""
 
 _RESIZED_AT_ONCE = 4096
 
 
 def dataset_names() -> list[str]:
-    """The names `load_dataset` knows."""
+    """The datasets of this project, by the names that `load_dataset` knows."""
     return sorted(SOURCES)
 
 
 def dataset_info(config: DataConfig) -> DatasetInfo:
-    """Class count and shape of the images in batches; loads no images, and looks at the disk only for image_folder.
+    """Number of classes and shape of the images of batches; loads no images, and reads the disk only for image_folder.
 
     Raises:
         DataError: an unknown name or argument, or what is needed from the disk is not there.
@@ -86,7 +87,7 @@ def needs_files(config: DataConfig) -> bool:
 def missing_data(config: DataConfig) -> str | None:
     """What must be put where before the dataset can be loaded; None if the files are there or can be downloaded.
 
-    A look at names alone, though a thorough look may find files damaged.
+    Looks at names alone; the files may still be damaged.
 
     Raises:
         DataError: an unknown name or argument.
@@ -95,11 +96,12 @@ def missing_data(config: DataConfig) -> str | None:
 
 
 def data_notes(config: DataConfig) -> list[str]:
-    """What is worth saying of a dataset that is there: files that are not read, or not whole; nothing if it is missing.
+    """What a person should know of a dataset: files that are not read, or lose something; empty if the files are
+    missing.
 
     Raises:
-        DataError: an unknown name or argument, files that are not laid out as they must be, or one of the images looked
-            at that cannot be decoded.
+        DataError: an unknown name or argument, files that are not laid out as they must be, or an image that cannot be
+            decoded among those that are looked at.
     """
     source = _source(config)
     return [] if source.missing(config) is not None else list(source.notes(config))
@@ -109,13 +111,14 @@ def fingerprint(config: DataConfig, dataset: Dataset | None = None) -> str:
     """16 hex digits for the images and labels, wherever they lie; downloads if told to.
 
     Of the few files of CIFAR and STL-10, and of the digits, all bytes count. Of folders of images, all names and sizes
-    and the bytes of lists and of `identity.SAMPLED` images count: an image outside the sample that is replaced by another
-    of the same size goes unnoticed. Of glyphs, the fonts and some images count. Of a user's dataset, what its
+    and the bytes of lists and of `identity.SAMPLED` images count: an image outside the sample that is replaced by
+    another of the same size goes unnoticed. Of glyphs, the fonts and some images count. Of a user's dataset, what its
     `Source.identity` says. A file whose times have not changed is not hashed again by the same process.
 
     Args:
         config: names the dataset.
-        dataset: what `load_dataset` or `load_saved` gave for it; spares reading a user's dataset that has no identity of
+        dataset: what `load_dataset` or `load_saved` gave for it; spares reading a user's dataset that has no identity
+        of
             its own.
 
     Raises:
@@ -142,21 +145,21 @@ def check_readable(config: DataConfig) -> None:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """The dataset of a config, on the CPU, split as it says; kept in memory for the next call.
+    """The dataset of a config, on the CPU, split as the config says; cached in memory.
 
-    A test part of the dataset's own stays whole, and the validation split is drawn from the training part.
+    The validation split is drawn from the training part; so is the test split where the dataset has no test part.
 
     Raises:
         DataError: an unknown name or argument; files that are missing, cannot be downloaded, are damaged or not laid
             out as they must be; or fractions that leave a split without an image of some class.
     """
     _get(_source(config), config)
-    root = str(data_root(config)) if needs_files(config) else ""  # the working directory is another for each trial
+    root = str(data_root(config)) if needs_files(config) else ""  # each trial has its own working directory
     return _loaded(read_as(config), root, config.workers or 0)
 
 
 def read_as(config: DataConfig) -> str:
-    """All that the images, labels and splits of a dataset depend on besides its files, as JSON."""
+    """Everything in a config that the images, labels and splits of a dataset depend on besides its files, as JSON."""
     alike = {"root": None, "download": False, "workers": None, "augment": AugmentConfig()}
     return config.model_copy(update=alike).model_dump_json()
 
@@ -206,7 +209,7 @@ def _told(classes: list[str]) -> str:
 
 
 def _left_without(config: DataConfig, kind: str, classes: str, *, has_own_test: bool) -> str:
-    """What to say of fractions that leave a split without an image of some classes."""
+    """The message about fractions that leave a split without an image of some classes."""
     fractions = {"val_fraction": config.val_fraction}
     if not has_own_test:
         fractions["test_fraction"] = config.test_fraction
@@ -242,7 +245,7 @@ def _prepared(split: AnySplit, config: DataConfig) -> AnySplit:
 
 
 def _get(source: Source, config: DataConfig) -> None:
-    """See that the files are there, downloading them if the config says so."""
+    """Make sure that the files are there; download them if the config says so."""
     text = source.missing(config)
     if text is None:
         return
@@ -261,7 +264,7 @@ def _get(source: Source, config: DataConfig) -> None:
 
 
 def _constants(source: Source, config: DataConfig, train: AnySplit) -> Constants:
-    """Those given, those of the field, or else the training split's, whose pixels are looked at in each case."""
+    """The constants of the config, those of the field, or else those of the training split; its pixels are checked."""
     known = _known_constants(source, config, train.batch_shape[0])
     if known is None and isinstance(train, Split):
         looked_at: AnySplit = train
@@ -270,7 +273,7 @@ def _constants(source: Source, config: DataConfig, train: AnySplit) -> Constants
         most = MEASURED_FILES if known is None else CHECKED_IMAGES
         looked_at = train.subset(random_order(len(train), config.split_seed, 0, SAMPLE, train.device)[:most])
         if known is not None:
-            looked_at = dataclasses.replace(looked_at, workers=0)  # a process takes longer to start than they do
+            looked_at = dataclasses.replace(looked_at, workers=0)  # starting a process takes longer
         batches = (images for images, _ in raw_batches(looked_at, 64))
     mean, std = _channel_statistics(batches)
     if known is None or not any(std):
@@ -290,7 +293,8 @@ def _known_constants(source: Source, config: DataConfig, channels: int) -> Const
 
 
 def _check_pixels(config: DataConfig, mean: tuple[float, ...], std: tuple[float, ...], looked_at: AnySplit) -> None:
-    """Refuse images that nothing can be learnt from, and those that cannot be normalised by their own statistics."""
+    """Refuse images that are all of one colour, and a channel without variance where the statistics are the images'
+    own."""
     file = f" (the first of them: {looked_at.paths[0]})" if isinstance(looked_at, FileSplit) else ""
     start = f"dataset {config.name!r}: the {len(looked_at):,} training images looked at{file}"
     values = [round(255 * value) for value in mean]
@@ -308,7 +312,7 @@ def _check_pixels(config: DataConfig, mean: tuple[float, ...], std: tuple[float,
 def _channel_statistics(batches: Iterable[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, with pixels from 0 to 1.
 
-    In whole numbers, so that they depend neither on how the images are batched nor on how many threads add them up.
+    The sums are of integers, so that they depend neither on how the images are batched nor on the number of threads.
     """
     total, squares, count = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), 0
     for images in batches:
@@ -331,7 +335,7 @@ def _load_digits() -> Split:
 
 
 def _digits_hash() -> str:
-    """Of the file that scikit-learn reads, which saves importing it, or of the digits themselves if it is elsewhere."""
+    """A hash of the file that scikit-learn reads, without importing it; if the file is elsewhere, of the digits."""
     spec = importlib.util.find_spec("sklearn")
     for place in (spec and spec.submodule_search_locations) or ():
         path = Path(place) / "datasets" / "data" / "digits.csv.gz"
@@ -342,7 +346,7 @@ def _digits_hash() -> str:
 
 
 class _Glyphs(Source):
-    """Rendered characters with a test part of their own; the arguments are those of `glyphs.load`."""
+    """Rendered characters with a test part of their own; takes the arguments of `glyphs.load`."""
 
     kwargs = frozenset(inspect.signature(glyphs.load).parameters)
 
@@ -358,7 +362,7 @@ class _Glyphs(Source):
         return Parts(Split(*train), Split(*test))
 
     def identity(self, config: DataConfig) -> object:
-        """Of the fonts and of an image of each class, which changes with Pillow and numpy."""
+        """A hash of the fonts and of an image of each class, which changes with Pillow and numpy."""
         return glyphs.identity(config.kwargs.get("seed", 0))
 
 

@@ -1,7 +1,7 @@
-"""Image files as RGB of 8 bits: what cannot be brought to that without loss is refused by name.
+"""Image files as RGB of 8 bits; files that would be misread are refused.
 
-As torchvision has it: of several frames the first counts, what is beneath transparency is shown, neither the camera's
-orientation (Exif) nor colour profiles are applied, and 16 bits become 8 by their higher byte.
+As in torchvision, the first of several frames is read, transparency is dropped, neither the orientation (Exif) nor a
+colour profile is applied, and of 16 bits the higher 8 are kept.
 """
 
 import struct
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _TIFF_BITS = 258
-"""Tag of a TIFF that says how many bits a value has."""
+"""Tag of a TIFF file for the number of bits of a value."""
 
 
 class ImageFileError(DataError):
-    """An image file that cannot be used; the message names it, and says why and what to do."""
+    """An image file cannot be used; the message names it and says why and what to do."""
 
 
 def decoded(path: str) -> Tensor:
     """An image file as RGB, `(3, H, W)` uint8.
 
     Raises:
-        ImageFileError: it cannot be read, decoded, or brought to 8 bits without loss.
+        ImageFileError: it cannot be read or decoded, or nothing says how to bring its values to 8 bits.
     """
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -45,17 +45,17 @@ def decoded(path: str) -> Tensor:
 
 
 def has_transparency(image: "Image.Image") -> bool:
-    """Whether an image has an alpha channel, or a colour that stands for none."""
+    """Whether an image has an alpha channel, or a colour that stands for transparency."""
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
 def is_deep(image: "Image.Image") -> bool:
-    """Whether an image has 16 bits of grey, which Pillow by itself would clip to 8."""
+    """Whether an image has up to 16 bits of grey, which Pillow by itself would clip to 8."""
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def depth(image: "Image.Image") -> int:
-    """Bits of a value of an image that `is_deep`."""
+    """Bits per value of an image that `is_deep`."""
     tags: Any = getattr(image, "tag_v2", {})
     return int(tags.get(_TIFF_BITS, (16,))[0])
 
@@ -67,7 +67,7 @@ def _rgb(image: "Image.Image", path: str) -> "Image.Image":
         return _grey(_scaled(np.asarray(image), path))
     if image.mode == "I":
         raise ImageFileError(
-            f"{path}: has whole numbers of 32 bits (mode I), of which nothing says what white is; convert it to 8 or 16 bits"
+            f"{path}: has integers of 32 bits (mode I), and nothing says which value is white; convert it to 8 or 16 bits"
         )
     if has_transparency(image):
         return _opaque(image, path)
@@ -81,13 +81,13 @@ def _grey(values: "np.ndarray[Any, Any]") -> "Image.Image":
 
 
 def _scaled(values: "np.ndarray[Any, Any]", path: str) -> "np.ndarray[Any, Any]":
-    """Floats from 0 to 1, as they are usual, from 0 to 255."""
+    """Floats from 0 to 1, scaled to 0 to 255."""
     if values.min() >= 0 and values.max() <= 1:  # neither holds of NaN
         scaled: np.ndarray[Any, Any] = np.rint(values * 255)
         return scaled
     raise ImageFileError(
-        f"{path}: has floating-point pixels (mode F) from {values.min():g} to {values.max():g}; only 0 to 1 is known to "
-        "mean black to white: scale it to that, or convert it to 8 or 16 bits"
+        f"{path}: has floating-point pixels (mode F) from {values.min():g} to {values.max():g}; only floats from 0 "
+        "(black) to 1 (white) are read: scale it to that, or convert it to 8 or 16 bits"
     )
 
 
@@ -96,7 +96,7 @@ def _opaque(image: "Image.Image", path: str) -> "Image.Image":
     is_even = [channel.getextrema()[0] == channel.getextrema()[1] for channel in whole.split()]
     if is_even == [True, True, True, False]:
         raise ImageFileError(
-            f"{path}: is drawn in its transparency alone: its colour is the same everywhere, and transparency is left out; "
-            "flatten it onto a background of another colour"
+            f"{path}: has the same colour everywhere and is drawn by its transparency alone, which is ignored; flatten it "
+            "onto a background of another colour"
         )
     return whole.convert("RGB")

@@ -33,17 +33,17 @@ from tune_topkd.data.walking import subfolders
 
 _DECODED_AT_ONCE = 256
 _PROBED = 200
-"""Images whose size is looked at before anything is loaded; of those that are loaded, all are."""
+"""Images whose size is checked before anything is loaded; when they are loaded, all are checked."""
 
 
 def _missing_parts(config: DataConfig, folder: Path, remedy: str) -> str | None:
-    """What to do about a folder without train or val; None if it has both."""
+    """The message about a folder without train or val; None if it has both."""
     absent = [name for name in ("train", "val") if not (folder / name).is_dir()]
     return put_there(config, f"{folder} has no {' and no '.join(absent)}", remedy) if absent else None
 
 
 class Images:
-    """Paths of image files and the numbers of their classes, in step, and the walks that found them."""
+    """The image files of a part: a path and a class number for each, and the listings that they were found in."""
 
     def __init__(self, found: Iterable[tuple[str, int]], listings: Sequence[Listing], classes: Sequence[str]) -> None:
         pairs = list(found)
@@ -53,11 +53,11 @@ class Images:
         self.classes = tuple(classes)
 
     def split(self, size: tuple[int, int], *, fitted: bool, workers: int) -> FileSplit:
-        """As they come into batches."""
+        """The part as a split that decodes them batch by batch."""
         return FileSplit(self.paths, torch.tensor(self.labels), size, fitted, workers)
 
     def others(self) -> Counter[str]:
-        """How many files beside the images are neither images nor texts, by their ending."""
+        """Number of files beside the images that are neither images nor texts, by their ending."""
         return sum((found.others for found in self.listings), Counter())
 
 
@@ -69,10 +69,10 @@ def _all_paths(parts: Iterable[Images]) -> Iterable[str]:
 
 
 class TinyImageNet(Source):
-    """Tiny-ImageNet: all images 64 × 64; its labelled `val` is the test part. Decoded once, into memory.
+    """Tiny-ImageNet: images of 64 × 64, decoded into memory once; its labelled `val` is the test part.
 
-    `val` may lie as it was published, with `val_annotations.txt`, or be sorted into a folder for each class; the images
-    of a class lie in its folder or in `images` there. Classes count in the order of their sorted names.
+    `val` may have the published layout, with `val_annotations.txt`, or a folder for each class; the images of a class
+    are in its folder or in a subfolder `images`. Classes are numbered in the order of their sorted names.
     """
 
     kwargs = frozenset({"num_classes"})
@@ -84,7 +84,7 @@ class TinyImageNet(Source):
         return DatasetInfo(class_count(config, 200), (3, self._side, self._side))
 
     def folder(self, config: DataConfig) -> Path:
-        """As it unpacks."""
+        """The folder that the archive unpacks to."""
         return data_root(config) / "tiny-imagenet-200"
 
     def missing(self, config: DataConfig) -> str | None:
@@ -94,23 +94,23 @@ class TinyImageNet(Source):
         return _missing_parts(config, folder, remedy)
 
     def identity(self, config: DataConfig) -> object:
-        """The images and, where they are read, the lists."""
+        """The images, and the lists if there are any."""
         folder, images = self.folder(config), self.images(config)
         lists = [folder / "wnids.txt", folder / "val" / "val_annotations.txt"]
         return many_files(folder, _all_paths(images), [str(path) for path in lists if path.is_file()])
 
     def notes(self, config: DataConfig) -> Iterable[str]:
-        """Of the images."""
+        """Notes on the images."""
         return image_notes(self.images(config))
 
     def read(self, config: DataConfig) -> Parts:
-        """Decodes by as many processes as `data.workers` says."""
+        """All images, decoded by `data.workers` processes."""
         images = self.images(config)
         train, test = (_in_memory(part, self._side, config.workers or 0) for part in images)
         return Parts(train, test, images[0].classes)
 
     def images(self, config: DataConfig) -> tuple[Images, Images]:
-        """Of both parts."""
+        """The image files of the training and the test part."""
         folder, count = self.folder(config), class_count(config, 200)
         folders = class_folders(folder / "train")
         listed = folder / "wnids.txt"
@@ -141,7 +141,7 @@ class TinyImageNet(Source):
         return self._annotated(folder, names, raw)
 
     def _annotated(self, folder: Path, names: Sequence[str], raw: Listing) -> Images:
-        """`val` as it was published: the class of each file is in a list."""
+        """`val` in its published layout, where a list names the class of each file."""
         listed = folder / "val_annotations.txt"
         if not listed.is_file():
             raise DataError(
@@ -158,7 +158,8 @@ class TinyImageNet(Source):
 
 
 def _annotations(listed: Path, names: Sequence[str]) -> dict[str, int]:
-    """The number of each file's class: lines of a file's name, a tab or blanks, its class, and what is not needed here."""
+    """The class number of each file: a line has the file's name, a tab or blanks, its class, and fields not needed
+    here."""
     label = {name: number for number, name in enumerate(names)}
     found: dict[str, int] = {}
     for number, line in enumerate(composed(_text(listed)).splitlines(), start=1):
@@ -167,9 +168,11 @@ def _annotations(listed: Path, names: Sequence[str]) -> dict[str, int]:
         fields = [part.strip() for part in line.split("\t")] if "\t" in line else line.split()
         file, wnid, *_ = [*fields, ""]
         if wnid not in label:
-            raise DataError(f"{listed}: line {number}: the class {wnid!r} of {file!r} is none of train's")
+            raise DataError(f"{listed}: line {number}: the class {wnid!r} of {file!r} is not a class of train")
         if found.setdefault(file, label[wnid]) != label[wnid]:
-            raise DataError(f"{listed}: line {number}: {file!r} has another class before; one of the lines is wrong")
+            raise DataError(
+                f"{listed}: line {number}: {file!r} has another class in an earlier line; one of them is wrong"
+            )
     return found
 
 
@@ -186,7 +189,7 @@ def _in_memory(images: Images, side: int, workers: int) -> Split:
 
 
 class ImageNet(Source):
-    """ImageNet-1k: `train/<wnid>` and `val/<wnid>`, which is the test part. Classes count in the order of their names."""
+    """ImageNet-1k: `train/<wnid>` and `val/<wnid>`, the test part. Classes are numbered in the order of their names."""
 
     kwargs = frozenset({"num_classes"})
     constants = Constants((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -197,7 +200,7 @@ class ImageNet(Source):
         return DatasetInfo(class_count(config, 1000), (3, self._side, self._side))
 
     def folder(self, config: DataConfig) -> Path:
-        """Below the root."""
+        """`imagenet` below the root."""
         return data_root(config) / "imagenet"
 
     def missing(self, config: DataConfig) -> str | None:
@@ -213,18 +216,18 @@ class ImageNet(Source):
         return many_files(self.folder(config), _all_paths(self.images(config)))
 
     def notes(self, config: DataConfig) -> Iterable[str]:
-        """Of the images."""
+        """Notes on the images."""
         return image_notes(self.images(config))
 
     def read(self, config: DataConfig) -> Parts:
-        """Paths; images are decoded when they come into a batch."""
+        """The paths; images are decoded when they come into a batch."""
         side = config.image_size or self._side
         images = self.images(config)
         train, test = (part.split((side, side), fitted=True, workers=config.workers or 0) for part in images)
         return Parts(train, test, images[0].classes)
 
     def images(self, config: DataConfig) -> tuple[Images, Images]:
-        """Of both parts."""
+        """The image files of the training and the test part."""
         train, val = self.folder(config) / "train", self.folder(config) / "val"
         folders, tested = class_folders(train), class_folders(val)
         _check_count(train, folders, class_count(config, 1000))
@@ -243,16 +246,17 @@ class _Layout:
 
 
 class ImageFolder(Source):
-    """Any images in a folder for each class: `train/<class>` and `val/<class>` or `test/<class>`, or `<class>` alone.
+    """Images in a folder for each class: `train/<class>` and `val/<class>` or `test/<class>`, or `<class>` alone.
 
-    `data.root` is that folder itself. Classes count in the order of their sorted names. Where names do not tell parts
-    from classes, `data.kwargs` does: `{train: …, test: …}` names the parts, `{train: .}` says that all are classes.
+    `data.root` is the folder of these folders. Classes are numbered in the order of their sorted names. Where the names
+    do not tell parts from classes, `data.kwargs` does: `{train: …, test: …}` names the parts, `{train: .}` makes all
+    folders classes.
     """
 
     kwargs = frozenset({"train", "test"})
 
     def info(self, config: DataConfig) -> DatasetInfo:
-        """Counts the classes and, unless data.image_size is given, looks at the size of some images."""
+        """The number of classes, and data.image_size or the size of the images, of which some are looked at."""
         text = self.missing(config)
         if text is not None:
             raise DataError(text)
@@ -263,7 +267,8 @@ class ImageFolder(Source):
         return DatasetInfo(len(folders), (3, *size))
 
     def on_disk(self, config: DataConfig) -> bool:
-        """Only where the root is given: the folder of all datasets, its default, would look like one of classes."""
+        """Only if the root is given: by default it is the folder of all datasets, which looks like a folder of
+        classes."""
         return config.root is not None
 
     def folder(self, config: DataConfig) -> Path:
@@ -276,7 +281,7 @@ class ImageFolder(Source):
         if config.root is None:
             return f"dataset {config.name!r}: data.root must name the folder of the images; {remedy}"
         if not self.folder(config).is_dir():
-            return f"dataset {config.name!r}: {self.folder(config)} is no folder; {remedy}"
+            return f"dataset {config.name!r}: {self.folder(config)} is not a folder; {remedy}"
         return None
 
     def identity(self, config: DataConfig) -> object:
@@ -284,11 +289,11 @@ class ImageFolder(Source):
         return many_files(self.folder(config), _all_paths(self.images(config)))
 
     def notes(self, config: DataConfig) -> Iterable[str]:
-        """Of the images."""
+        """Notes on the images."""
         return image_notes(self.images(config))
 
     def read(self, config: DataConfig) -> Parts:
-        """Paths; images are decoded when they come into a batch."""
+        """The paths; images are decoded when they come into a batch."""
         images = self.images(config)
         side = config.image_size
         size = (side, side) if side else _common_size([path for part in images for path in part.paths])
@@ -296,7 +301,7 @@ class ImageFolder(Source):
         return Parts(parts[0], parts[1] if len(parts) == 2 else None, images[0].classes)
 
     def images(self, config: DataConfig) -> tuple[Images, ...]:
-        """Of the training part, and of the test part if there is one."""
+        """The image files of the training part, and of the test part if there is one."""
         layout = self._layout(config)
         folders = class_folders(layout.train)
         train = images_by_class(folders)
@@ -347,9 +352,10 @@ def _part(config: DataConfig, root: Path, part: str, name: object) -> Path:
 
 
 def _check_unambiguous(root: Path) -> None:
-    """Refuse folders of which names do not say whether they are parts or classes: train, bus and car, or Train and Test.
+    """Refuse folders whose names do not say whether they are parts or classes: train, bus and car, or Train and Test.
 
-    They are parts if train has nothing but a folder for each class, and the folders beside have the same or no image.
+    They are parts if train holds nothing but folders for classes, and another part holds the same ones or no other
+    folder holds an image.
     """
     folders = subfolders(root)
     parts = [name for name in folders if name in _PARTS]
@@ -376,7 +382,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
     """The folders in a folder, its classes, by their sorted names.
 
     Raises:
-        DataError: fewer than two; the images of all classes in one folder would otherwise pass for a single class.
+        DataError: there are fewer than two, as where the images of all classes lie in one folder.
     """
     found = subfolders(folder)
     if len(found) >= 2:
@@ -393,7 +399,7 @@ def images_by_class(folders: Mapping[str, Path]) -> Images:
     """All image files at any depth below the folders of the classes, sorted.
 
     Raises:
-        DataError: a class without an image, or an image that links put into two.
+        DataError: a class has no image, or links put an image into two classes.
     """
     listings = [listing(folder) for folder in folders.values()]
     for found in listings:
@@ -407,7 +413,7 @@ def images_by_class(folders: Mapping[str, Path]) -> Images:
 
 
 def _apart(test: Images, train: Images) -> Images:
-    """The test part, once it is known to share no file with the training part."""
+    """The test part, checked to share no file with the training part."""
     twice = in_both([*train.listings, *test.listings])
     if twice is not None:
         raise DataError(
@@ -417,7 +423,7 @@ def _apart(test: Images, train: Images) -> Images:
 
 
 def _text(path: Path) -> str:
-    """A text in UTF-8 or, if it says so in its first bytes, UTF-16."""
+    """A text in UTF-8, or in UTF-16 if its first bytes say so."""
     try:
         content = path.read_bytes()
         return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -449,20 +455,20 @@ def _unlike(names: Sequence[str], expected: Sequence[str]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """A few of the names."""
+    """The first three names, and the number of the others."""
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
 def _common_size(paths: Sequence[str], at_most: int | None = None) -> tuple[int, int]:
-    """Height and width of all images, or of some evenly spaced ones, by their headers."""
+    """Height and width of the images, which all of them, or `at_most` evenly spaced ones, must have."""
     step = max(1, len(paths) // at_most) if at_most else 1
     first = paths[0]
     size = _stored_size(first)
     for path in paths[::step]:
         if _stored_size(path) != size:
             raise DataError(
-                f"{path}: is not of the size of {first}, {size[1]} × {size[0]} pixels; "
-                "set data.image_size, the side that all are to have"
+                f"{path}: has not the size of {first}, {size[1]} × {size[0]} pixels; "
+                "set data.image_size, to which all are resized"
             )
     return size
 

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class _Official(Source):
-    """A dataset of which a class of torchvision knows the folder, the files and their MD5."""
+    """A dataset whose folder, files and MD5 a class of torchvision knows."""
 
     vision: str
     num_classes: int
@@ -41,7 +41,7 @@ class _Official(Source):
         return DatasetInfo(self.num_classes, (3, self.side, self.side))
 
     def folder(self, config: DataConfig) -> Path:
-        """torchvision's, below the root."""
+        """torchvision's folder below the root."""
         return data_root(config) / str(self._class.base_folder)
 
     def missing(self, config: DataConfig) -> str | None:
@@ -55,20 +55,20 @@ class _Official(Source):
         return put_there(config, f"{self.folder(config)} has no {', '.join(absent)}", remedy)
 
     def identity(self, config: DataConfig) -> object:
-        """The content of all of them."""
+        """The content of all files that hold labelled images."""
         return whole_files(self.folder(config), map(str, self.files(config)))
 
     def files(self, config: DataConfig) -> Iterable[Path]:
-        """Those that hold labelled images."""
+        """The files that hold labelled images."""
         return [self.folder(config) / name for name in (*self._hashes(train=True), *self._hashes(train=False))]
 
     def download(self, config: DataConfig) -> bool:
-        """By torchvision."""
+        """Download by torchvision."""
         self._class(str(data_root(config)), download=True)
         return True
 
     def read(self, config: DataConfig) -> Parts:
-        """Both parts; a file that is not the official one is used, with a warning."""
+        """Both parts; a file that is not the official one is used with a warning."""
         train, test = (self._part(self.folder(config), self._hashes(train=train)) for train in (True, False))
         return Parts(train, test)
 
@@ -79,7 +79,7 @@ class _Official(Source):
         return getattr(torchvision.datasets, self.vision)
 
     def _hashes(self, *, train: bool) -> dict[str, str]:
-        """MD5 of each file that is read."""
+        """The MD5 of each file that is read, by name."""
         return dict(self._class.train_list if train else self._class.test_list)
 
     def _part(self, folder: Path, hashes: dict[str, str]) -> Split:
@@ -161,7 +161,7 @@ def _unpickled(path: Path, content: bytes) -> dict[Any, Any]:
     """The mapping in a pickle of Python 2 or 3, its keys as text."""
     try:
         found = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except Exception as error:  # damaged bytes are run as a program and can raise anything
+    except Exception as error:  # a damaged pickle is run as a program and can raise anything
         raise DataError(
             f"{path}: is damaged ({type(error).__name__}: {error}); unpack the official file again"
         ) from error
@@ -171,7 +171,7 @@ def _unpickled(path: Path, content: bytes) -> dict[Any, Any]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and nothing else: a pickle can otherwise run any code."""
+    """Builds numpy arrays and nothing else, since a pickle can run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         place = (module.replace("numpy.core", "numpy._core"), name)
@@ -187,4 +187,4 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _dtype(kind: str, align: int = 0, copy: int = 0) -> "np.dtype[Any]":
-    return np.dtype(kind, bool(align), bool(copy))  # numpy warns of the numbers that old pickles hold
+    return np.dtype(kind, bool(align), bool(copy))  # numpy warns of the numbers that old pickles have for these flags

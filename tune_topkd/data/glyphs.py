@@ -1,8 +1,8 @@
-"""Glyphs: 100 classes of rendered characters, RGB 32×32, as many as one likes; nothing is downloaded.
+"""Glyphs: 100 classes of rendered characters, RGB 32 × 32, any number of images; nothing is downloaded.
 
-The characters come from the fonts that ship with matplotlib and are chosen so that every class has look-alikes: letters
-with and without their accents, Latin letters beside Greek ones, zero beside O. Each image has its own font, colours,
-size, place, shear, rotation, clutter, blur and noise. An image is a function of (seed, part, index) alone: a larger set
+The characters are rendered in the fonts that ship with matplotlib, and chosen so that every class has look-alikes:
+letters with and without accents, Latin and Greek letters, zero and O. Font, colours, size, place, shear, rotation,
+clutter, blur and noise are drawn for each image. An image is a function of (seed, part, index) alone, so a larger set
 begins with the smaller one.
 """
 
@@ -42,7 +42,7 @@ FONTS = (
 
 SIDE = 32
 _CANVAS = 64
-"""Side of the rendering before it is halved: edges come out smooth."""
+"""Side of the rendering before it is halved, which smooths the edges."""
 _TRAIN, _TEST = range(2)
 
 
@@ -50,16 +50,16 @@ def load(*, train_images: int = 8000, test_images: int = 2000, seed: int = 0) ->
     """Render a training and a test part.
 
     Args:
-        train_images: how many; the classes follow one another in turn, so a multiple of 100 is balanced.
+        train_images: their number; the class of an image is its index modulo 100, so a multiple of 100 is balanced.
         test_images: likewise.
-        seed: of everything random.
+        seed: of all random draws.
 
     Returns:
-        Images `(N, 3, 32, 32)` uint8 and labels `(N,)` int64 of the training part, and of the test part. The pixels
-        depend, besides the arguments, on the versions of matplotlib's fonts and of Pillow.
+        Images `(N, 3, 32, 32)` uint8 and labels `(N,)` int64, of the training part and of the test part. The pixels
+        also depend on the versions of matplotlib's fonts, Pillow and numpy.
 
     Raises:
-        DataError: a part with less than one image per class, or a negative seed.
+        DataError: a part has fewer images than there are classes, or the seed is negative.
     """
     for name, count in (("train_images", train_images), ("test_images", test_images)):
         if type(count) is not int or count < len(CHARACTERS):
@@ -72,7 +72,7 @@ def identity(seed: int) -> str:
     """A hash of the fonts' files and of the first image of each class.
 
     Raises:
-        DataError: a negative seed.
+        DataError: the seed is negative.
     """
     _check_seed(seed)
     return _identity(seed)
@@ -127,7 +127,7 @@ def render(index: int, *, seed: int, part: int = _TRAIN) -> "np.ndarray[tuple[in
 def _glyph(
     character: str, random: np.random.Generator, *, size: float, centre: float | tuple[float, float]
 ) -> "Image.Image":
-    """A mask of the character: its ink's middle near `centre`, sheared and rotated about it."""
+    """A mask of the character, centred near `centre`, sheared and rotated about it."""
     from PIL import Image
     from PIL import ImageDraw
 
@@ -140,14 +140,14 @@ def _glyph(
     ImageDraw.Draw(mask).text(corner, character, fill=255, font=font)
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[cos, sin], [-sin, cos]]) @ np.array([[1.0, shear], [0.0, 1.0]])
-    offset = np.full(2, _CANVAS / 2) - matrix @ middle  # the transform maps where a pixel goes to where it comes from
+    offset = np.full(2, _CANVAS / 2) - matrix @ middle  # the transform maps the target of a pixel to its origin
     (a, b), (d, e) = matrix.tolist()
     coefficients = (a, b, float(offset[0]), d, e, float(offset[1]))
     return mask.transform(mask.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
 
 
 def _colours(random: np.random.Generator) -> list[tuple[int, int, int]]:
-    """Of the background, the character and the clutter: the background is darker than the character."""
+    """The colours of background, character and clutter; the background is darker than the character."""
     back, ink = random.uniform(0, 100), random.uniform(150, 255)
     third = random.uniform(back, ink)
     rows = np.clip(np.array([[back], [ink], [third]]) + random.uniform(-40, 40, (3, 3)), 0, 255)

@@ -1,4 +1,4 @@
-"""What identifies the content of files, wherever they lie: hashes of bytes, and of names and sizes."""
+"""What identifies images and labels, wherever they lie: hashes of values and bytes, and of files' names and sizes."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from tune_topkd.data.splits import Split
 from tune_topkd.data.walking import composed
 
 SAMPLED = 512
-"""Image files whose bytes are hashed, spread evenly over all in the order of their names; if there are no more, all."""
+"""Image files whose bytes are hashed, spread evenly over all in the order of their names; of fewer files, all are."""
 
 _BLOCK = 2**20
 
@@ -30,9 +30,9 @@ def whole_files(folder: Path, paths: Iterable[str]) -> list[list[object]]:
 
 
 def many_files(folder: Path, images: Iterable[str], lists: Iterable[str] = ()) -> list[list[object]]:
-    """Name and size of each image file, the hash of some of them, and of all lists.
+    """Name and size of each image file, and the hashes of `SAMPLED` of them and of all lists.
 
-    What this cannot tell: other bytes in a file that is not among the sample, if there are as many as before.
+    Other bytes in a file outside the sample go unnoticed if the file keeps its size.
 
     Raises:
         DataError: a file that cannot be read, or is empty.
@@ -70,7 +70,7 @@ def tensors(parts: Sequence[Tensor]) -> str:
 
 
 def content_hash(path: str) -> str:
-    """SHA-256 of a file's bytes; looked up where this process has read the same file.
+    """SHA-256 of a file's bytes; this process hashes a file only once, unless its times have changed.
 
     Raises:
         DataError: it cannot be read.
@@ -92,7 +92,7 @@ def _content_hash(path: str, *state: int) -> str:
 
 
 def _named(folder: Path, paths: Iterable[str]) -> list[tuple[str, str]]:
-    """Each file's composed name below the folder and its path, sorted."""
+    """Each file's name relative to the folder, and its path, sorted."""
     return sorted((_relative(path, folder), path) for path in paths)
 
 

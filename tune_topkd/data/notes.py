@@ -1,4 +1,4 @@
-"""What is worth saying of a dataset that can be used: what is not read of it, and how some of it is read."""
+"""What a person should know of image files that can be used: which are not read, and what is lost in reading them."""
 
 import os
 from collections import Counter
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 LOOKED_AT = 64
 """Image files that are opened, spread evenly over all."""
 COMPARED_BYTES = 2**26
-"""Of the files of one size that are compared with one another; those of a larger dataset are not."""
+"""Files of the same size are compared with one another, unless all such files together are larger than this."""
 COMPARED_FILES = 20_000
+"""Nor are they compared where there are more image files than this."""
 
 _FEW_GREYS = 64
 _ORIENTATION = 0x0112
 
 
 def image_notes(parts: Sequence["Images"]) -> Iterator[str]:
-    """What is worth saying of the image files of a dataset's parts.
+    """What a person should know of the image files of a dataset's parts.
 
     Raises:
         DataError: one of the files looked at cannot be decoded.
@@ -54,13 +55,13 @@ def _unread(parts: Sequence["Images"]) -> Iterator[str]:
 
 
 def _read_in_part(paths: Sequence[str]) -> Iterator[str]:
-    """Of images of which something is left out."""
+    """Notes on images that lose something when they are read."""
     from PIL import Image
 
     found: dict[str, list[str]] = {}
     brightest = 0.0
     for path in paths:
-        decoded(path)  # what cannot be used is named here and not amid a training
+        decoded(path)  # an unusable file is named here rather than amid a training
         with Image.open(path) as image:
             for kind in _kinds(image):
                 found.setdefault(kind, []).append(path)
@@ -70,22 +71,22 @@ def _read_in_part(paths: Sequence[str]) -> Iterator[str]:
         yield f"{len(some)} of {len(paths)} images looked at {kind} (as {some[0]})"
     if 0 < brightest * 256 <= _FEW_GREYS:
         yield (
-            f"the images of 16 bits use less than {brightest:.1%} of their range, so few of 256 greys are left of them; "
-            "spread their values before"
+            f"the images of 16 bits use less than {brightest:.1%} of their range, which leaves few of 256 greys; "
+            "stretch their values first"
         )
 
 
 def _kinds(image: "Image.Image") -> Iterator[str]:
     if has_transparency(image) and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-        yield "have transparency, which is left out: the colours beneath it are shown"
+        yield "have transparency, which is ignored: the colours beneath it are shown"
     if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
-        yield "are to be turned by what the camera says (Exif), which is left aside: they come as they are stored"
+        yield "have an orientation (Exif), which is ignored: they are read as they are stored"
     if getattr(image, "n_frames", 1) > 1:
-        yield "have several frames, of which the first is read"
+        yield "have several frames, of which only the first is read"
 
 
 def _doubles(parts: Sequence["Images"]) -> Iterator[str]:
-    """Of files that are the same byte by byte."""
+    """Notes on image files that are the same byte by byte."""
     by_size: dict[int, list[tuple[str, str]]] = {}
     for images in parts:
         for path, label in zip(images.paths, images.labels, strict=True):

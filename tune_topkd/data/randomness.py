@@ -1,17 +1,17 @@
-"""Random numbers as a counter-based hash in integer arithmetic: no generator, no state, the same on every device."""
+"""Random numbers from a counter-based hash in integer arithmetic: without a state, and the same on every device."""
 
 import torch
 from torch import Tensor
 
 SPLIT, ORDER, VIEW, DETAIL, SAMPLE = range(5)
-"""Streams: draws for different purposes have nothing to do with one another."""
+"""Streams: numbers that are drawn for different purposes are independent."""
 
 DRAW_BITS = 20
 DRAW = 2**DRAW_BITS - 1
 
 
 def random_order(size: int, seed: int, epoch: int, stream: int, device: torch.device) -> Tensor:
-    """The numbers below `size` in an order that is a function of (seed, epoch, stream): `(size,)` int64."""
+    """A permutation of the numbers below `size`, a function of (seed, epoch, stream): `(size,)` int64."""
     bits = random_bits(torch.arange(size, device=device), seed, epoch, stream)
     return bits.argsort(stable=True)
 

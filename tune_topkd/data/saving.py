@@ -1,4 +1,4 @@
-"""A dataset in one file that is mapped into memory: the trainings on a machine share one copy of its images."""
+"""A dataset in one file that is mapped into memory, so that the trainings on a machine share one copy of its images."""
 
 import functools
 from pathlib import Path
@@ -20,15 +20,15 @@ _KEYS = {"config", "splits", "num_classes", "constants", "selection"}
 
 
 def save_dataset(config: DataConfig, dataset: Dataset, path: Path) -> bool:
-    """Write a dataset whose images are in memory, replacing the file in one step.
+    """Write a dataset whose images are in memory; the file is replaced in one step.
 
     Args:
-        config: what it was loaded by.
-        dataset: what `load_dataset` gave.
-        path: the file.
+        config: of the dataset.
+        dataset: what `load_dataset` gave for it.
+        path: of the file.
 
     Returns:
-        Whether it was written: of images in files there is nothing to share.
+        Whether it was written: images in files need no copy.
 
     Raises:
         OSError: the disk is full, or the file cannot be made.
@@ -51,7 +51,7 @@ def save_dataset(config: DataConfig, dataset: Dataset, path: Path) -> bool:
 
 
 def load_saved(config: DataConfig, path: Path) -> Dataset:
-    """The dataset that `save_dataset` wrote, mapped: pages are read as they are needed and shared with other processes.
+    """The dataset that `save_dataset` wrote, mapped into memory: pages are read when needed and shared by processes.
 
     Raises:
         OSError: the file is not there.
@@ -74,16 +74,16 @@ def load_saved(config: DataConfig, path: Path) -> Dataset:
 @functools.lru_cache(maxsize=1)
 def _mapped(path: str, inode: int, time: int) -> dict[str, Any]:
     with open(path, "rb"):
-        pass  # what the disk refuses is said as it is
+        pass  # the disk's errors reach the caller as they are
     try:
         content = torch.load(path, mmap=True, weights_only=True)
-    except Exception as error:  # whatever torch raises of what is not its own
-        raise DataError(f"{path}: is no dataset that was saved here: {error}") from error
+    except Exception as error:  # torch can raise anything of a file that is not its own
+        raise DataError(f"{path}: is not a dataset that was saved here: {error}") from error
     if not isinstance(content, dict) or content.keys() != _KEYS:
-        raise DataError(f"{path}: is no dataset that was saved here")
+        raise DataError(f"{path}: is not a dataset that was saved here")
     return content
 
 
 def _whole(values: Tensor) -> Tensor:
-    """With nothing beside it in its storage, which is written whole."""
+    """The values alone in their storage, since a storage is written whole."""
     return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()

@@ -1,4 +1,4 @@
-"""What a dataset has to offer to be known by name: its shape, its files, and how they are read."""
+"""What a dataset has to offer to be known by its name: its shape, its files, and how they are read."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tune_topkd.data.splits import DatasetInfo
 from tune_topkd.data.splits import Split
 
 ROOT_VARIABLE = "TUNE_TOPKD_DATA_DIR"
-"""Names the folder the datasets lie in where `data.root` does not."""
+"""Environment variable that names the folder of the datasets where `data.root` does not."""
 
 
 class Parts(NamedTuple):
@@ -44,13 +44,14 @@ class Constants:
 class Source(ABC):
     """A dataset: everything that its name stands for. `info` and `read` are enough for one.
 
-    Every method is given the `data` section of the config: `config.kwargs` are the dataset's arguments, `data_root(config)`
-    is the folder of the datasets; which images are trained on and how they are augmented is no concern of a source.
+    Every method is given the `data` section of the config: `config.kwargs` are the dataset's arguments,
+    `data_root(config)` is the folder of the datasets; which images are trained on and how they are augmented is no
+    concern of a source.
 
-    **Determinism.** The same config and files give the same answers, in every process: each trial may read the dataset by
-    itself. **State.** A source may be made anew for every question, so it keeps nothing between them. **Errors.** Raise a
-    `DataError` whose message names the file or key and says what to do; what else a user's source raises is told in one
-    line with its type.
+    **Determinism.** The same config and files give the same answers, in every process: each trial may read the dataset
+    by itself. **State.** A source may be made anew for every question, so it keeps nothing between them. **Errors.**
+    Raise a `DataError` whose message names the file or key and says what to do; what else a user's source raises is
+    told in one line with its type.
     """
 
     kwargs: frozenset[str] = frozenset()
@@ -70,8 +71,8 @@ class Source(ABC):
     def read(self, config: DataConfig) -> Parts:
         """All images.
 
-        A part is a `Split`, images in memory, or a `FileSplit`, image files that are decoded when they come into a batch.
-        Its images have the shape that `info` says, its labels are from 0 to the number of classes, exclusive.
+        A part is a `Split`, images in memory, or a `FileSplit`, image files that are decoded when they come into a
+        batch. Its images have the shape that `info` says, its labels are from 0 to the number of classes, exclusive.
 
         Raises:
             DataError: a file is damaged or does not fit the others.
@@ -92,9 +93,9 @@ class Source(ABC):
     def identity(self, config: DataConfig) -> object:
         """What tells these images and labels from others, wherever they lie, as JSON has it.
 
-        Teachers and their cached logits are kept by it. None takes a hash of the images and labels that `read` gives, or
-        of the names, sizes and some bytes of the image files. Anything else, such as a hash of the files, must change
-        whenever an image or label does; `config.kwargs` and a user's code are added to it.
+        Teachers and their cached logits are kept by it. None takes a hash of the images and labels that `read` gives,
+        or of the names, sizes and some bytes of the image files. Anything else, such as a hash of the files, must
+        change whenever an image or label does; `config.kwargs` and a user's code are added to it.
 
         Raises:
             DataError: files are missing, cannot be read, or are not laid out as they must be.
@@ -120,12 +121,12 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Generated(Source):
-    """A dataset that is made, or ships with a library, whole and without a test part."""
+    """A dataset that is generated or ships with a library, without a test part of its own."""
 
     shape: DatasetInfo
     make: Callable[[], Split]
     hashed: Callable[[], str] | None = None
-    """A hash of what `make` gives that takes less time than making it."""
+    """A hash of the images and labels that takes less time than making them."""
 
     def info(self, config: DataConfig) -> DatasetInfo:
         """The given shape."""
@@ -148,15 +149,15 @@ class Generated(Source):
 
 
 def data_root(config: DataConfig) -> Path:
-    """Absolute path of the folder the datasets lie in."""
+    """Absolute path of the folder of the datasets: `data.root`, else `ROOT_VARIABLE`, else `data`."""
     return Path(config.root or os.environ.get(ROOT_VARIABLE) or "data").expanduser().absolute()
 
 
 def check_kwargs(config: DataConfig, known: Iterable[str]) -> None:
-    """Refuse arguments that a dataset does not have.
+    """Refuse unknown arguments of a dataset.
 
     Raises:
-        DataError: the first one.
+        DataError: names the first one and the known ones.
     """
     for name in config.kwargs:
         if name not in known:
@@ -164,10 +165,10 @@ def check_kwargs(config: DataConfig, known: Iterable[str]) -> None:
 
 
 def class_count(config: DataConfig, default: int) -> int:
-    """`num_classes` of the arguments.
+    """`data.kwargs.num_classes`, or the default.
 
     Raises:
-        DataError: it is no whole number of at least 2.
+        DataError: it is not a whole number of at least 2.
     """
     count = config.kwargs.get("num_classes", default)
     if type(count) is not int or count < 2:
@@ -179,7 +180,7 @@ def class_count(config: DataConfig, default: int) -> int:
 
 
 def put_there(config: DataConfig, what: str, remedy: str) -> str:
-    """The message for files that are not there."""
+    """The message about missing files: what is missing, what to do, and where the datasets are looked for."""
     return (
         f"dataset {config.name!r}: {what}; {remedy} "
         f"(data.root or {ROOT_VARIABLE} names the folder that holds the datasets, now {data_root(config)})"

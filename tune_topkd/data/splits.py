@@ -1,4 +1,4 @@
-"""What a dataset comes to: its splits, in memory or in files, and how images are dealt out to them."""
+"""The splits of a dataset, in memory or in files, and how its images are divided among them."""
 
 import dataclasses
 import math
@@ -15,21 +15,22 @@ from tune_topkd.data.randomness import random_order
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a dataset without loading it; `image_shape` is (channels, height, width)."""
+    """What is known of a dataset without loading it."""
 
     num_classes: int
     image_shape: tuple[int, int, int]
+    """(channels, height, width)"""
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """Where in a file of `save_dataset` a split's images are: whoever is told can map them and needs no copy."""
+    """The place of a split's images in a file of `save_dataset`, from which another process can map them."""
 
     path: str
     split: str
 
     def images(self) -> Tensor:
-        """The images, mapped; a page is read when it is needed.
+        """The images, mapped into memory: pages are read when they are needed.
 
         Raises:
             OSError: the file is gone.
@@ -41,30 +42,30 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Split:
-    """Images `(N, C, H, W)` uint8 and labels `(N,)` int64, on one device. Shared: not to be written to."""
+    """Images `(N, C, H, W)` uint8 and labels `(N,)` int64 on one device; shared by trainings, so never written to."""
 
     images: Tensor
     labels: Tensor
     image_size: int | None = None
-    """Side that batches are resized to; None leaves the images as they are."""
+    """Side in pixels that batches are resized to; None leaves the images as they are."""
     workers: int = 0
-    """Processes that augment images one by one, where the augmentation needs that; 0 does it in this one."""
+    """Processes that augment images one by one, where the augmentation needs that; 0 does it in this process."""
     host: Tensor | None = dataclasses.field(default=None, repr=False, compare=False)
-    """The same images on the CPU, where those that are augmented one by one are taken from."""
+    """The same images on the CPU, for augmentation one by one."""
     file: Mapped | None = dataclasses.field(default=None, repr=False, compare=False)
-    """Where they are mapped from, if they are."""
+    """The file that the images are mapped from, if they are."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def device(self) -> torch.device:
-        """Where batches come to lie."""
+        """The device of the batches."""
         return self.labels.device
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image of a batch."""
+        """(channels, height, width) of the images of a batch."""
         channels, height, width = self.images.shape[1:]
         return (channels, self.image_size or height, self.image_size or width)
 
@@ -81,32 +82,32 @@ class Split:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files, decoded batch by batch to RGB, and their labels `(N,)` int64 on the device of the batches."""
+    """Image files, which are decoded to RGB batch by batch, and labels `(N,)` int64 on the device of the batches."""
 
     paths: tuple[str, ...]
     labels: Tensor
     size: tuple[int, int]
-    """Height and width of an image of a batch."""
+    """Height and width of the images of a batch."""
     fitted: bool
-    """Whether images are resized and cropped to `size`; where not, an image of another size is an error."""
+    """True resizes and crops images to `size`; False makes an image of another size an error."""
     workers: int = 0
-    """Processes that decode and augment; 0 does it in this one."""
+    """Processes that decode and augment; 0 does it in this process."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def device(self) -> torch.device:
-        """Where batches come to lie."""
+        """The device of the batches."""
         return self.labels.device
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of an image of a batch."""
+        """(channels, height, width) of the images of a batch."""
         return (3, *self.size)
 
     def to(self, device: torch.device) -> "FileSplit":
-        """The same split, whose batches come to lie on `device`."""
+        """The same split with its batches on `device`."""
         return dataclasses.replace(self, labels=self.labels.to(device))
 
     def subset(self, indices: Tensor) -> "FileSplit":
@@ -122,8 +123,8 @@ AnySplit: TypeAlias = Split | FileSplit
 class Dataset:
     """Three disjoint splits, and the constants `mean` and `std` that images are normalised with.
 
-    These are per channel, with pixels from 0 to 1. With the `selection` "best_test_epoch", `train` has all training
-    images and `val` is the test split itself: a result that was chosen by it is to be marked as such.
+    The constants are per channel, with pixels from 0 to 1. With the `selection` "best_test_epoch", `train` has all
+    training images and `val` is the test split: a result that is chosen by it must be marked so.
     """
 
     train: AnySplit
@@ -136,7 +137,16 @@ class Dataset:
 
 
 def stratified(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Tensor]:
-    """Indices of each fraction, then of what is left; of every class each part gets its share, to the nearest image."""
+    """Divide images at random into parts that each get the same fraction of every class, to the nearest image.
+
+    Args:
+        labels: `(N,)` int64.
+        fractions: of the images that each part gets; what is left is one more part.
+        seed: the division is a function of it.
+
+    Returns:
+        The indices of the images of each part, sorted, int64.
+    """
     shuffled = random_order(len(labels), seed, 0, SPLIT, labels.device)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
     sizes = torch.unique(labels, return_counts=True)[1].tolist()
@@ -149,7 +159,7 @@ def stratified(labels: Tensor, fractions: Sequence[float], seed: int) -> list[Te
 
 
 def _sorted(indices: Tensor, size: int) -> Tensor:
-    """Different whole numbers below `size`, sorted: a mark at each is much faster than a sort."""
+    """Distinct numbers below `size`, sorted; marking each in a mask is much faster than sorting."""
     is_in = torch.zeros(size, dtype=torch.bool, device=indices.device)
     is_in[indices] = True
     return is_in.nonzero().flatten()

@@ -1,6 +1,6 @@
-"""Views of images: each a function of (seed, epoch, index) alone.
+"""Views of images, which are what augmentation makes of them: each is a function of (seed, epoch, index) alone.
 
-Padding, cropping and flipping is done for whole batches, on their device. All other augmentation is torchvision's, one
+Images are padded, cropped and flipped in whole batches, on their device. All other augmentation is torchvision's: one
 image at a time on the CPU, in worker processes if there are any, with torch's generator seeded for each image.
 """
 
@@ -28,18 +28,18 @@ from tune_topkd.data.workers import Made
 from tune_topkd.data.workers import made_by_workers
 
 EVAL_MARGIN = 8 / 7
-"""An image file is resized so that its shorter side is this times the crop's: the field's 256 for 224."""
+"""The shorter side of an image file before its centre is cropped, in units of the crop's side: the usual 256 / 224."""
 
 
 def view(
     images: Tensor, indices: Tensor, *, augment: AugmentConfig, seed: int, epoch: int, image_size: int | None = None
 ) -> Tensor:
-    """The random views of some images in one epoch: each a function of (seed, epoch, index) alone.
+    """The random views of some images in one epoch.
 
     Args:
         images: all images of the split, `(N, C, H, W)` uint8.
         indices: which of them, `(B,)` int64.
-        augment: what to draw; all but its erasing, which is done to normalised images.
+        augment: how views are made; without its erasing, which comes after normalising.
         seed: of the training.
         epoch: absolute, from 1.
         image_size: side that the views are resized to; by default the images' own.
@@ -57,21 +57,22 @@ def view(
 
 
 def goes_by_batch(augment: AugmentConfig) -> bool:
-    """Whether all that it asks for can be done for a whole batch at once."""
+    """Whether everything that it asks for can be done to a whole batch at once."""
     return not (augment.crop_scale or augment.rotate or augment.rand_augment or augment.erase)
 
 
 def resized(images: Tensor, side: int | None) -> Tensor:
-    """Images `(B, C, H, W)` uint8 at this side, bilinear and antialiased; themselves if it is theirs, or None."""
+    """Images `(B, C, H, W)` uint8 resized to this side, bilinear and antialiased; unchanged if it is theirs, or
+    None."""
     if side is None or images.shape[-2:] == (side, side):
         return images
-    from torchvision.transforms.v2.functional import resize  # imported late: slow, and most runs need none of it
+    from torchvision.transforms.v2.functional import resize  # imported late: slow, and most runs do without
 
     return resize(images, [side, side], antialias=True)  # type: ignore[no-any-return]
 
 
 def view_count(augment: AugmentConfig) -> int | None:
-    """How many different views an image has; None where they cannot be counted."""
+    """The number of different views of an image; None where they cannot be counted."""
     if not goes_by_batch(augment):
         return None
     offsets: int = 2 * augment.pad + 1
@@ -79,12 +80,12 @@ def view_count(augment: AugmentConfig) -> int | None:
 
 
 def view_numbers(indices: Tensor, *, augment: AugmentConfig, seed: int, epoch: int) -> Tensor:
-    """Which of its `view_count` views each image is shown in an epoch: `(B,)` int64."""
+    """The number of the view, below `view_count`, that each image has in an epoch: `(B,)` int64."""
     return _numbers(random_bits(indices, seed, epoch, VIEW), augment)
 
 
 def numbered_views(picked: Tensor, numbers: Tensor, augment: AugmentConfig) -> Tensor:
-    """The views with these numbers, `(B,)`, of images `(B, C, H, W)`: padded, cropped and flipped."""
+    """The views with these numbers, `(B,)`, of images `(B, C, H, W)`: padded, cropped back and flipped."""
     if not augment.pad and not augment.flip:
         return picked
     channels, height, width = picked.shape[1:]
@@ -102,7 +103,7 @@ def numbered_views(picked: Tensor, numbers: Tensor, augment: AugmentConfig) -> T
 
 
 def _numbers(bits: Tensor, augment: AugmentConfig) -> Tensor:
-    """A view's number by 64 random bits per image: the low 40 for the offsets, the next one for the flip."""
+    """The number of each image's view from 64 random bits: the low 40 give the offsets, the next one the flip."""
     offsets = 2 * augment.pad + 1
     top, left = ((bits >> shift & DRAW) * offsets >> DRAW_BITS for shift in (0, DRAW_BITS))
     number: Tensor = top * offsets + left
@@ -120,18 +121,18 @@ def views_of(
     seed: int = 0,
     epoch: int = 0,
 ) -> Iterator[Made]:
-    """Batches of a split made image by image, on the CPU, by as many processes as the split has workers.
+    """Batches of a split that are made image by image on the CPU, by as many processes as the split has workers.
 
     Args:
         split: of which.
-        batches: indices, `(B,)` int64 each.
-        augment: what to draw; None makes the views that a network is evaluated on.
+        batches: the indices of each batch, `(B,)` int64.
+        augment: how views are made; None gives the plain images that networks are evaluated on.
         seed: of the training.
         epoch: absolute, from 1.
 
     Raises:
-        DataError: a file that cannot be decoded, or an image that is not of the split's size; the message names it.
-        WorkerError: a process died or fell silent.
+        DataError: an image file cannot be decoded, or has another size than the split; it is named.
+        WorkerError: a process died or stopped responding.
     """
     if isinstance(split, Split):
         images = split.images if split.host is None else split.host
@@ -150,7 +151,7 @@ def views_of(
 
 
 class _Views:
-    """Makes batches out of lists of indices; what a worker process gets, so all of it can be pickled."""
+    """Makes a batch of a list of indices; worker processes get it pickled."""
 
     def __init__(
         self,
@@ -175,7 +176,8 @@ class _Views:
         self.final_size = size
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: a tensor would be moved to shared memory, which every trial would fill anew."""
+        """Leave mapped images out, which another process maps itself; shared memory would take a copy for every
+        trial."""
         is_mapped = self.file is not None and os.path.exists(self.file.path)
         return self.__dict__ | ({"images": None} if is_mapped else {"file": None})
 
@@ -185,7 +187,7 @@ class _Views:
             self.images = self.file.images()
 
     def __getitem__(self, indices: list[int]) -> Made | str:
-        """The batch, or what is wrong with it: an exception out of a worker would come with the worker's trace."""
+        """The batch, or an error's message: an exception from a worker would carry the worker's traceback."""
         try:
             images, kept = zip(*self.drawn(indices), strict=True)
         except ValueError as error:
@@ -193,10 +195,10 @@ class _Views:
         return torch.stack(images), None if kept[0] is None else torch.stack(kept)
 
     def drawn(self, indices: list[int]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each image, and which of its pixels are kept; torch's generator is left as it was.
+        """Each image, and which of its pixels erasing keeps; torch's generator is left as it was.
 
         Raises:
-            DataError: a file that cannot be decoded, or an image that is not of the right size.
+            DataError: an image file cannot be decoded, or has the wrong size.
         """
         if self.augment is None:
             for index in indices:
@@ -221,7 +223,7 @@ class _Views:
         return decoded(self.paths[index])
 
     def _plain(self, index: int) -> Tensor:
-        """The image as it is, one of a file at the split's size."""
+        """The image without augmentation, that of a file at the split's size."""
         image = self._read(index)
         if self.size is None or image.shape[-2:] == self.size:
             return image
@@ -239,7 +241,7 @@ class _Views:
 
 
 def _transforms(augment: AugmentConfig, size: tuple[int, int]) -> tuple[Any, list[Any], Any]:
-    """The random crop or None, what comes after the flip, and the erasing or None."""
+    """torchvision's transforms: the random crop or None, those after the flip, and the erasing or None."""
     from torchvision.transforms import v2
 
     crop = augment.crop_scale and v2.RandomResizedCrop(size, scale=tuple(augment.crop_scale), antialias=True)

@@ -1,8 +1,8 @@
-"""What lies in a folder of images: one walk for all datasets that are folders.
+"""The files in a folder of images: one walk for all datasets that are folders.
 
-Links are followed. Left out, at any depth, is what programs leave beside images: hidden names (`.ipynb_checkpoints`,
-`.DS_Store`, `._x.png`) and those of `LEFTOVERS`. A folder that links lead back to is entered once. Names are compared
-and sorted in Unicode's composed form (NFC): a copy by way of a Mac must not number the classes anew.
+Links are followed, and a folder that they lead back to is entered once. What programs leave beside images is skipped at
+any depth: hidden names (`.ipynb_checkpoints`, `.DS_Store`, `._x.png`) and those of `LEFTOVERS`. Names are compared and
+sorted in Unicode's composed form (NFC), so that a copy made on a Mac numbers the classes alike.
 """
 
 import os
@@ -20,7 +20,7 @@ ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff", ".webp",
     ".gif", ".avif",
 )  # fmt: skip
-"""Of the files that are read, in upper or lower case: torchvision's, and others that Pillow reads alike."""
+"""Endings of the files that are read, in upper or lower case: torchvision's, and others that Pillow reads as well."""
 
 LEFTOVERS = frozenset({
     "__macosx", "__pycache__", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information",
@@ -41,12 +41,12 @@ class Listing:
     images: list[str] = field(default_factory=list)
     """Paths of the image files, by their folder and then by their name."""
     linked: dict[str, str] = field(default_factory=dict)
-    """Of those that a link below the folder leads to, where they are."""
+    """The real places of the images that links below the folder lead to, by path."""
     others: Counter[str] = field(default_factory=Counter)
-    """How many other files there are by their ending; text files are not counted."""
+    """Number of other files by their ending; text files are not counted."""
 
     def place(self, path: str) -> str:
-        """Where an image of the listing is, without links."""
+        """The real place of an image of the listing, without links."""
         return self.linked.get(path) or self.real + path[len(self.folder) :]
 
 
@@ -100,12 +100,12 @@ def has_image(folder: Path) -> bool:
 
 
 def in_both(listings: Sequence[Listing]) -> tuple[str, str] | None:
-    """Two paths of one file, if links put a file into two of the listings."""
+    """Two paths of the same file in two of the listings, where links lead to it; None if there is no such file."""
     reals = {found.real for found in listings}
     is_apart = len(reals) == len(listings) and not any(
         found.linked or reals.intersection(map(str, Path(found.real).parents)) for found in listings
     )
-    if is_apart:  # the places of a million files need not be compared
+    if is_apart:  # saves comparing the places of a million files
         return None
     first: dict[str, tuple[str, int]] = {}
     for number, found in enumerate(listings):
@@ -121,7 +121,7 @@ def _is_leftover(name: str) -> bool:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder and no leftover, by composed names."""
+    """The entries of a folder without leftovers, sorted by composed names."""
     try:
         with os.scandir(folder) as entries:
             return sorted((e for e in entries if not _is_leftover(e.name)), key=lambda e: (composed(e.name), e.name))
@@ -130,7 +130,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _walk(found: Listing, deep: bool) -> Iterator[tuple[str, str, list[os.DirEntry[str]]]]:
-    """Each folder once: its path, the path without links, and what in it is no folder."""
+    """Each folder once: its path, its real place, and its entries that are not folders."""
     entered = {found.real, *map(str, Path(found.real).parents)}
     waiting = [(found.folder, found.real)]
     while waiting:
@@ -148,7 +148,7 @@ def _walk(found: Listing, deep: bool) -> Iterator[tuple[str, str, list[os.DirEnt
 
 
 def _take(found: Listing, entry: os.DirEntry[str], place: str | None) -> None:
-    """Note a file; `place` is where it is if that does not follow from its path."""
+    """Add a file to the listing; `place` is its real place if that does not follow from its path."""
     ending = os.path.splitext(entry.name)[1].lower()
     if not is_image(entry.name):
         if ending not in _TEXTS:
@@ -159,7 +159,7 @@ def _take(found: Listing, entry: os.DirEntry[str], place: str | None) -> None:
             raise DataError(
                 f"{entry.path}: is a link to {os.readlink(entry.path)}, where no file is; mend or remove it"
             )
-        found.others[ending] += 1  # a pipe or the like
+        found.others[ending] += 1  # a pipe, a device
         return
     found.images.append(entry.path)
     if entry.is_symlink():
@@ -169,7 +169,7 @@ def _take(found: Listing, entry: os.DirEntry[str], place: str | None) -> None:
 
 
 def _drop_doubles(found: Listing) -> None:
-    """Leave out a link to a file that is there by itself, or by an earlier link."""
+    """Remove links to files that are in the listing themselves, or by an earlier link."""
     if not found.linked:
         return
     seen = {found.place(path) for path in found.images if path not in found.linked}

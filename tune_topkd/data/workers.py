@@ -1,8 +1,8 @@
-"""Worker processes that make batches, and what comes of it when they cannot.
+"""Worker processes that make batches, and their failures.
 
-Each has a pipe of its own, through which its batches come whole: no shared memory, of which a container may have little,
-and no lock or queue that a killed process could leave held. The pipe of a process that dies is closed by that, and one
-that sends nothing for long is given up, so nothing waits for ever.
+Each worker sends its batches through a pipe of its own. There is no shared memory, of which a container may have
+little, and no lock or queue that a killed process could leave held. The pipe of a process that dies closes, and a
+worker that sends nothing for long is given up, so nothing waits for ever.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ from torch import Tensor
 from tune_topkd.data.errors import DataError
 
 SILENCE = 300.0
-"""Seconds that a worker may send nothing while it is waited for: longer than a file system takes to come back."""
+"""Seconds to wait for a silent worker: longer than a file system takes to recover."""
 
 PRELOADED = ("tune_topkd.data.views", "torchvision.transforms.v2")
-"""Modules that workers find imported."""
+"""Modules that are imported once for all workers."""
 
 _ATTEMPTS = 5
 _PIPE_BYTES = 2**20
@@ -46,18 +46,18 @@ _LENGTH = struct.Struct("<Q")
 _log = logging.getLogger(__name__)
 
 Made: TypeAlias = tuple[Tensor, Tensor | None]
-"""Images `(B, C, H, W)` uint8, and which pixels `(B, 1, H, W)` bool are kept once they are normalised; None: all."""
+"""Images `(B, C, H, W)` uint8, and which pixels `(B, 1, H, W)` bool are kept after normalising; None keeps all."""
 
 
 class Maker(Protocol):
-    """Makes a batch out of its indices, or tells what is wrong with it; the workers get it pickled."""
+    """Makes a batch of the indices of its images; worker processes get it pickled."""
 
     def __getitem__(self, indices: list[int]) -> Made | str:
-        """The batch."""
+        """The batch, or the message of an error in the user's data."""
 
 
 class WorkerError(DataError):
-    """A worker process died, fell silent, or met what nobody expected."""
+    """A worker process died, stopped responding, or raised an unexpected exception."""
 
 
 class _Worker(NamedTuple):
@@ -68,18 +68,18 @@ class _Worker(NamedTuple):
 def made_by_workers(
     maker: Maker, lists: Sequence[list[int]], workers: int, *, pinned: bool = False
 ) -> Iterator[Made | str]:
-    """What `maker` makes of each of the lists, in their order, by as many processes as can be started.
+    """The batches of some lists of indices, in their order, made by as many processes as can be started.
 
-    Where none can, it is made in this process, which gives the same.
+    Where no process can be started, this one makes them, which gives the same batches.
 
     Args:
-        maker: pure, so that it does not matter which process makes a batch.
+        maker: a pure function, so that it does not matter which process makes a batch.
         lists: the indices of each batch.
-        workers: how many processes; not more than there are batches.
-        pinned: whether the batches come to lie in memory that a GPU can read.
+        workers: how many processes, at most one for each batch.
+        pinned: put the batches into pinned memory, which a GPU reads directly.
 
     Raises:
-        WorkerError: a process died, fell silent, or raised what was not foreseen.
+        WorkerError: a process died, stopped responding, or raised an unexpected exception.
     """
     started = _start(maker, lists, min(workers, len(lists)))
     if not started:
@@ -96,14 +96,14 @@ def made_by_workers(
 
 
 def _start(maker: Maker, lists: Sequence[list[int]], count: int) -> list[_Worker]:
-    """As many workers as can be started; every one knows its batches from the outset, each `count`th of all."""
+    """As many workers as can be started; worker n makes batches n, n + `count`, n + 2 `count`, …"""
     started: list[_Worker] = []
     try:
         for number in range(count):
             started.append(_started(maker, lists[number::count]))
-    except (OSError, EOFError, RuntimeError) as error:  # no file descriptors, processes or memory for another one
+    except (OSError, EOFError, RuntimeError) as error:  # too few file descriptors, processes or memory
         _stop(started)
-        left = f"{len(started)} are used" if started else "this process does their work, which gives the same, later"
+        left = f"{len(started)} are used" if started else "this process makes the batches itself, more slowly"
         _log.warning("only %d of %d data workers can be started: %s; %s", len(started), count, error, left)
         return _start(maker, lists, len(started))
     return started
@@ -123,7 +123,7 @@ def _started(maker: Maker, lists: Sequence[list[int]]) -> _Worker:
             try:
                 process.start()
                 break
-            except ConnectionError:  # the server that forks is about to end, and is replaced once it has
+            except ConnectionError:  # the fork server is about to end, and is replaced once it has
                 if not attempts_left:
                     raise
                 time.sleep(1.0)
@@ -138,16 +138,16 @@ def _started(maker: Maker, lists: Sequence[list[int]]) -> _Worker:
 def _stop(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.pipe.close()
-        worker.process.kill()  # one that is done has ended by itself
+        worker.process.kill()  # a worker that is done has ended by itself
     for worker in workers:
-        worker.process.join(10)  # not for ever: one that waits for a dead disk cannot even be killed
+        worker.process.join(10)  # not for ever: a process that waits for a dead disk cannot even be killed
 
 
 def _receive(worker: _Worker, pinned: bool) -> Made | str:
-    """The next batch of a worker.
+    """The next batch of a worker, or the message of an error in the user's data.
 
     Raises:
-        WorkerError: it will not come.
+        WorkerError: the worker died, stopped responding, or raised an unexpected exception.
     """
     length = bytearray(_LENGTH.size)
     _read_into(worker, memoryview(length))
@@ -167,12 +167,12 @@ def _receive(worker: _Worker, pinned: bool) -> Made | str:
 
 
 def _read_into(worker: _Worker, view: memoryview) -> None:
-    """Fill the view from a worker's pipe, straight into its memory: `Connection.recv_bytes` takes four times as long."""
+    """Read from a worker's pipe straight into memory; `Connection.recv_bytes` takes four times as long."""
     while view:
         if not worker.pipe.poll(SILENCE):
             raise WorkerError(
                 f"a data worker (process {worker.process.pid}) has sent nothing for {SILENCE:g} s: it is stopped, or "
-                "what it reads from does not answer; data.workers: 0 reads in the trial's own process"
+                "the disk that it reads from does not respond; data.workers: 0 reads in the trial's own process"
             )
         read = os.readv(worker.pipe.fileno(), [view])
         if not read:
@@ -188,7 +188,7 @@ def _death(process: BaseProcess) -> str:
     else:
         how = f"was killed ({signal.Signals(-code).name})"
         if code == -signal.SIGKILL:
-            how += "; where nobody did so, the machine was out of memory: a lower data.workers needs less"
+            how += "; if nobody killed it, the machine ran out of memory: a lower data.workers needs less"
     return f"a data worker {how}"
 
 
@@ -196,8 +196,8 @@ def _death(process: BaseProcess) -> str:
 
 
 def _work(maker: Maker, lists: Sequence[list[int]], pipe: Connection) -> None:
-    """Make the batches and send each while the next is made; who waits for them may be gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is the training's to answer, whose end is this one's
+    """Make the batches, and send each while the next is made, as long as anybody receives them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training, which ends its workers
     torch.set_num_threads(1)
     sending: Future[None] | None = None
     with open(pipe.fileno(), "wb", closefd=False) as stream, ThreadPoolExecutor(1) as sender:
@@ -210,14 +210,14 @@ def _work(maker: Maker, lists: Sequence[list[int]], pipe: Connection) -> None:
             if sending is not None:
                 sending.result()
         except BrokenPipeError:
-            os._exit(0)  # closing the stream would try to send the rest
+            os._exit(0)  # nobody receives; closing the stream would try to send the rest
 
 
 def _message(maker: Maker, indices: list[int]) -> tuple[tuple[str, Any], tuple[Tensor, ...]]:
-    """A header, and the tensors whose bytes follow it."""
+    """The message for a batch: a header, and the tensors whose bytes follow it."""
     try:
         made = maker[indices]
-    except Exception:  # noqa: BLE001 (told to the training, whose end it is)
+    except Exception:  # noqa: BLE001 (the training raises it)
         return ("raised", traceback.format_exc()), ()
     if isinstance(made, str):
         return ("wrong", made), ()

@@ -165,7 +165,7 @@ def scaled_teacher(
 
 
 def _ranking(logits: Tensor) -> Tensor:
-    """Return integers, no two in a row the same, in the order of the logits: of equal ones the first class has the largest.
+    """Return distinct integers for each row that rank its logits; of equal logits the first class ranks highest.
 
     Their `topk` is what a stable sort puts first, much faster; that of the logits would leave the order of ties open.
     """

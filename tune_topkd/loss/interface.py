@@ -20,8 +20,8 @@ class DistillationLoss(nn.Module):
     """What all losses here share: a weighted sum of named terms. Subclasses say which.
 
     The constructor's parameters are attributes of the same names and are read at every call, so that a
-    trainer may move a weight during training. None of the losses here learns or keeps anything between calls; a
-    subclass may, see `build_loss`.
+    trainer may change a weight during training. The losses of this project have no weights of their own and no
+    state; a subclass may have both, see `build_loss`.
     """
 
     _weight_of: ClassVar[Mapping[str, str]]  # name of a term -> name of the attribute that weighs it

@@ -108,10 +108,10 @@ def build_loss(method: str, parameters: Mapping[str, object]) -> DistillationLos
     cross-entropy.
 
     ``package.module:loss`` is a function of (student logits, teacher logits, labels) that returns a scalar and
-    takes its parameters as keywords with defaults, or a class that is constructed with them and is then called
-    so: a `DistillationLoss` keeps its named terms, anything else has the one term ``loss``. What a class derived
-    from ``torch.nn.Module`` has as parameters is trained with the student, by the same optimiser and with the same
-    weight decay; its buffers and what its calls change in attributes are carried on by a resumed training.
+    takes its parameters as keywords with defaults, or a class that is constructed with these parameters and then
+    called like such a function. A `DistillationLoss` keeps its named terms, anything else has the one term ``loss``.
+    The parameters of a ``torch.nn.Module`` are trained with the student, by the same optimiser and with the same
+    weight decay; a resumed training restores them, its buffers, and the attributes that its calls have changed.
     ``package.module:loss+topkd`` makes it the base of `TopKDPlugin`.
 
     Raises:
@@ -165,9 +165,11 @@ def _user_loss(method: str, parameters: Mapping[str, object]) -> DistillationLos
     if inspect.isroutine(found):
         check_made(found, label)
         return CallableLoss(functools.partial(found, **parameters), method)
-    if not inspect.isclass(found):  # an object: what it keeps of one training is not the next one's
+    if not inspect.isclass(found):  # an object: each training gets a copy, so that none inherits the state of another
         if isinstance(found, nn.Module) and any(True for _ in found.parameters()):
-            raise ValueError(f"{label}: is one object, and what it learns begins with no seed; name its class instead")
+            raise ValueError(
+                f"{label}: is an object whose weights are there before the seed is set; name its class instead"
+            )
         found = copy.deepcopy(found)
         check_made(found, label)
         return CallableLoss(functools.partial(found, **parameters) if parameters else found, method)

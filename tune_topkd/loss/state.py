@@ -1,7 +1,7 @@
-"""What a loss keeps between calls: a user's may learn, or carry on averages and counts.
+"""The state of a loss between calls: a user's loss may have parameters, running averages or counts.
 
-Parameters and buffers are kept as torch keeps them. A plain attribute that has changed since the loss was made is kept
-too, if it is data: a training that is gone on with then has the loss it would have had.
+Besides parameters and buffers, plain attributes that have changed since the loss was made belong to it, if they are
+data. So a resumed training has the loss that an uninterrupted one would have.
 """
 
 import functools
@@ -20,19 +20,19 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.nn.parameter import UninitializedParameter
 
-_OF_TORCH = frozenset(vars(nn.Module()))  # what a module has without its author
+_OF_TORCH = frozenset(vars(nn.Module()))  # the attributes that every module has
 
 
 class LossState:
-    """The state of a loss, as a checkpoint can hold it.
+    """Gives the state of a loss to a checkpoint, and restores it.
 
     Args:
-        loss: whose; it is moved to the device, with tensors that lie in plain attributes.
-        device: where it is called.
+        loss: the loss; it is moved to the device, and so are tensors in its plain attributes.
+        device: where the loss is called.
     """
 
     def __init__(self, loss: nn.Module, device: torch.device) -> None:
-        """Move the loss, and remember what it is made of."""
+        """Move the loss, and remember what it is when it is made."""
         self._loss = loss.to(device)
         self._device = device
         for _, owner, name, value in _attributes(loss):
@@ -42,19 +42,19 @@ class LossState:
         self._made = {path: _frozen(value) for path, *_, value in _attributes(loss)}
 
     def check_parameters(self) -> None:
-        """Check that no parameter has come since the loss was made: the optimiser does not know it.
+        """Check that the loss has no parameter that came after it was made, which the optimiser does not know.
 
         Raises:
-            ValueError: one has.
+            ValueError: it has one.
         """
         if late := sorted({name for name, _ in self._loss.named_parameters()} - self._learnt):
             raise ValueError(f"the loss got a parameter at a call, which is not trained: {', '.join(late)}; {_EARLY}")
 
     def state(self) -> dict[str, Any]:
-        """What the loss is now: nothing where it keeps nothing.
+        """The present state; empty if the loss has none.
 
         Raises:
-            ValueError: it keeps something in a plain attribute that a checkpoint cannot hold.
+            ValueError: a plain attribute holds something that a checkpoint cannot hold.
         """
         tensors = dict(_named_tensors(self._loss))
         known = set(map(id, tensors.values()))
@@ -70,10 +70,10 @@ class LossState:
         return {kind: held for kind, held in (("tensors", tensors), ("attributes", changed)) if held}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what `state` found.
+        """Restore a state that `state` gave.
 
         Raises:
-            ValueError: it is of another loss.
+            ValueError: it is the state of another loss.
         """
         given: dict[str, Tensor] = state.get("tensors", {})
         own = dict(self._loss.named_parameters())
@@ -99,10 +99,10 @@ _EARLY = "make it in the constructor"
 
 
 def check_made(loss: object, label: str) -> None:
-    """Check that what a user's loss learns can be trained.
+    """Check that all weights of a user's loss can be trained.
 
     Raises:
-        ValueError: it lies where no optimiser finds it, or has no shape yet.
+        ValueError: a weight lies where no optimiser finds it, or has no shape yet.
     """
     for name, value in loss.named_parameters() if isinstance(loss, nn.Module) else ():
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
@@ -120,7 +120,7 @@ def check_made(loss: object, label: str) -> None:
 
 
 def _hidden_modules(loss: object) -> dict[str, Any]:
-    """Modules that a loss holds where torch does not look for them."""
+    """Modules in attributes of a loss that torch does not register as modules."""
     found: dict[str, Any] = {}
     for path, owner in _owners(loss, ""):
         registered = owner._modules if isinstance(owner, nn.Module) else {}
@@ -140,7 +140,7 @@ def _named_tensors(loss: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _owners(loss: object, path: str, seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, object]]:
-    """The objects that a loss is made of, by where they are: its modules, and plain callables that these hold."""
+    """The objects that a loss is made of, with their dotted paths: its modules, and the plain callables in them."""
     yield path, loss
     seen |= {id(loss)}
     for name, value in _held(loss).items():
@@ -151,12 +151,12 @@ def _owners(loss: object, path: str, seen: frozenset[int] = frozenset()) -> Iter
 
 
 def _is_plain_callable(value: object) -> bool:
-    """Whether it is an object that can be called, and may have attributes of its own, but no module of torch's."""
+    """Whether it is a callable object, which may have attributes of its own, other than a torch module."""
     return callable(value) and not inspect.isroutine(value) and not isinstance(value, type | nn.Module)
 
 
 def _held(owner: object) -> dict[str, Any]:
-    """What lies in an object's attributes, its modules too."""
+    """The values of an object's attributes, modules included, by name."""
     modules = owner._modules if isinstance(owner, nn.Module) else {}
     hidden = _OF_TORCH if isinstance(owner, nn.Module) else ()
     own = {name: value for name, value in getattr(owner, "__dict__", {}).items() if name not in hidden}
@@ -164,7 +164,7 @@ def _held(owner: object) -> dict[str, Any]:
 
 
 def _attributes(loss: object) -> Iterator[tuple[str, object, str, Any]]:
-    """The plain attributes of a loss that can be data: where, of which object, by which name, and what lies there."""
+    """The plain attributes of a loss that may be data: dotted path, object, name and value."""
     for path, owner in _owners(loss, ""):
         for name, value in _held(owner).items():
             if not callable(value):
@@ -172,16 +172,16 @@ def _attributes(loss: object) -> Iterator[tuple[str, object, str, Any]]:
 
 
 class _Frozen(pickle.Pickler):
-    """Pickles what an attribute holds by itself: it may refer to the whole loss by a method or a module."""
+    """Pickles the value of an attribute without modules and methods, which may refer to the whole loss."""
 
     def persistent_id(self, obj: object) -> str | None:
-        """Name what is no data of the attribute's own."""
+        """Replace modules and code by the name of their type."""
         is_code = isinstance(obj, nn.Module) or inspect.isroutine(obj)
         return repr(type(obj)) if is_code else None
 
 
 def _frozen(value: object) -> bytes | None:
-    """The value as bytes, which tell whether it changes; None where it cannot be had so."""
+    """The value as bytes, which tell whether it changes; None if it cannot be pickled."""
     buffer = io.BytesIO()
     try:
         _Frozen(buffer).dump(value)
@@ -199,7 +199,7 @@ def _is_data(value: object) -> bool:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """The tensors in a value, in containers of it and in modules."""
+    """The tensors in a value, in its containers and modules."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, nn.Module):

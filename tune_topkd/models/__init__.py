@@ -1,9 +1,9 @@
 """Students and teachers by name, and the files their weights are kept in.
 
 Every network takes float images `(B, C, H, W)` and gives logits `(B, num_classes)`. Weights are drawn from torch's
-global generator: the caller seeds it. `build_model` knows these names:
+global generator, which the caller seeds. `build_model` knows these names:
 
-- `digits_cnn`, `digits_cnn_tiny` and `digits_linear` for the embedded default dataset's `(B, 1, 8, 8)`, and
+- `digits_cnn`, `digits_cnn_tiny` and `digits_linear` for the images `(B, 1, 8, 8)` of the default dataset, and
   `small_cnn` for any small images;
 - the distillation field's networks for CIFAR, such as `resnet56` or `wrn_40_2`, also as `cifar:resnet56`, in the layout
   of the published checkpoints;
@@ -11,9 +11,9 @@ global generator: the caller seeds it. `build_model` knows these names:
 - `torchvision:NAME` and `timm:NAME`, the networks of these libraries;
 - `package.module:FACTORY`, any function that takes `num_classes` and gives a network.
 
-Inside: `building` finds and builds a network, `checkpoints` reads and writes its weights, `reading` looks at the bytes
-of such files, `fingerprint` tells whether a network is still the same; `small`, `cifar` and `imagenet` are the
-networks, `initial_weights` how they start.
+Inside: `building` finds and builds a network, `checkpoints` loads and saves its weights, `reading` reads the files that
+hold them, `fingerprint` tells whether a network is still the same; `small`, `cifar` and `imagenet` are the networks,
+`initial_weights` draws their first weights.
 """
 
 from tune_topkd.models.building import _REGISTRY as _REGISTRY

@@ -1,4 +1,4 @@
-"""A network by its name: our own, torchvision's, timm's, or one that a function elsewhere makes."""
+"""A network by its name: one of this project's, torchvision's or timm's, or one that the user's code makes."""
 
 import difflib
 import importlib
@@ -41,7 +41,7 @@ class ModelNameError(TuneTopKDError):
 
 
 class OutputError(TuneTopKDError):
-    """What a network gives is no logits, nor holds them where they can be told from the rest."""
+    """The output of a network is not logits, and does not hold them where they can be told from the rest."""
 
 
 def model_names() -> list[str]:
@@ -59,10 +59,9 @@ def build_model(name: str, /, *, num_classes: int, **kwargs: Any) -> nn.Module:
         kwargs: arguments of that network. Published weights are not one of them: they come from a checkpoint.
 
     Raises:
-        ModelNameError: an unknown name, a library that is not installed, or a factory that cannot be imported, is not
+        ModelNameError: the name is unknown, its library is not installed, or its factory cannot be imported, is not
             callable or does not give a `torch.nn.Module`.
-        ValueError: an argument that the network does not take, a value that it refuses, or any other exception of
-            a library's or of another's factory.
+        ValueError: the network does not take an argument or a value, or the library or the factory raised an exception.
     """
     return _network(name, _factory(name), num_classes, kwargs)
 
@@ -70,45 +69,45 @@ def build_model(name: str, /, *, num_classes: int, **kwargs: Any) -> nn.Module:
 def build_configured(config: ModelConfig, *, num_classes: int) -> nn.Module:
     """The network of a config, for a dataset of `num_classes`; with an `image_size` it resizes its images to that side.
 
-    Resizing is bilinear with antialiasing, and no part of the state dict. The network gives its logits alone, also
-    where its own forward pass gives features besides, as those of mdistiller and many others do: of a tuple, a list or
-    a mapping the part named `logits`, or else the one tensor `(B, num_classes)`. Any other output is an `OutputError`
+    Resizing is bilinear with antialiasing, and not in the state dict. The network gives its logits alone, even if its
+    forward pass gives features besides, as in mdistiller and many other projects: of a tuple, a list or a mapping it
+    gives the part named `logits`, else the only tensor `(B, num_classes)`. Any other output raises an `OutputError`
     when the network is called.
 
     Raises:
-        ValueError: as `build_model`; also if the kwargs set what the dataset decides.
+        ValueError: as `build_model`; also if the kwargs set `num_classes`.
     """
     return _configured(config, _factory(config.name), num_classes)
 
 
 def check_model(config: ModelConfig, *, num_classes: int) -> None:
-    """Raise what `build_configured` would, without holding the weights where that can be avoided.
+    """Raise what `build_configured` would, where possible without allocating the weights.
 
     Raises:
         ModelNameError: nothing can be built under this name.
         ValueError: the arguments do not fit.
     """
-    factory = _factory(config.name)  # imports first: tensors that a module makes for itself must be real
+    factory = _factory(config.name)  # imported before: tensors that its module makes must not be on the meta device
     if not is_users(config.name):
         try:
             with torch.device("meta"):
                 _configured(config, factory, num_classes)
             return
         except ValueError:
-            pass  # some networks compute with their first weights, which the meta device has not
+            pass  # some networks compute with their first weights, which have no values on the meta device
     _configured(config, factory, num_classes)
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable numbers; running statistics and other buffers do not count."""
+    """Number of weights; running statistics and other buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """Name and module of the classifier head: the last linear map in the order in which the modules were added.
+    """Name and module of the classifier head: the linear layer that was added last.
 
     Raises:
-        ValueError: the network has no linear map.
+        ValueError: the network has no linear layer.
     """
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
@@ -117,17 +116,17 @@ def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def to_channels_last(model: nn.Module, channels: int) -> nn.Module:
-    """The network with its weights in the memory layout that is fastest for images of so many channels.
+    """The network with its weights in the memory layout channels-last, unless its images have a single channel.
 
-    With colour images convolutions are a fifth faster, some of them twice, with the channels last; the results are the
-    same up to rounding. With one channel they are slower.
+    Convolutions of colour images are a fifth faster in this layout, some twice as fast; results are the same up to
+    rounding. With one channel they are slower.
     """
     layout = torch.channels_last if channels >= _COLOURS else torch.contiguous_format
     return model.to(memory_format=layout)
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Let the head alone, `find_head(model)`, be trained: no other weight asks for a gradient.
+    """Freeze all weights but those of the head, `find_head(model)`.
 
     Raises:
         ValueError: the network has no head.
@@ -160,7 +159,7 @@ def _resize(side: int, network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[
 def _logits_alone(
     name: str, num_classes: int, network: nn.Module, inputs: tuple[Tensor, ...], outputs: object
 ) -> Tensor:
-    """The logits out of what the network gives: see `build_configured`."""
+    """The logits in the output of a network, as `build_configured` says."""
     if isinstance(outputs, Tensor):
         return outputs
     named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
@@ -221,7 +220,7 @@ def _cifar(bare: str) -> _Factory:
     return _own(f"cifar:{bare}", bare, CIFAR)
 
 
-# Both warn, and give a tuple in training, unless they are told not to.
+# By default both warn, and give a tuple in training mode.
 _TORCHVISION_DEFAULTS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
@@ -275,16 +274,16 @@ def _resolved(name: str) -> _Factory:
 def _library(name: str, module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a library that does not fit torch can raise anything
+    except Exception as error:  # a library that does not fit torch's version can raise anything
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         reason = f"{name} is not installed: pip install 'tune_topkd[{extra}]'" if missing else one_line(error)
         raise ModelNameError(f"{name}: its networks cannot be built: {reason}") from error
 
 
 def _check_listed(name: str, bare: str, names: Sequence[str], listing: str) -> None:
-    """Refuse a name that a library does not list; of the hundreds that it lists only near ones are told."""
+    """Refuse a name that a library does not list; of the hundreds that it lists, the message shows the closest."""
     if bare not in names:
-        stem = bare.partition(".")[0]  # what follows a dot in a name of timm's are published weights
+        stem = bare.partition(".")[0]  # in timm's names, the part after a dot names published weights
         shown = difflib.get_close_matches(stem, names, n=6, cutoff=0.5) or sorted(names)[:3]
         more = len(names) - len(shown)
         raise ModelNameError(f"unknown model {name!r}; {unknown_choice(stem, shown)} and {more} more: {listing}")

@@ -1,4 +1,4 @@
-"""The files that weights are kept in: ours, and those that the distillation field has published."""
+"""Files of weights: those of this project, and those that the distillation field has published."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from tune_topkd.models.reading import read_checkpoint
 from tune_topkd.storage import write_atomically
 
 WEIGHTS_KEY = "model"
-"""Where the state dict lies in a file of weights, as the distillation field has it."""
+"""The key of the state dict in a file of weights, as is usual in the distillation field."""
 
 _STUDENT = "student"
 _COUNTER = ".num_batches_tracked"
 _DEEPEST = 3
-"""Mappings within one another in which weights are looked for."""
+"""Levels of nested mappings that are searched for weights."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -34,18 +34,18 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
     """Fill `model` with the weights of a file; the model is unchanged if that fails.
 
-    The file is one of torch's, zip or legacy, or of safetensors. The state dict is its content, or lies under any key
-    or keys of it (`model`, `state_dict`, `model_state_dict`, `net`, …); its names may have anything before the
-    network's, as `module.` or Lightning's `model.`, and what has another prefix is not looked at. Keys and shapes
-    below one prefix must be the network's; only counters `num_batches_tracked`, which old files lack, may be missing.
+    The file is one of torch, zip or legacy, or of safetensors. The state dict is its content, or lies under any key or
+    keys of it (`model`, `state_dict`, `model_state_dict`, `net`, …). Its names may have any prefix before the
+    network's, such as `module.` or Lightning's `model.`; entries with another prefix are ignored. Keys and shapes below
+    one prefix must be the network's; only the counters `num_batches_tracked`, which old files lack, may be missing.
 
-    Of a whole distiller, keys `student.…` and `teacher.…`, the student is taken: it is what was trained. Where several
-    sets of weights fit, such as those of a training and their moving average (EMA), `key` must say which.
+    Of a distiller, with keys `student.…` and `teacher.…`, the student is loaded, which is what was trained. Where
+    several sets of weights fit, such as those of a training and their moving average (EMA), `key` must say which.
 
     Args:
-        model: what to fill.
+        model: the network to fill.
         path: of the file.
-        key: where in the file the weights lie, such as `state_dict_ema`, or the first words of it; a dot leads into a
+        key: where in the file the weights are, such as `state_dict_ema`, or the beginning of it; a dot leads into a
             mapping, or to a prefix of the names.
 
     Raises:
@@ -56,7 +56,7 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> None:
 
 
 def load_backbone(model: nn.Module, path: Path, key: str | None = None) -> None:
-    """As `load_weights`, but for the head, `find_head(model)`: it stays as it is, whatever the file has for it.
+    """As `load_weights`, except that the head, `find_head(model)`, stays as it is whatever the file has for it.
 
     Raises:
         ValueError: as `load_weights`; also if the network has no head.
@@ -69,14 +69,14 @@ def load_backbone(model: nn.Module, path: Path, key: str | None = None) -> None:
 
 
 class _Found(NamedTuple):
-    """Some tensors of a file by the network's names: `place` is where they lie."""
+    """Tensors of a file under the network's names; `place` is where in the file they are."""
 
     place: str
     state: dict[str, Tensor]
 
 
 def _load(model: nn.Module, path: Path, key: str | None, kept: Mapping[str, Tensor]) -> None:
-    """Fill the model, but for the entries to be `kept`, which are all of a layer or of none."""
+    """Fill the model except for the entries in `kept`, which must be all entries of a layer."""
     own = model.state_dict()
     layers = {name.rpartition(".")[0] for name in kept}
     counters = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
@@ -92,7 +92,7 @@ def _load(model: nn.Module, path: Path, key: str | None, kept: Mapping[str, Tens
 
 
 def _named(path: Path, candidates: Sequence[_Found], key: str | None) -> Sequence[_Found]:
-    """Those that lie at a key or below it."""
+    """The candidates at a key or below it."""
     if key is None:
         return candidates
     named = [found for found in candidates if f"{found.place}.".startswith(f"{key}.")]
@@ -103,7 +103,7 @@ def _named(path: Path, candidates: Sequence[_Found], key: str | None) -> Sequenc
 
 
 def _only(path: Path, fitting: Sequence[_Found]) -> _Found:
-    """The one set of weights that is meant."""
+    """The set of weights to load: the only one, the student's, or the first where all are equal."""
     if len(fitting) > 1:
         students = [found for found in fitting if found.place.rpartition(".")[2] == _STUDENT]
         fitting = students if len(students) == 1 else fitting
@@ -118,7 +118,7 @@ def _only(path: Path, fitting: Sequence[_Found]) -> _Found:
 
 
 def _candidates(path: Path, own: Mapping[str, Tensor]) -> list[_Found]:
-    """All tensors of a file that have names of the network's after some prefix; if there are none, all its tensors."""
+    """The tensors of a file whose names are the network's after some prefix; if there are none, all its tensors."""
     content = read_checkpoint(path)
     mappings = list(_mappings(content))
     if not mappings:
@@ -131,7 +131,7 @@ def _candidates(path: Path, own: Mapping[str, Tensor]) -> list[_Found]:
 
 
 def _mappings(content: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of a mapping and of the mappings in it, each with the keys that lead to them."""
+    """The tensors of a mapping and of the mappings in it, with the dotted key that leads to them."""
     named = {name: value for name, value in content.items() if isinstance(name, str)}
     if held := {name: value for name, value in named.items() if isinstance(value, Tensor)}:
         yield ".".join(place), held
@@ -142,7 +142,8 @@ def _mappings(content: Mapping[Any, Any], place: tuple[str, ...] = ()) -> Iterat
 
 
 def _unwrapped(place: str, held: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[_Found]:
-    """The tensors below each prefix after which names of the network's follow, but for those that few follow."""
+    """The tensors below each prefix that is followed by names of the network; prefixes with few of them are left
+    out."""
     prefixes: Counter[str] = Counter()
     for name in held:
         parts = name.split(".")
@@ -156,7 +157,7 @@ def _unwrapped(place: str, held: Mapping[str, Tensor], own: Mapping[str, Tensor]
 
 
 def _misfit(model: nn.Module, found: _Found, own: Mapping[str, Tensor]) -> str:
-    """What is wrong, in a few words."""
+    """How tensors differ from those of the network, in a few words."""
     differences = _differences(found.state, own)
     shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
     return _classes(model, found.state, own) or shown
@@ -174,7 +175,7 @@ def _differences(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list
 
 
 def _classes(model: nn.Module, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What is wrong if that is the number of classes alone."""
+    """The difference if it is only the number of classes; else empty."""
     try:
         head, linear = find_head(model)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a network is, whatever its name: the code behind a name may change, and with it every result."""
+"""A fingerprint of what a network computes: the code behind its name may change, and with it every result."""
 
 import hashlib
 import json
@@ -12,23 +12,23 @@ from tune_topkd.config import ModelConfig
 from tune_topkd.models.building import build_configured
 
 _SUMS = 8
-"""Numbers that the logits come down to: the fewer there are, the rarer one lies on the edge of rounding."""
+"""Numbers that the logits are reduced to; the fewer, the more rarely one lies on the edge of rounding."""
 _DIGITS = {torch.float64: 6, torch.float32: 2}
-"""Decimal digits of a sum that machines with other kernels or numbers of threads agree on, with room to spare."""
+"""Decimal digits of a sum that other kernels and numbers of threads agree on, with a margin."""
 _SHOWN_IN_TRAINING = ("p", "dropout", "drop_rate", "drop_prob", "momentum")
-"""Attributes of layers that change a training and no logit in eval mode."""
+"""Attributes of layers that change a training but no logit in eval mode."""
 
 
 def network_fingerprint(model: ModelConfig, *, num_classes: int, image_shape: tuple[int, int, int]) -> str:
     """16 hex digits for the network that a config builds, as its code is now.
 
-    They come from the keys and shapes of its state dict, from its logits in eval mode for an image and weights set by a
-    formula, and from the rates of its dropouts and the momentum of its norms. So another architecture, activation or
-    forward pass has another fingerprint, and another docstring the same. Logits are rounded: the fingerprint does not
-    depend on torch's global generator, the number of threads or the machine.
+    It is a hash of the keys and shapes of the state dict, of the logits in eval mode for an image and weights set by a
+    formula, and of dropout rates and the momentum of norms. So another architecture, activation or forward pass has
+    another fingerprint, while comments and names change nothing. Logits are rounded, so that it depends neither on
+    torch's global generator nor on the number of threads or the machine.
 
     Args:
-        model: whose network; where its weights come from does not matter.
+        model: names the network; its weights do not matter.
         num_classes: of the dataset.
         image_shape: of the dataset's images, (C, H, W).
 
@@ -37,7 +37,7 @@ def network_fingerprint(model: ModelConfig, *, num_classes: int, image_shape: tu
     """
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # two take longer on one image, above all beside other processes
+        torch.set_num_threads(1)  # more take longer for one image, above all beside other processes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = build_configured(model, num_classes=num_classes)
@@ -60,7 +60,7 @@ def _rates(network: nn.Module) -> list[list[object]]:
 
 
 def _fill(network: nn.Module) -> None:
-    """Set the weights so that activations neither vanish nor grow much with depth."""
+    """Set the weights to values with which activations neither vanish nor explode with depth."""
     for number, (name, value) in enumerate(network.state_dict().items()):
         if not value.is_floating_point():
             continue  # counters, tables of positions
@@ -73,7 +73,7 @@ def _fill(network: nn.Module) -> None:
 
 
 def _spread(number: int, count: int) -> Tensor:
-    """Values between -1 and 1 that look like noise, of a formula of integers: the same on every machine."""
+    """Pseudo-random values between -1 and 1 from integer arithmetic, the same on every machine."""
     places = torch.arange(count, dtype=torch.int64)
     mixed = (places + 1) * 2654435761 + (number + 1) * 40503
     mixed = ((mixed ^ (mixed >> 15)) * 73244475) & 0xFFFFFFFF
@@ -82,12 +82,12 @@ def _spread(number: int, count: int) -> Tensor:
 
 
 def _sums(network: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
-    """A few weighted sums of the logits, as rounded text."""
+    """A few weighted sums of the logits, rounded, as text."""
     network.eval()
     images = 2 * _spread(-1, math.prod(image_shape)).reshape(1, *image_shape)
     try:
         logits = _logits(network.double(), images)
-    except Exception:  # noqa: BLE001 (others' layers may know one precision alone, in any words)
+    except Exception:  # noqa: BLE001 (a layer that knows one precision only can raise anything)
         try:
             logits = _logits(network.float(), images.float())
         except Exception as error:

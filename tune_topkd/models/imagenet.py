@@ -39,7 +39,8 @@ def _conv_bn_relu(inputs: int, outputs: int, side: int, *, stride: int = 1, grou
 
 
 def deit_tiny(*, num_classes: int, image_size: int = 224, patch_size: int = 16, drop_path: float = 0.0) -> nn.Module:
-    """DeiT-Ti without distillation token (arXiv 2012.12877): torchvision's class and keys, DeiT's size and first weights.
+    """DeiT-Ti without distillation token (arXiv 2012.12877): torchvision's class and keys, DeiT's size and first
+    weights.
 
     Args:
         num_classes: number of logits.

@@ -1,4 +1,4 @@
-"""The bytes of a file of weights: what they hold, or what the file is instead. No code of a file is run."""
+"""Reading a file of weights, or telling what it is instead. No code in a file is ever run."""
 
 import re
 import zipfile
@@ -25,7 +25,7 @@ _INSTEAD: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them: only files of PyTorch's and safetensors are read"),
     (b"\x93NUMPY", "an array of numpy's: only files of PyTorch's and safetensors are read"),
 )
-"""The first bytes of files that are taken for weights, and what these are."""
+"""The first bytes of files that users mistake for weights, and what these files are."""
 
 _ZIP, _TAR = b"PK", b"ustar"
 _TAR_PLACE = 257
@@ -33,13 +33,14 @@ _SAFETENSORS = ".safetensors"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The dict in a file of torch's or of safetensors, whichever its name says; tensors on the CPU.
+    """The dict in a file of torch or of safetensors, whatever its ending; tensors on the CPU.
 
-    No code of the file is run: it may hold tensors, plain data and single numbers of numpy's, which become Python's.
+    No code in the file is run: it may hold tensors, plain data and numpy scalars, which become Python's.
 
     Raises:
-        ValueError: the file is missing, damaged (checksums are compared where there are any), something else than a
-            checkpoint, which is told by its first bytes, or holds anything but a dict of such data.
+        ValueError: the file is missing, damaged (checksums are compared where there are any), not a checkpoint, of
+        which
+            its first bytes tell the kind, or holds anything but a dict of such data.
     """
     try:
         file = path.open("rb")
@@ -59,11 +60,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class _Refused(Exception):  # noqa: N818 (no error of the file's)
-    """The file may be whole, but it is not read."""
+    """The file may be whole, but cannot or must not be read."""
 
 
 class _Damaged(Exception):  # noqa: N818
-    """Not even the kind of file can be told, or it is not whole."""
+    """The file is incomplete, or of an unknown kind."""
 
 
 def _content(file: IO[bytes], is_named_safetensors: bool) -> object:
@@ -97,7 +98,7 @@ def _unknown(head: bytes, size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """An error in a few words; torch's advice to read a file without its safeguards is not passed on."""
+    """An error in a few words, without torch's advice to read a file without safeguards."""
     text = re.sub(r"(?s).*WeightsUnpickler error: ", "", str(error)).strip().split("\n")[0]
     if isinstance(error, _Damaged):
         return text
@@ -108,7 +109,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_archive(file: IO[bytes]) -> None:
-    """Compare the checksums of a zip archive, which torch does not: it would take flipped bits for weights."""
+    """Compare the checksums of a zip archive; torch does not, and would take flipped bits for weights."""
     if not zipfile.is_zipfile(file):
         raise _Damaged("the file is cut off: a zip archive without its end")
     with zipfile.ZipFile(file) as archive:
@@ -143,7 +144,7 @@ def _unpickled(file: IO[bytes]) -> object:
 
 
 class _NumpyType:
-    """Stands for numpy's dtype while a file is read: the letters of its type, and its byte order."""
+    """Takes the place of numpy's dtype while a file is read: its type code and byte order."""
 
     def __init__(self, code: str, *flags: bool) -> None:
         self.code, self.order = code, ""
@@ -154,7 +155,7 @@ class _NumpyType:
 
 
 def _numpy_scalar(kind: _NumpyType, data: bytes) -> bool | float | str:
-    """A single number or text of numpy's as Python's own."""
+    """A numpy scalar as Python's own number or text."""
     import numpy as np
 
     if not isinstance(kind, _NumpyType) or not re.fullmatch(r"[biuf]\d|[SU]\d+", kind.code):
@@ -168,14 +169,14 @@ _NUMPY: list[Any] = [
     (_numpy_scalar, "numpy.core.multiarray.scalar"),  # numpy 1
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
 ]
-"""What reads numpy's scalars, such as a best accuracy beside the weights: nothing of numpy's own is called by a file."""
+"""What a file may call instead of numpy's functions to hold a scalar, such as a best accuracy beside the weights."""
 
 
 # --- safetensors ----------------------------------------------------------------------------------------------------
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file begins as safetensors do: with the length of the JSON that follows."""
+    """Whether a file begins like safetensors: with the length of the JSON that follows."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 

@@ -1,4 +1,4 @@
-"""Small networks: for the embedded default dataset's images `(B, 1, 8, 8)`, and for any small images."""
+"""Small networks: for the images `(B, 1, 8, 8)` of the default dataset, and for any small images."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ class SmallCNN(nn.Module):
         channels: of the images.
 
     Raises:
-        ValueError: `widths` is not a list of positive integers, or `strides` not one as long, or `channels` not positive.
+        ValueError: `widths` is not a list of positive integers, or `strides` not one as long, or `channels` not
+        positive.
     """
 
     def __init__(

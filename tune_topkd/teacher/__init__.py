@@ -1,5 +1,8 @@
-"""The teacher: trained once and kept under a content hash, or given as a checkpoint; and the bank that caches its
-logits."""
+"""The teacher and its logits.
+
+Inside: `training` trains a teacher once and keeps it under a content hash, or takes a given checkpoint; `network` runs it;
+`bank` caches its logits on the disk; `logits` gives a training its teacher's logits, from the bank or from the network.
+"""
 
 from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank

@@ -20,12 +20,12 @@ from tune_topkd.data import Dataset
 from tune_topkd.data import batches_of
 from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
-from tune_topkd.data import image_size
 from tune_topkd.data import load_dataset
+from tune_topkd.data import normalised_views
 from tune_topkd.data import plain_images
-from tune_topkd.data import shown
 from tune_topkd.data import view_count
 from tune_topkd.data import view_numbers
+from tune_topkd.data import view_side
 from tune_topkd.models import network_fingerprint
 from tune_topkd.models import to_channels_last
 from tune_topkd.storage import file_hash
@@ -278,7 +278,7 @@ def fill_bank(config: TrialConfig, device: torch.device, progress: Callable[[flo
                 teacher.logits(batch.images, number)
             progress(epoch / config.recipe.epochs)
         return bank
-    show = functools.partial(shown, augment=config.data.augment, mean=dataset.mean, std=dataset.std)
+    show = functools.partial(normalised_views, augment=config.data.augment, mean=dataset.mean, std=dataset.std)
     chunks = torch.split(torch.arange(len(split)), _IMAGES_AT_ONCE)
     for done, chunk in enumerate(chunks):
         _fill_chunk(bank, teacher, split, chunk, show)
@@ -299,7 +299,7 @@ def _fill_chunk(
         if pixels is None:
             pixels = plain_images(split, chunk)
         numbers = views[lacking].to(split.device)
-        images = show(pixels[lacking.to(split.device)], numbers, image_size=image_size(split))
+        images = show(pixels[lacking.to(split.device)], numbers, image_size=view_side(split))
         bank.write(chunk[lacking], views[lacking], teacher.compute(images))
 
 
