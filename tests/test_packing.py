@@ -49,28 +49,25 @@ LONGEST_WAIT = 60
 
 
 @pytest.fixture(scope="module")
-def node(request):
+def node():
     """What the one node of a private Ray has; its GPUs are made up, and so may be its CPUs."""
+    node = Share(4.0, 2.0)
     with pytest.MonkeyPatch.context() as patch, cluster.scratch_folder() as scratch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the workers are to find the formulas
         ray.init(
             address="local",
-            num_cpus=int(request.param.cpus),
-            num_gpus=int(request.param.gpus),
+            num_cpus=int(node.cpus),
+            num_gpus=int(node.gpus),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=scratch,
         )
         try:
-            yield request.param
+            yield node
         finally:
             gc.collect()
             ray.shutdown()
-
-
-on_four_cpus = pytest.mark.parametrize("node", [Share(4.0, 0.0)], indirect=True, ids=["4 CPUs"])
-on_two_gpus = pytest.mark.parametrize("node", [Share(8.0, 2.0)], indirect=True, ids=["8 CPUs, 2 GPUs"])
 
 
 @pytest.fixture
@@ -114,99 +111,57 @@ def notes(folder):
 # --- which is best ------------------------------------------------------------------------------------------------
 
 
-@on_four_cpus
 def test_what_trains_the_most_images_together_comes_first(pack, tmp_path):
-    tried = pack({1: 100.0, 2: 80.0, 4: 50.0}, peak_bytes=30)
-    assert at_once(tried) == [4, 1, 2]
-    assert [packed.images_per_second for packed in tried] == [200.0, 100.0, 160.0]
-    assert [packed.share for packed in tried] == [Share(1.0, 0.0), Share(4.0, 0.0), Share(2.0, 0.0)]
-    assert [packed.memory for packed in tried] == pytest.approx([0.12, 0.03, 0.06])
+    tried = pack({1: 100.0, 2: 80.0}, {"cpus_per_trial": "auto", "max_concurrent": 2}, peak_bytes=30)
+    assert at_once(tried) == [2, 1]
+    assert [packed.images_per_second for packed in tried] == [160.0, 100.0]
+    assert [packed.share for packed in tried] == [Share(2.0, 0.0), Share(4.0, 0.0)]
+    assert [packed.memory for packed in tried] == pytest.approx([0.06, 0.03])
     for number, each in notes(tmp_path).items():
         cpus = 4 // number
         assert {(note["given"]["CPU"], note["threads"], note["gpu_share"]) for note in each} == {(cpus, cpus, 0.0)}
         assert {note["seconds"] for note in each} == {SECONDS}
-    assert {number: len(each) for number, each in notes(tmp_path).items()} == {1: 1, 2: 2, 4: 4}
-
-
-@on_four_cpus
-@pytest.mark.parametrize(("of_two", "best"), [(51.4, [1, 2]), (51.6, [2, 1])])
-def test_more_at_once_must_be_worth_it(pack, of_two, best):
-    tried = pack({1: 100.0, 2: of_two}, {"cpus_per_trial": "auto", "max_concurrent": 2})
-    assert at_once(tried) == best
-
-
-@on_four_cpus
-def test_it_stops_when_more_at_once_are_slower_together(pack, tmp_path):
-    assert at_once(pack({1: 100.0, 2: 49.9, 4: 1000.0})) == [1, 2]
-    assert notes(tmp_path).keys() == {1, 2}
-
-
-@on_four_cpus
-@pytest.mark.parametrize(("peak_bytes", "numbers"), [(460, {1}), (230, {1, 2})])
-def test_it_stops_when_twice_as_many_would_have_no_memory(pack, tmp_path, peak_bytes, numbers):
-    tried = pack({1: 100.0, 2: 100.0, 4: 100.0}, peak_bytes=peak_bytes)
-    assert set(at_once(tried)) == numbers == notes(tmp_path).keys()
-
-
-@on_four_cpus
-@pytest.mark.parametrize(("limit", "numbers"), [(1, {1}), (3, {1, 2})])
-def test_no_more_are_tried_than_may_run_at_once(pack, tmp_path, limit, numbers):
-    tried = pack({1: 100.0, 2: 100.0, 4: 100.0}, {"cpus_per_trial": "auto", "max_concurrent": limit})
-    assert set(at_once(tried)) == numbers == notes(tmp_path).keys()
+    assert {number: len(each) for number, each in notes(tmp_path).items()} == {1: 1, 2: 2}
 
 
 # --- on GPUs ------------------------------------------------------------------------------------------------------
 
 
-@on_two_gpus
 def test_trials_share_each_gpu_and_its_part_of_the_cpus(pack, tmp_path):
     settings = {"cpus_per_trial": "auto", "gpus_per_trial": "auto"}
     tried = pack({2: 100.0, 4: 60.0}, settings, peak_bytes=230)
     assert at_once(tried) == [4, 2]
     assert [packed.images_per_second for packed in tried] == [240.0, 200.0]
-    assert [packed.share for packed in tried] == [Share(2.0, 0.5), Share(4.0, 1.0)]
+    assert [packed.share for packed in tried] == [Share(1.0, 0.5), Share(2.0, 1.0)]
     assert [packed.memory for packed in tried] == pytest.approx([0.46, 0.23])
     found = notes(tmp_path)
     assert found.keys() == {2, 4}
     for number, each in found.items():
-        assert [note["given"] for note in each] == [{"CPU": 8 / number, "GPU": 2 / number}] * number
-        assert {(note["threads"], note["gpu_share"]) for note in each} == {(8 // number, 2 / number)}
+        assert [note["given"] for note in each] == [{"CPU": 4 / number, "GPU": 2 / number}] * number
+        assert {(note["threads"], note["gpu_share"]) for note in each} == {(4 // number, 2 / number)}
         assert Counter(note["gpus"] for note in each) == {"0": number // 2, "1": number // 2}
 
 
-@on_two_gpus
 def test_the_cpus_of_a_trial_are_at_most_its_gpus_part(pack, tmp_path):
-    tried = pack({2: 100.0}, {"cpus_per_trial": 6.0, "gpus_per_trial": "auto", "max_concurrent": 2})
-    assert [packed.share for packed in tried] == [Share(4.0, 1.0)]
-    assert [note["given"] for note in notes(tmp_path)[2]] == [{"CPU": 4.0, "GPU": 1.0}] * 2
+    tried = pack({2: 100.0}, {"cpus_per_trial": 3.0, "gpus_per_trial": "auto", "max_concurrent": 2})
+    assert [packed.share for packed in tried] == [Share(2.0, 1.0)]
+    assert [note["given"] for note in notes(tmp_path)[2]] == [{"CPU": 2.0, "GPU": 1.0}] * 2
 
 
-@on_two_gpus
 def test_a_trial_of_several_gpus_has_the_cpus_of_all_of_them(pack, tmp_path):
     tried = pack({1: 100.0}, {"cpus_per_trial": "auto", "gpus_per_trial": 2.0}, peak_bytes=300)
-    assert [(packed.share, packed.at_once) for packed in tried] == [(Share(8.0, 2.0), 1)]
+    assert [(packed.share, packed.at_once) for packed in tried] == [(Share(4.0, 2.0), 1)]
     assert tried[0].memory == pytest.approx(0.3)
     (note,) = notes(tmp_path)[1]
-    assert (note["given"], note["gpus"], note["gpu_share"]) == ({"CPU": 8.0, "GPU": 2.0}, "0,1", 1.0)
+    assert (note["given"], note["gpus"], note["gpu_share"]) == ({"CPU": 4.0, "GPU": 2.0}, "0,1", 1.0)
 
 
-@on_four_cpus
-def test_without_a_gpu_there_is_nothing_to_share(pack, tmp_path):
-    with pytest.raises(ResourceError, match=r"sweep\.gpus_per_trial = auto: no node has as many GPUs; the most are 0"):
-        pack({}, {"gpus_per_trial": "auto"})
-    assert notes(tmp_path) == {}
-
-
-@on_four_cpus
-def test_a_gpu_that_no_node_has_is_refused(pack):
-    with pytest.raises(ResourceError, match=r"sweep\.gpus_per_trial = 1.*the most are 0"):
-        pack({}, {"cpus_per_trial": "auto", "gpus_per_trial": 1.0})
-
-
-@on_two_gpus
 def test_more_gpus_than_a_node_has_are_refused(pack):
     with pytest.raises(ResourceError, match=r"sweep\.gpus_per_trial = 4.*the most are 2"):
         pack({}, {"cpus_per_trial": "auto", "gpus_per_trial": 4.0})
+
+
+# --- what is tried, on nodes and at speeds that are made up ------------------------------------------------------
 
 
 def nodes(*shares):
@@ -229,6 +184,62 @@ def tried_where(monkeypatch):
 
     monkeypatch.setattr(packing, "_tried", tried)
     return where
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Packs on a node of four CPUs trials of these speeds and this memory: which came first, in which order tried."""
+    monkeypatch.setattr(ray, "nodes", nodes(Share(4.0, 0.0), Share(99.0, 0.0)))
+
+    def made_up(rates, memory=0.001, **settings):
+        order = []
+
+        def tried(share, at_once, *rest):
+            order.append(at_once)
+            return packing.Packed(share, at_once, at_once * rates[at_once], at_once * memory)
+
+        monkeypatch.setattr(packing, "_tried", tried)
+        settings = {"cpus_per_trial": "auto", "max_concurrent": None} | settings
+        return at_once(packing.pack(formulas.sweep_config(sweep=settings), None, None)), order
+
+    return made_up
+
+
+def test_the_best_comes_first_and_the_others_as_they_were_tried(made_up):
+    assert made_up({1: 100.0, 2: 80.0, 4: 50.0}) == ([4, 1, 2], [1, 2, 4])
+
+
+@pytest.mark.parametrize(("of_two", "best"), [(51.4, [1, 2]), (51.6, [2, 1])])
+def test_more_at_once_must_be_worth_it(made_up, of_two, best):
+    assert made_up({1: 100.0, 2: of_two}, max_concurrent=2) == (best, [1, 2])
+
+
+def test_it_stops_when_more_at_once_are_slower_together(made_up):
+    assert made_up({1: 100.0, 2: 49.9, 4: 1000.0}) == ([1, 2], [1, 2])
+
+
+@pytest.mark.parametrize(("memory", "numbers"), [(0.46, [1]), (0.23, [1, 2])])
+def test_it_stops_when_twice_as_many_would_have_no_memory(made_up, memory, numbers):
+    assert made_up({1: 100.0, 2: 100.0, 4: 100.0}, memory)[1] == numbers
+
+
+@pytest.mark.parametrize(("limit", "numbers"), [(1, [1]), (3, [1, 2])])
+def test_no_more_are_tried_than_may_run_at_once(made_up, limit, numbers):
+    assert made_up({1: 100.0, 2: 100.0, 4: 100.0}, max_concurrent=limit)[1] == numbers
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"gpus_per_trial": "auto"}, r"sweep\.gpus_per_trial = auto: no node has as many GPUs; the most are 0"),
+        ({"cpus_per_trial": "auto", "gpus_per_trial": 1.0}, r"sweep\.gpus_per_trial = 1.*the most are 0"),
+    ],
+)
+def test_a_gpu_that_no_node_has_is_refused_and_nothing_tried(monkeypatch, tried_where, settings, told):
+    monkeypatch.setattr(ray, "nodes", nodes(Share(4.0, 0.0), Share(99.0, 8.0)))
+    with pytest.raises(ResourceError, match=told):
+        packing.pack(formulas.sweep_config(sweep=settings), None, None)
+    assert tried_where == []
 
 
 def test_it_is_measured_on_the_node_with_the_most_gpus(monkeypatch, tried_where):
@@ -293,7 +304,6 @@ def test_the_shares_that_are_tried(settings, node, shares):
 # --- what goes wrong ----------------------------------------------------------------------------------------------
 
 
-@on_four_cpus
 @pytest.mark.parametrize("when", ["at_start", "at_work"])
 def test_a_training_that_cannot_be_is_refused_with_its_cause(pack, node, when):
     with pytest.raises(ResourceError) as refused:
@@ -306,15 +316,20 @@ def test_a_training_that_cannot_be_is_refused_with_its_cause(pack, node, when):
     wait_until_all_is_given_back(node)
 
 
-@on_four_cpus
 def test_a_training_that_dies_alone_is_refused(pack):
     with pytest.raises(ResourceError, match=r"no trial can be run to see how many fit: .*[Dd]ied"):
         pack({}, ends={1: ("dies", "at_work")})
 
 
-@on_four_cpus
-@pytest.mark.parametrize("when", ["at_start", "at_work"])
-@pytest.mark.parametrize("how", ["raises", "dies"])
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        ("raises", "at_start"),
+        ("dies", "at_work"),
+        pytest.param("raises", "at_work", marks=pytest.mark.slow),
+        pytest.param("dies", "at_start", marks=pytest.mark.slow),
+    ],
+)
 def test_what_runs_alone_and_not_beside_others_is_taken_alone(pack, node, tmp_path, caplog, how, when):
     assert at_once(pack({1: 100.0, 4: 100.0}, ends={2: (how, when)})) == [1]
     assert 4 not in notes(tmp_path)
@@ -340,9 +355,8 @@ def occupied(node):
         ray.kill(occupant)
 
 
-@on_two_gpus
 def test_so_many_as_cannot_be_placed_are_not_to_be_had(pack, occupied, tmp_path, monkeypatch):
-    occupied(5)
+    occupied(1)
     really_tried = packing._tried
 
     def tried(share, at_once, *rest):
@@ -356,9 +370,8 @@ def test_so_many_as_cannot_be_placed_are_not_to_be_had(pack, occupied, tmp_path,
     assert notes(tmp_path).keys() == {2}
 
 
-@on_two_gpus
 def test_where_not_even_one_can_be_placed_it_is_refused(pack, occupied, monkeypatch):
-    occupied(8)
+    occupied(4)
     monkeypatch.setattr(packing, "LONGEST_START_OF_A_WORKER", 0.5)
     with pytest.raises(ResourceError, match=r"no trial can be run to see how many fit: .*[Tt]imeout"):
         pack({2: 100.0}, {"cpus_per_trial": 1.0, "gpus_per_trial": "auto"})
