@@ -134,28 +134,6 @@ def dying_always(config, report, resume_from=None):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def threads(config, report, resume_from=None):
-    """Reports how many threads it was given."""
-    epochs(config, report, resume_from, lambda config, epoch: float(os.environ["OMP_NUM_THREADS"]))
-
-
-FATES = {
-    4: rising,
-    11: nan_for_large_k,
-    12: giving_up,
-    13: objective_missing,
-    14: threads,
-    15: dying_once,
-    16: dying_always,
-}
-"""What becomes of a trial of `by_fate`, by its k."""
-
-
-def by_fate(config, report, resume_from=None):
-    """One of `FATES`."""
-    FATES[config.loss["k"]](config, report, resume_from)
-
-
 def process(config, report, resume_from=None):
     """Takes its time and reports which process it ran in."""
 
@@ -228,6 +206,23 @@ def needing_two_cpus(config, report, resume_from=None):
         return cpus(config, epoch)
 
     epochs(config, report, resume_from, metric)
+
+
+FATES = {
+    4: rising,
+    11: nan_for_large_k,
+    12: giving_up,
+    13: objective_missing,
+    14: needing_two_cpus,
+    15: dying_once,
+    16: dying_always,
+}
+"""What becomes of a trial of `by_fate`, by its k."""
+
+
+def by_fate(config, report, resume_from=None):
+    """One of `FATES`."""
+    FATES[config.loss["k"]](config, report, resume_from)
 
 
 def out_of_memory_for_large_k(config, report, resume_from=None):

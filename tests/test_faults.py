@@ -1,7 +1,6 @@
 """Faults other than kills, on a real Ray: memory, hangs, crashes of all trials, disks and nodes in trouble."""
 
 import contextlib
-import errno
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import formulas
 import pytest
+import test_cli
 import test_sweep
 
 from tune_topkd.cli import running
@@ -19,7 +19,6 @@ from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
 from tune_topkd.execution import Cluster
-from tune_topkd.execution import SweepTroubleError
 from tune_topkd.execution import ray_tune
 from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import Driver
@@ -35,6 +34,8 @@ from tune_topkd.sweep import audit_sweep
 
 pytestmark = test_sweep.pytestmark
 cluster = test_sweep.cluster
+inside = test_cli.inside
+ended = test_sweep.ended
 
 HERE = Path(__file__).parent
 SPACE = HERE.parent / "search_spaces" / "digits.yaml"
@@ -103,18 +104,6 @@ def test_the_next_larger_share_is_twice_what_is_shared():
     assert graphics.larger(Share(1.0, 0.75)) == Share(2.0, 1.0)
     assert graphics.larger(Share(2.0, 1.0)) == Share(4.0, 1.0)
     assert graphics.larger(Share(4.0, 1.0)) is None
-
-
-def test_a_trial_without_enough_memory_goes_on_with_a_larger_share(sweep, cluster, tmp_path):
-    if not cluster.room_for(Share(2.0, 0.0)):
-        pytest.skip("needs two cores")
-    state = sweep(formulas.needing_two_cpus, trials=1)
-    record = state.arm("search")[0]
-    assert (record.status, record.attempts) == (TrialStatus.COMPLETED, 2)
-    assert retries(tmp_path / "s" / "ledger.jsonl") == [(0, "oom", [2.0, 0.0])]
-    given = {epoch: metrics["val_top1"] for epoch, metrics in record.reports.items()}
-    assert given == {1: 1.0, 2: 1.0} | dict.fromkeys(range(3, formulas.EPOCHS + 1), 2.0)
-    assert "MemoryError" in (tmp_path / "s" / "trials" / "0000" / "error.txt").read_text()
 
 
 @pytest.mark.slow
@@ -233,10 +222,6 @@ RUN = ["run", SPACE, "--epochs", 3]
 RUN += ["--set", "teacher.recipe.epochs=2", "--set", "baselines=null", "--set", "sweep.asha=null"]
 
 
-def ended(state):
-    return {key: (r.status, r.value, r.reports, r.params) for key, r in state.trials.items() if r.status.is_end}
-
-
 def one_line(told):
     """What was told last: the one line about what is wrong."""
     assert "Traceback" not in told
@@ -295,30 +280,6 @@ def test_a_disk_that_turns_read_only_stops_the_sweep_and_writable_again_it_goes_
     assert all(r.reports.items() <= state.trials[key].reports.items() for key, r in before.trials.items())
 
 
-def test_a_ledger_that_cannot_be_written_ends_the_sweep_and_nothing_is_lost(sweep, tmp_path, monkeypatch):
-    """The driver's disk refuses in the middle of a trial; the workers' does not."""
-    path, fsync, calls = tmp_path / "s" / "ledger.jsonl", os.fsync, []
-
-    def refusing(descriptor):
-        calls.append(descriptor)
-        if len(calls) > 20:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", refusing)
-        with pytest.raises(SweepTroubleError) as raised:
-            sweep(formulas.rising, trials=3, asha=None)
-    assert str(raised.value).startswith(f"{path}: No space left on device; the sweep has stopped, nothing is lost")
-    before = read_state(path)
-    assert (before.stop_reason, len(ended(before)), len(before.running())) == ("", 1, 1)
-    assert findings(tmp_path / "s") == []
-    state = sweep(formulas.rising)
-    assert (state.stop_reason, state.counts()["completed"]) == ("finished", 3)
-    assert ended(before).items() <= ended(state).items()
-    assert all(r.reports.items() <= state.trials[key].reports.items() for key, r in before.trials.items())
-
-
 def wait_until(condition, process):
     """Wait for something that a process is to bring about."""
     deadline = time.monotonic() + 200
@@ -328,18 +289,19 @@ def wait_until(condition, process):
         time.sleep(0.02)
 
 
-def test_resume_on_a_read_only_disk_is_one_line(disk, launch):
+def test_resume_on_a_read_only_disk_is_one_line(disk, inside):
     begun(disk.seen / "s")[1].close()
     before = (disk.seen / "s" / "ledger.jsonl").read_bytes()
     assert disk.run("mount", "-o", "remount,ro", str(disk.path)) == (0, "")
-    code, told = launch("resume", "s")
-    assert (code, told.count("\n")) == (2, 1), told
-    assert f"{disk.path}/s/ledger.jsonl" in one_line(told)
+    done = inside("resume", "s", "--runs-dir", disk.seen)
+    told = done.stderr
+    assert (done.returncode, told.count("\n")) == (2, 1), told
+    assert f"{disk.seen}/s/ledger.jsonl" in one_line(told)
     assert "Read-only file system" in one_line(told)
     assert (disk.seen / "s" / "ledger.jsonl").read_bytes() == before
 
 
-def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, launch):
+def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, inside):
     """The ledger ends where a page of the file system does, so that its next line needs room."""
     page = os.sysconf("SC_PAGESIZE")
     with begun(disk.seen / "s", space={"k": {"low": 1, "high": 9}})[1] as ledger:
@@ -348,9 +310,10 @@ def test_resume_on_a_full_disk_is_one_line_and_leaves_the_ledger_whole(disk, lau
             ledger.append(Stop(reason="interrupted", error="x" * (room % 150)))
     before = (disk.seen / "s" / "ledger.jsonl").read_bytes()
     assert disk.run("sh", "-c", 'cat /dev/zero > "$0/filler"', str(disk.path))[0] != 0
-    code, told = launch("resume", "s")
-    assert (code, told.count("\n")) == (2, 1), told
-    assert f"{disk.path}/s/ledger.jsonl: No space left on device" in one_line(told)
+    done = inside("resume", "s", "--runs-dir", disk.seen)
+    told = done.stderr
+    assert (done.returncode, told.count("\n")) == (2, 1), told
+    assert f"{disk.seen}/s/ledger.jsonl: No space left on device" in one_line(told)
     assert (disk.seen / "s" / "ledger.jsonl").read_bytes() == before
     assert disk.run("rm", f"{disk.path}/filler") == (0, "")
     with Ledger.open(disk.seen / "s" / "ledger.jsonl") as ledger:

@@ -29,6 +29,7 @@ from tune_topkd.config import read_yaml
 from tune_topkd.execution import ResourceError
 from tune_topkd.execution import cluster
 from tune_topkd.execution import packing
+from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -37,6 +38,7 @@ from tune_topkd.ledger import Stop
 from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.search import Search
 from tune_topkd.train import Probe
 
 pytestmark = test_sweep.pytestmark
@@ -375,6 +377,44 @@ def test_where_not_even_one_can_be_placed_it_is_refused(pack, occupied, monkeypa
     monkeypatch.setattr(packing, "LONGEST_START_OF_A_WORKER", 0.5)
     with pytest.raises(ResourceError, match=r"no trial can be run to see how many fit: .*[Tt]imeout"):
         pack({2: 100.0}, {"cpus_per_trial": 1.0, "gpus_per_trial": "auto"})
+
+
+# --- what trials are told of their share --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sweep(node, tmp_path):
+    """Runs small sweeps whose trials tell of their share and have too little memory on one CPU; gives their records."""
+
+    def train(config, report, resume_from=None):
+        for epoch in range(1 if resume_from is None else 2, config.recipe.epochs + 1):
+            if epoch == 2 and config.threads == 1:
+                raise MemoryError
+            told = {"val_top1": 1.0, "threads": float(config.threads), "gpu_share": config.gpu_share}
+            report(epoch, told, lambda folder: (folder / "state").touch())
+
+    def sweep(epochs=1, **settings):
+        settings = {"trials": 2, "asha": None, **settings}
+        config = formulas.sweep_config(baselines=None, recipe={"epochs": epochs}, sweep=settings)
+        header = Header(sweep="s", id="s", seed=0, trials=settings["trials"])
+        with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+            run_sweep(Search(config, ledger), cluster=cluster.Cluster.now(), folder=tmp_path, train=train)
+            return ledger.state.arm("search")
+
+    return sweep
+
+
+@pytest.mark.slow
+def test_the_trials_of_a_sweep_are_told_their_share(sweep):
+    records = sweep(cpus_per_trial=2.0)
+    assert [record.status for record in records] == [TrialStatus.COMPLETED] * 2, records
+    assert [(r.reports[1]["threads"], r.reports[1]["gpu_share"]) for r in records] == [(2, 0.0)] * 2
+
+
+def test_a_trial_that_ran_out_of_memory_is_told_its_larger_share(sweep):
+    (record,) = sweep(epochs=2, trials=1, cpus_per_trial=1.0, gpus_per_trial=0.25)
+    assert (record.status, record.retries) == (TrialStatus.COMPLETED, ["oom"]), record
+    assert [(r["threads"], r["gpu_share"]) for r in record.reports.values()] == [(1, 0.25), (2, 0.5)]
 
 
 # --- what a config may say ----------------------------------------------------------------------------------------

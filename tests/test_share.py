@@ -26,7 +26,6 @@ from tune_topkd.data import saving
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Share
-from tune_topkd.ledger import TrialStatus
 from tune_topkd.train import GPU_PART
 from tune_topkd.train import LONGEST_WAIT_FOR_MEMORY
 from tune_topkd.train import Training
@@ -402,67 +401,6 @@ def test_threads_are_given_back_when_waiting_for_the_gpu_is_broken_off(memory, m
         assert torch.get_num_threads() == before
     finally:
         torch.set_num_threads(before)
-
-
-# --- in a sweep -----------------------------------------------------------------------------------------------------
-
-
-def in_a_sweep(test):
-    """Marks a test that starts a real Ray."""
-    # Ray 2.60 itself: its own deprecated calls, and sockets it leaves to the collector
-    ignored = ("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
-    unraisable = "ignore::pytest.PytestUnraisableExceptionWarning"
-    return pytest.mark.ray(pytest.mark.filterwarnings(*ignored, unraisable)(test))
-
-
-@pytest.fixture(scope="module")
-def sweep_on_a_gpu(tmp_path_factory):
-    """Runs small sweeps on a Ray that believes in two CPUs and a GPU; gives the trials' records."""
-    import ray
-
-    from tune_topkd.execution import Cluster
-    from tune_topkd.execution import run_sweep
-    from tune_topkd.execution.cluster import _shutdown
-    from tune_topkd.execution.scratch import scratch_folder
-    from tune_topkd.search import Search
-
-    def train(config, report, resume_from=None):
-        """Tells of its share; runs out of memory with a small one where a space says so."""
-        for epoch in range(1 if resume_from is None else 2, config.recipe.epochs + 1):
-            if epoch == 2 and config.threads == 1:
-                raise MemoryError
-            told = {"val_top1": 1.0, "threads": float(config.threads), "gpu_share": config.gpu_share}
-            report(epoch, told, lambda folder: (folder / "state").touch())
-
-    def sweep(epochs=1, **settings):
-        path = tmp_path_factory.mktemp("sweep") / "ledger.jsonl"
-        settings = {"trials": 2, "asha": None, **settings}
-        config = formulas.sweep_config(baselines=None, recipe={"epochs": epochs}, sweep=settings)
-        with Ledger.create(path, Header(sweep="s", id="s", seed=0, trials=settings["trials"])) as ledger:
-            run_sweep(Search(config, ledger), cluster=Cluster.now(), folder=path.parent, train=train)
-            return ledger.state.arm("search")
-
-    with scratch_folder() as scratch:
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-        ray.init(address="local", num_cpus=2, num_gpus=1, _temp_dir=scratch, **options)
-        try:
-            yield sweep
-        finally:
-            _shutdown()
-
-
-@in_a_sweep
-def test_the_trials_of_a_sweep_are_told_their_share(sweep_on_a_gpu):
-    records = sweep_on_a_gpu(cpus_per_trial=2.0)
-    assert [record.status for record in records] == [TrialStatus.COMPLETED] * 2, records
-    assert [(r.reports[1]["threads"], r.reports[1]["gpu_share"]) for r in records] == [(2, 0.0)] * 2
-
-
-@in_a_sweep
-def test_a_trial_that_ran_out_of_memory_is_told_its_larger_share(sweep_on_a_gpu):
-    (record,) = sweep_on_a_gpu(epochs=2, trials=1, cpus_per_trial=1.0, gpus_per_trial=0.25)
-    assert (record.status, record.retries) == (TrialStatus.COMPLETED, ["oom"]), record
-    assert [(r["threads"], r["gpu_share"]) for r in record.reports.values()] == [(1, 0.25), (2, 0.5)]
 
 
 @pytest.mark.parametrize(

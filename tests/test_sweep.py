@@ -1,5 +1,6 @@
 """Whole sweeps of formula trials on a real Ray."""
 
+import errno
 import os
 import time
 from collections import Counter
@@ -15,14 +16,17 @@ from tune_topkd.execution import ResourceError
 from tune_topkd.execution import SweepTroubleError
 from tune_topkd.execution import ray_tune
 from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
 from tune_topkd.search import Search
 from tune_topkd.search.samplers import TpeSampler
+from tune_topkd.sweep import audit_sweep
 
 pytestmark = [
     pytest.mark.ray,
@@ -53,6 +57,7 @@ def carry_through(cluster, folder, train, first=(), **sections):
         header = Header(sweep="t", id=folder.name, seed=seed, trials=trials, first=list(first))
         ledger = Ledger.create(path, header)
     with ledger:
+        ledger.append(Driver(host="h", pid=os.getpid(), trials=config.sweep.trials))
         run_sweep(Search(config, ledger), cluster=cluster, folder=folder, train=train)
         return ledger.state
 
@@ -96,12 +101,18 @@ def alike(tmp_path_factory, cluster):
 
 @pytest.fixture(scope="module")
 def fates(tmp_path_factory, cluster):
-    """A sweep in which each trial has another fate: its records by the name of the train function."""
-    first = [formulas.DEFAULTS | {"k": k} for k in formulas.FATES]
-    settings = {"trials": len(first), "max_failures": 1, "cpus_per_trial": 2.0, "asha": None}
-    state = carry_through(cluster, tmp_path_factory.mktemp("fates"), formulas.by_fate, first, sweep=settings)
+    """A sweep in which each trial has another fate: its folder and its records by the name of the train function."""
+    folder, first = tmp_path_factory.mktemp("fates"), [formulas.DEFAULTS | {"k": k} for k in formulas.FATES]
+    sections = {"sweep": {"trials": len(first), "max_failures": 1, "asha": None}}
+    state = carry_through(cluster, folder, formulas.by_fate, first, **sections)
     assert state.stop_reason == "finished"
-    return {formulas.FATES[record.params["k"]].__name__: record for record in state.arm("search")}
+    assert findings(folder, **sections) == []
+    return folder, {formulas.FATES[record.params["k"]].__name__: record for record in state.arm("search")}
+
+
+def findings(folder, **sections):
+    """What the audit of a sweep of `carry_through` finds."""
+    return audit_sweep(formulas.sweep_config(**({"baselines": None} | sections)), folder)
 
 
 def comparable(path):
@@ -194,25 +205,26 @@ def test_a_free_worker_goes_to_the_trial_that_would_wait_longest_for_its_own():
 
 def test_a_trial_that_fails_fails_alone(fates):
     """The others of its sweep are as they would be without it."""
-    well = {name for name, record in fates.items() if record.status is TrialStatus.COMPLETED}
-    assert well == {"rising", "threads", "dying_once"}
-    assert fates["rising"].value == pytest.approx(formulas.value(_config(fates["rising"]), formulas.EPOCHS))
+    _, records = fates
+    well = {name for name, record in records.items() if record.status is TrialStatus.COMPLETED}
+    assert well - {"needing_two_cpus"} == {"rising", "dying_once"}
+    assert records["rising"].value == pytest.approx(formulas.value(_config(records["rising"]), formulas.EPOCHS))
 
 
 def test_nan_ends_the_trial_at_that_report(fates):
-    record = fates["nan_for_large_k"]
+    record = fates[1]["nan_for_large_k"]
     assert (record.status, record.reason, record.epoch) == (TrialStatus.FAILED, "diverged", 2)
 
 
 def test_a_worker_that_dies_goes_on_from_its_checkpoint(fates):
-    record = fates["dying_once"]
+    record = fates[1]["dying_once"]
     assert record.status is TrialStatus.COMPLETED
     assert record.attempts == 2
     assert list(record.reports) == list(range(1, formulas.EPOCHS + 1))
 
 
 def test_a_worker_that_dies_too_often_is_a_crash(fates):
-    record = fates["dying_always"]
+    record = fates[1]["dying_always"]
     assert (record.status, record.reason) == (TrialStatus.FAILED, "crash")
     assert record.attempts == 2
 
@@ -260,7 +272,7 @@ def test_a_decision_that_fails_ends_the_sweep_in_one_line_with_a_stop_and_so_doe
     [(formulas.giving_up, "returned after 1 of 9 epochs"), (formulas.objective_missing, "reported no val_top1")],
 )
 def test_a_train_function_that_breaks_its_contract_is_told_so(fates, train, error):
-    record = fates[train.__name__]
+    record = fates[1][train.__name__]
     assert record.status is TrialStatus.FAILED
     assert error in record.error
 
@@ -278,7 +290,50 @@ def test_a_time_budget_ends_the_run_and_a_resume_goes_on(sweep):
 
 
 def test_a_trial_gets_the_threads_of_its_cpus(fates):
-    assert fates["threads"].value == 2.0
+    assert fates[1]["needing_two_cpus"].reports[1]["val_top1"] == 1.0
+
+
+def test_a_trial_without_enough_memory_goes_on_with_a_larger_share(fates, cluster):
+    if not cluster.room_for(Share(2.0, 0.0)):
+        pytest.skip("needs two cores")
+    folder, records = fates
+    record = records["needing_two_cpus"]
+    assert (record.status, record.attempts) == (TrialStatus.COMPLETED, 2)
+    retries = [e for e in read_events(folder / "ledger.jsonl")[0] if e.name == "retry" and e.key == record.key]
+    assert [(e.data["reason"], e.data["share"]) for e in retries] == [("oom", [2.0, 0.0])]
+    given = {epoch: metrics["val_top1"] for epoch, metrics in record.reports.items()}
+    assert given == {1: 1.0, 2: 1.0} | dict.fromkeys(range(3, formulas.EPOCHS + 1), 2.0)
+    assert "MemoryError" in (folder / "trials" / str(record.key) / "error.txt").read_text()
+
+
+def test_a_ledger_that_cannot_be_written_ends_the_sweep_and_nothing_is_lost(sweep, tmp_path, monkeypatch):
+    """The driver's disk refuses in the middle of a trial; the workers' does not."""
+    path, fsync, calls, sections = tmp_path / "s" / "ledger.jsonl", os.fsync, [], {"sweep": {"trials": 3, "asha": None}}
+
+    def refusing(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refusing)
+        with pytest.raises(SweepTroubleError) as raised:
+            sweep(formulas.rising, **sections)
+    assert str(raised.value).startswith(f"{path}: No space left on device; the sweep has stopped, nothing is lost")
+    before = read_state(path)
+    assert (before.stop_reason, len(ended(before)), len(before.running())) == ("", 1, 1)
+    assert findings(tmp_path / "s", **sections) == []
+    state = sweep(formulas.rising, **sections)
+    assert (state.stop_reason, state.counts()["completed"]) == ("finished", 3)
+    assert findings(tmp_path / "s", **sections) == []
+    assert ended(before).items() <= ended(state).items()
+    assert all(r.reports.items() <= state.trials[key].reports.items() for key, r in before.trials.items())
+
+
+def ended(state):
+    """The trials that have an end, with all that is known of them."""
+    return {key: (r.status, r.value, r.reports, r.params) for key, r in state.trials.items() if r.status.is_end}
 
 
 def test_what_no_node_has_is_refused_at_once(sweep):
@@ -298,7 +353,7 @@ def test_what_the_workers_cannot_import_is_said_before_any_trial(sweep, tmp_path
 
     with pytest.raises(ResourceError, match=r"cannot be imported .* No module named 'only_here'"):
         sweep(only_here.train)
-    assert [e.name for e in read_events(tmp_path / "s" / "ledger.jsonl")[0]] == ["sweep"]
+    assert [e.name for e in read_events(tmp_path / "s" / "ledger.jsonl")[0]] == ["sweep", "driver"]
 
 
 def test_room_counts_whole_trials_on_each_node():
