@@ -66,6 +66,9 @@ from tune_topkd.train import train
 
 ROOT = Path(__file__).parents[1]
 
+# MLflow's own use of SQLAlchemy
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning")
+
 of_ray_itself = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
@@ -697,7 +700,6 @@ def test_help_says_every_default_and_choice(inside):
 # --- one training -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning")
 def test_train_trains_one_config_prints_and_logs_it(space, runs, inside):
     done = inside("train", space, "--runs-dir", runs, "--seed", 5, "--set", "loss.k=2", "--set", "recipe.lr=0.2")
     assert done.returncode == 0, done.stderr
