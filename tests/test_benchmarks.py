@@ -17,6 +17,25 @@ def benchmarks(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=280)
 
 
+@pytest.fixture
+def inside(monkeypatch, capsys):
+    """The same within this process, which has torch imported."""
+    monkeypatch.syspath_prepend(ROOT)
+
+    def inside(*arguments):
+        from benchmarks.__main__ import main
+
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit_:
+            code = exit_.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return inside
+
+
 def ratios(page):
     """The cells of the table's lines: what, against, ratio, spread, turns, medians, goal."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
@@ -37,15 +56,22 @@ def check(done, names):
         assert against
 
 
-def test_the_cost_of_the_losses():
+def test_what_reading_a_bank_takes(inside):
     before = set(RESULTS.glob("*"))
-    done = benchmarks("--quick", "loss_cost")
-    losses = ("TopKDLoss", "KDLoss", "DKDLoss", "LogitStandardKDLoss")
-    names = [f"{loss}, {classes} classes" for loss in losses for classes in (10, 100, 1000)]
-    check(done, [*names, "TopKDLoss alone, digits_cnn_tiny", "TopKDLoss alone, resnet18"])
+    done = inside("--quick", "reading")
+    check(done, ("peak memory", "CPU time"))
     assert set(RESULTS.glob("*")) == before, "a table is kept only if it is asked for"
     assert re.search(r"^- .+, \d+ cores; load average at the start \d", done.stdout, re.MULTILINE)
     assert re.search(r"torch \S+, ray \S+, optuna \S+, mlflow \S+", done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_cost_of_the_losses():
+    losses = ("TopKDLoss", "KDLoss", "DKDLoss", "LogitStandardKDLoss")
+    names = [f"{loss}, {classes} classes" for loss in losses for classes in (10, 100, 1000)]
+    done = benchmarks("--quick", "loss_cost")
+    check(done, [*names, "TopKDLoss alone, digits_cnn_tiny", "TopKDLoss alone, resnet18"])
 
 
 @pytest.mark.ray
@@ -71,12 +97,6 @@ def test_the_cost_of_a_step():
     check(benchmarks("--quick", "step"), names)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_what_reading_a_bank_takes():
-    check(benchmarks("--quick", "reading"), ("peak memory", "CPU time"))
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
@@ -97,8 +117,8 @@ def test_what_catching_up_costs():
     check(benchmarks("--quick", "mlflow_catch_up"), ("catching up, 20 trials", "the same again", "comparing all"))
 
 
-def test_an_unknown_benchmark_is_refused():
-    done = benchmarks("loss_costs")
+def test_an_unknown_benchmark_is_refused(inside):
+    done = inside("loss_costs")
     assert done.returncode == 2
     assert (
         "unknown benchmark loss_costs; known are loss_cost, data, step, reading, bank, packing, sweep_overhead"
