@@ -11,7 +11,7 @@ from tune_topkd import errors
 from tune_topkd.cli import app
 from tune_topkd.errors import TuneTopKDError
 
-INTERNAL = {"FolderBusyError", "NotTheFolderError", "StorageError"}
+INTERNAL = {"FolderBusyError", "NotTheFolderError", "StorageError", "WorkerLostError"}
 """Of a worker, which reports them to the driver in words."""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,8 @@ def saved(config: DataConfig, path: Path, dataset: Dataset | None = None) -> Dat
     """Writes a dataset, the config's own if no other is given, and gives it back as it was."""
     dataset = dataset or load_dataset(config)
     assert save_dataset(config, dataset, path)
+    with open(path, "rb") as file:  # a page that is not on the disk yet counts as private and dirty
+        os.fdatasync(file)
     return dataset
 
 

@@ -16,11 +16,11 @@ Each class lives in the room that raises it:
     │   └── WorkerError           data: a data worker failed
     ├── TeacherError              teacher: a teacher's logits cannot be used
     ├── CheckpointError           train: a checkpoint is missing or damaged
-    ├── ResourceError             sweep: the cluster cannot run the trials
-    ├── NoScratchError            sweep: no folder for temporary files
-    ├── UndecidedError            sweep: what comes next cannot be decided
-    ├── SweepTroubleError         sweep: a running sweep cannot go on
-    ├── ChangedFileError          sweep: a file that results depend on has changed
+    ├── ResourceError             execution: the cluster cannot run the trials
+    ├── NoScratchError            execution: no folder for temporary files
+    ├── UndecidedError            search: what comes next cannot be decided
+    ├── SweepTroubleError         execution: a running sweep cannot go on
+    ├── ChangedFileError          execution: a file that results depend on has changed
     └── TrackingError             tracking: MLflow fails
 
 The disk's own errors stay `OSError`, and `tune_topkd.loss`, which stands alone, raises plain `ValueError`.

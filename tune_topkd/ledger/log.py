@@ -47,7 +47,7 @@ class Ledger:
         path: Path,
         state: SweepState,
         stream: Any,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = lambda: time.time(),
         sync_lines: Callable[[Any], None] = sync_stream,
     ) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class Ledger:
         before: Callable[[], object] = lambda: None,
         may_replace: Callable[[SweepState], bool] = lambda state: False,
         undo: Callable[[], object] = lambda: None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = lambda: time.time(),
         is_durable: bool = True,
     ) -> Self:
         """Begin a new ledger with its first line. Of several processes that try at once, one succeeds.
