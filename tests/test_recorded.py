@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_cli
 import torch
 
 from tune_topkd.ledger import read_events
@@ -16,6 +17,7 @@ from tune_topkd.teacher.logits import computed_by
 ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_name("recorded")
 VERSIONS = (2, 3)
+inside = test_cli.inside
 OF_EACH_RUN = ("epoch_seconds", "images_per_second")
 
 
@@ -47,11 +49,11 @@ def alike(one, other):
     return [e for e in one if e[0] == "suggest"][:3] == [e for e in other if e[0] == "suggest"][:3]
 
 
-def test_what_it_says_is_read_and_nothing_in_it_is_wrong(runs):
+def test_what_it_says_is_read_and_nothing_in_it_is_wrong(runs, inside):
     state = read_state(runs / "small" / "ledger.jsonl")
     assert state.counts() == {"running": 1, "pruned": 4, "completed": 1, "failed": 0}
     assert (state.best().key.number, state.best().value) == (0, pytest.approx(53.11, abs=0.01))
-    done = launch("audit", "small", "--no-mlflow", "--runs-dir", runs)
+    done = inside("audit", "small", "--no-mlflow", "--runs-dir", runs)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

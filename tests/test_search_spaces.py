@@ -36,6 +36,17 @@ FOLDER = Path(__file__).parents[1] / "search_spaces"
 SPACES = sorted(FOLDER.glob("*.yaml"))
 BASES = sorted(FOLDER.glob("bases/*.yaml"))
 every_space = pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+OF_EACH_KIND = {
+    "digits",
+    "digits-linear",
+    "glyphs",
+    "cifar100-resnet56-resnet20",
+    "cifar100-resnet56-deit_tiny",
+    "stl10-probe-wrn_16_2",
+    "tiny_imagenet-resnet18-mobilenetv2",
+    "imagenet-resnet34-resnet18",
+}
+"""A space of each dataset or kind of network: the others take their time in the slow tests."""
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +266,17 @@ def test_a_parent_says_what_it_is_and_is_no_search_space(path):
 # --- spaces ---------------------------------------------------------------------------------------------------------
 
 
-@every_space
+def test_a_space_of_each_kind_is_there():
+    assert {path.stem for path in SPACES} >= OF_EACH_KIND
+    assert {load_config(path).data.name for path in SPACES if path.stem in OF_EACH_KIND} == {
+        load_config(path).data.name for path in SPACES
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=() if p.stem in OF_EACH_KIND else pytest.mark.slow, id=p.stem) for p in SPACES],
+)
 def test_every_space_passes_preflight_and_a_step_reaches_every_weight(path, tmp_path):
     skip_without_timm(load_config(path))
     checked = load_checked(str(path), needed(load_config(path), tmp_path))

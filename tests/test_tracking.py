@@ -333,8 +333,15 @@ def refused(do, name):
     fail()
 
 
-@pytest.mark.parametrize("anew", [False, True], ids=["the follower goes on", "a new one begins"])
-@pytest.mark.parametrize("fault", [unanswered, refused])
+@pytest.mark.parametrize(
+    ("fault", "anew"),
+    [
+        pytest.param(unanswered, False, id="unanswered, the follower goes on"),
+        pytest.param(refused, True, id="refused, a new one begins"),
+        pytest.param(unanswered, True, id="unanswered, a new one begins", marks=pytest.mark.slow),
+        pytest.param(refused, False, id="refused, the follower goes on", marks=pytest.mark.slow),
+    ],
+)
 def test_a_failure_at_any_call_changes_nothing_in_the_end(tmp_path, new_store, monkeypatch, fault, anew):
     small = formulas.sweep_config(sweep={"trials": 3}, baselines=None)
     monkeypatch.setattr(following, "EVENTS_PER_CHUNK", 12)
