@@ -157,10 +157,10 @@ def test_a_crash_that_every_trial_makes_ends_the_sweep_with_its_one_cause(sweep)
 # --- disks --------------------------------------------------------------------------------------------------------
 
 COMMAND_LINE = """
-import formulas, tune_topkd.sweep
+import formulas, tune_topkd.execution
 from tune_topkd.cli import main
-run_sweep = tune_topkd.sweep.run_sweep
-tune_topkd.sweep.run_sweep = lambda search, **given: run_sweep(search, **given | {"train": formulas.heavy})
+run_sweep = tune_topkd.execution.run_sweep
+tune_topkd.execution.run_sweep = lambda search, **given: run_sweep(search, **given | {"train": formulas.heavy})
 main()
 """
 
