@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.teacher.logits import computed_by
 
-ROOT = Path(__file__).parents[1]
 RECORDED = Path(__file__).with_name("recorded")
 VERSIONS = (2, 3)
 inside = test_cli.inside
@@ -27,18 +24,13 @@ def runs(request, tmp_path):
     return tmp_path / "runs"
 
 
-def launch(*arguments):
-    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-
-
 def told(path):
     """What the lines say of trials, but for how fast they were."""
-    events = [e for e in read_events(path)[0] if e.name in ("suggest", "report", "end")]
-    for event in events:
+    found = [(e.name, e.data) for e in read_events(path)[0] if e.name in ("suggest", "report", "end")]
+    for _, data in found:
         for name in OF_EACH_RUN:
-            event.data.get("metrics", {}).pop(name, None)
-    return [(e.name, e.data) for e in events]
+            data.get("metrics", {}).pop(name, None)
+    return found
 
 
 def alike(one, other):
@@ -59,16 +51,17 @@ def test_what_it_says_is_read_and_nothing_in_it_is_wrong(runs, inside):
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_it_goes_on_to_the_end_of_one_that_was_not_interrupted(runs):
+@test_cli.of_ray_itself
+def test_it_goes_on_to_the_end_of_one_that_was_not_interrupted(runs, inside):
     ledger = runs / "small" / "ledger.jsonl"
     before = ledger.read_bytes()
     files = {path: path.read_bytes() for path in runs.glob("teachers/*/teacher.pt")}
-    done = launch("resume", "small", "--runs-dir", runs)
+    done = inside("resume", "small", "--runs-dir", runs)
     assert done.returncode == 0, done.stderr
     assert ledger.read_bytes().startswith(before)
     assert {path: path.read_bytes() for path in runs.glob("teachers/*/teacher.pt")} == files
     assert alike(told(ledger), told(RECORDED / "uninterrupted.jsonl"))
     state = read_state(ledger)
     assert (state.stop_reason, len(state.arm("search")), state.running()) == ("finished", 8, [])
-    done = launch("audit", "small", "--runs-dir", runs)
+    done = inside("audit", "small", "--runs-dir", runs)
     assert done.returncode == 0, done.stderr
