@@ -47,7 +47,9 @@ KILLS_PER_SWEEP = math.ceil(KILLS / len(SWEEPS)) + 1  # a sweep may be done befo
 WORKER_KILLS = 4 if KILLS <= SHORT else 15
 TRIALS = 12
 
-POLITE_SIGNALS = 2 if KILLS <= SHORT else 10
+POLITE_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+ASKED = [POLITE_SIGNALS] if KILLS <= SHORT else [(number,) * 10 for number in POLITE_SIGNALS]
+"""What real sweeps are sent, one after the other."""
 ROOT = Path(__file__).parents[1]
 
 MARK = "TUNE_TOPKD_TORTURE"
@@ -538,12 +540,13 @@ def polite_moments(rng, number):
             yield Moment("", rng.uniform(0.0, 0.3), 1, rng.choice(["suggest", "start", "report", "end"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_real_sweep_that_is_asked_to_end_at_any_instant_stops_and_goes_on_to_its_end(tmp_path, scratch, number):
+@pytest.mark.parametrize("numbers", ASKED, ids=lambda numbers: " ".join(n.name for n in dict.fromkeys(numbers)))
+def test_a_real_sweep_that_is_asked_to_end_at_any_instant_stops_and_goes_on_to_its_end(tmp_path, scratch, numbers):
     """A kill, a time limit, a terminal that closes: from the imports over the teacher and Ray's start to the trials."""
     sweep, codes = CommandLine(tmp_path / "runs" / "asked", scratch), Counter()
-    code = 129 if number == signal.SIGHUP else 130
-    for moment in polite_moments(random.Random(number), POLITE_SIGNALS):
+    moments = polite_moments(random.Random(sum(numbers)), len(numbers))
+    for number, moment in zip(numbers, moments, strict=True):
+        code = 129 if number == signal.SIGHUP else 130
         sweep.start()
         if moment.comes(sweep):
             sweep.process.send_signal(number)
@@ -556,7 +559,7 @@ def test_a_real_sweep_that_is_asked_to_end_at_any_instant_stops_and_goes_on_to_i
         if sweep.lines():
             reason = "finished" if sweep.process.returncode == 0 else "interrupted"
             assert (sweep.lines()[-1]["event"], sweep.lines()[-1]["reason"]) == ("stop", reason), sweep.words()
-    assert codes[code] > 0, codes
+    assert codes[129] + codes[130] > 0, codes
     sweep.start()
     assert sweep.ends() == 0, sweep.words()
     assert sweep.lines()[-1]["reason"] == "finished"
