@@ -1,6 +1,7 @@
 """What several test modules need."""
 
 import os
+import signal
 import sqlite3
 import sys
 
@@ -44,12 +45,20 @@ def clean_environment(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def a_terminal_that_can_close():
+    """Under nohup SIGHUP is ignored, here and in every process that a test starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(autouse=True)
 def a_terminal_of_its_own():
     """What a test says on stderr goes where stderr goes in that test, not where it went in one before."""
     yield
-    if "tune_topkd.cli.terminal" in sys.modules:
-        sys.modules["tune_topkd.cli.terminal"].close_stderr()
+    if "tune_topkd.terminal" in sys.modules:
+        sys.modules["tune_topkd.terminal"].close_stderr()
 
 
 @pytest.fixture(scope="session", autouse=True)

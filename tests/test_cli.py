@@ -24,16 +24,9 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from tune_topkd import __version__
-from tune_topkd.cli import cost
 from tune_topkd.cli import main
-from tune_topkd.cli import preflight
-from tune_topkd.cli import running
-from tune_topkd.cli.app import _runnable
 from tune_topkd.cli.app import app
-from tune_topkd.cli.running import Place
-from tune_topkd.cli.terminal import Console
-from tune_topkd.cli.terminal import Terminal
-from tune_topkd.cli.training import train_one
+from tune_topkd.cli.calling import command_for
 from tune_topkd.config import Override
 from tune_topkd.config import PairConfig
 from tune_topkd.config import TrialConfig
@@ -60,6 +53,13 @@ from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
 from tune_topkd.models import load_weights
 from tune_topkd.models import save_weights
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import cost
+from tune_topkd.sweep import preflight
+from tune_topkd.sweep.callbacks import SILENT
+from tune_topkd.sweep.single import train_one
+from tune_topkd.sweep.warm_start import warm_starts
 from tune_topkd.tracking import sqlite_uri
 from tune_topkd.train import TrainResult
 from tune_topkd.train import train
@@ -315,7 +315,7 @@ def test_a_space_without_a_bank_says_why(finished, space, runs, inside):
         sets = ["--set", setting, "--set", "method=kd"]
         done = inside("teacher", space, "--runs-dir", runs, *sets)
         assert done.returncode == 0
-        assert f"teacher logits: asked for every batch: {why}" in done.stderr
+        assert f"teacher logits: the teacher runs on every batch: {why}" in done.stderr
         refused = inside("teacher", space, "--runs-dir", runs, *sets, "--fill-bank")
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "has no bank for this space" in refused.stderr
@@ -643,7 +643,7 @@ def test_a_printed_command_carries_what_the_runs_need(tmp_path, monkeypatch):
 
     def command(*words, runs="runs", uri="", address=None):
         runs = tmp_path / runs
-        return Place(runs, uri or sqlite_uri(runs / "mlflow.db"), address).command(*words)
+        return command_for(Workspace(runs, uri or sqlite_uri(runs / "mlflow.db"), address), *words)
 
     assert command("resume", "s") == f"{program} resume s"
     assert command("resume", "s", runs="my runs") == f"{program} resume s --runs-dir '{tmp_path}/my runs'"
@@ -662,7 +662,7 @@ def test_a_printed_command_carries_what_the_runs_need(tmp_path, monkeypatch):
     assert command("resume", "s", runs="my runs") == "tune_topkd resume s"
 
 
-def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(tmp_path, capfd):
+def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(tmp_path):
     params = formulas.DEFAULTS | {"k": 7}
     proposal = formulas.DEFAULTS | {"scale_last": 0.0, "scale_gt": 0.25}
 
@@ -673,14 +673,12 @@ def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(t
 
     begun(tmp_path / "s", *trial(0, 90.0), *trial(1, 80.0, k=5), *trial(2, 70.0, k=8), *trial(3, 60.0, lr=0.5))
     config = formulas.sweep_config(space={"k": [3, 5, 9]})
-    console = Console(Terminal(2))
-    found = running.warm_starts("s", Place(tmp_path, ""), config, console)
-    console.terminal.close()
-    told = capfd.readouterr().err
+    told = []
+    found = warm_starts("s", Workspace(tmp_path, ""), config, told.append)
     assert [(f["k"], f["lr"]) for f in found] == [(9, 0.1), (5, 0.5)], "the others are the defaults, which come first"
-    assert told.splitlines() == [
-        "note: --warm-start s: trial 2: k = 8 becomes 9, the nearest in this space",
-        "note: --warm-start s: trial 3: k = 7 becomes 5, the nearest in this space",
+    assert told == [
+        "--warm-start s: trial 2: k = 8 becomes 9, the nearest in this space",
+        "--warm-start s: trial 3: k = 7 becomes 5, the nearest in this space",
     ]
 
 
@@ -804,10 +802,10 @@ def one_training(monkeypatch, tmp_path, accuracies, end=None):
     raw = yaml.safe_load(SPACE) | {"method": "ce", "teacher": None, "baselines": None}
     raw = {key: raw[key] for key in ("data", "student", "recipe", "method")}
     raw["data"]["selection"] = "best_test_epoch"
-    place = running.Place(tmp_path, f"sqlite:///{tmp_path}/gone/mlflow.db")
+    place = Workspace(tmp_path, f"sqlite:///{tmp_path}/gone/mlflow.db")
     folder = tmp_path / "trained" / "t-seed0"
     try:
-        return folder, train_one(validated(PairConfig, raw, "it"), "t", 0, place, Console(quiet=True))
+        return folder, train_one(validated(PairConfig, raw, "it"), "t", 0, place, SILENT)
     except Killed:
         return folder, None
 
@@ -1041,9 +1039,8 @@ def test_repeated_trials_are_told_and_a_space_of_the_project_says_nothing_of_its
     few.write_text(yaml.safe_dump(content | {"sweep": {"trials": 12}}))
     told = "the space has 4 points, so 8 of 12 trials repeat another, with the same seed and result"
     assert preflight.load_checked(str(few)).warnings == (told,)
-    place = Place(tmp_path / "runs", "")
-    warned = {s: checked.warnings for s, checked in _runnable(["digits", str(few)], [], None, place).items()}
-    assert warned == {"digits": (), "few": (told,)}
+    runs = Workspace(tmp_path / "runs", "")
+    assert [Sweep.new(source, None, runs).notes for source in ("digits", few)] == [(), (told,)]
     assert preflight.load_checked("digits").warnings, "`check` tells all"
 
 

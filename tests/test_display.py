@@ -14,9 +14,6 @@ import pytest
 
 from tune_topkd.cli import display
 from tune_topkd.cli.display import ProgressDisplay
-from tune_topkd.cli.remaining import Pace
-from tune_topkd.cli.terminal import Console
-from tune_topkd.cli.terminal import Terminal
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
@@ -31,6 +28,10 @@ from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.sweep import result
+from tune_topkd.sweep.remaining import Pace
+from tune_topkd.terminal import Console
+from tune_topkd.terminal import Terminal
 
 ROOT = Path(__file__).parents[1]
 SIZES = [(80, 24), (160, 50)]
@@ -281,14 +282,14 @@ def answered(best, **bases):
 
 def test_a_gain_is_told_in_images_and_does_not_count_when_it_is_one_of_them():
     config, state = formulas.sweep_config(), answered(77.78, ce=66.67, kd=44.44)
-    of_nine, of_many = display.gains(config, state, 9), display.gains(config, state, 900)
+    of_nine, of_many = result.gains(config, state, 9), result.gains(config, state, 900)
     assert of_nine[0].sentence == "+11.11 points over cross-entropy (66.67 %, lr 0.1): +1 of 9 validation images"
     assert [gain.counts for gain in (*of_nine, *of_many)] == [False, True, True, True]
-    assert display.advice(config, state) == ""
+    assert result.advice(config, state) == ""
 
 
 def test_an_answer_that_loses_comes_with_what_to_do():
-    told = display.advice(formulas.sweep_config(), answered(80.0, ce=70.0, kd=80.0))
+    told = result.advice(formulas.sweep_config(), answered(80.0, ce=70.0, kd=80.0))
     assert told.startswith("KD, T = 4 does as well without topkd: try more trials")
 
 

@@ -8,14 +8,14 @@ import shutil
 import pytest
 
 from tune_topkd import machine
-from tune_topkd.cli import doctor
-from tune_topkd.cli import preflight
-from tune_topkd.cli.doctor import Finding
-from tune_topkd.cli.running import Place
-from tune_topkd.cli.terminal import Console
-from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.execution import cluster
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import doctor
+from tune_topkd.sweep import preflight
+from tune_topkd.sweep.doctor import Finding
+from tune_topkd.terminal import Console
+from tune_topkd.terminal import close_stderr
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow 3.17 and what it imports
@@ -44,7 +44,7 @@ def test_each_look_is_announced_before_it_is_done_and_told_when_it_is(monkeypatc
 
     for name in ("_torch", "_ray", "_mlflow", "_runs"):
         monkeypatch.setattr(doctor, name, looks_at(name))
-    for finding in doctor.examine(Place(tmp_path, "sqlite:///x.db"), progress):
+    for finding in doctor.examine(Workspace(tmp_path, "sqlite:///x.db"), progress):
         happened.append(f"{finding.what} is told")
     assert happened[0] == "python is told"
     assert happened[-9:] == [
@@ -68,7 +68,7 @@ def test_a_line_says_what_is_done_where_there_is_no_terminal(capfd):
 
 
 def test_a_database_that_is_not_there_is_not_made(tmp_path):
-    (finding,) = doctor._mlflow(Place(tmp_path / "runs", f"sqlite:///{tmp_path}/here/m.db"))
+    (finding,) = doctor._mlflow(Workspace(tmp_path / "runs", f"sqlite:///{tmp_path}/here/m.db"))
     assert finding.is_well
     assert "which the first sweep makes" in finding.text
     assert not list((tmp_path / "here").iterdir())
@@ -77,7 +77,7 @@ def test_a_database_that_is_not_there_is_not_made(tmp_path):
 def test_a_database_that_is_there_is_only_read(tmp_path, empty_store):
     shutil.copy(empty_store, tmp_path / "m.db")
     before = (tmp_path / "m.db").read_bytes()
-    (finding,) = doctor._mlflow(Place(tmp_path / "runs", f"sqlite:///{tmp_path}/m.db"))
+    (finding,) = doctor._mlflow(Workspace(tmp_path / "runs", f"sqlite:///{tmp_path}/m.db"))
     assert finding == Finding("mlflow", f"sqlite:///{tmp_path}/m.db")
     assert (tmp_path / "m.db").read_bytes() == before
 
@@ -107,7 +107,7 @@ def test_a_place_for_temporary_files_that_cannot_be_had_is_a_finding(monkeypatch
     monkeypatch.setattr(scratch, "OTHERWISE", ())
     for name in scratch.CHOSEN_BY_USER:
         monkeypatch.setenv(name, str(tmp_path / "missing"))
-    (finding,) = doctor._ray(Place(tmp_path, "sqlite:///x.db"))
+    (finding,) = doctor._ray(Workspace(tmp_path, "sqlite:///x.db"))
     assert not finding.is_well
     assert "no folder for temporary files" in finding.text
 

@@ -14,7 +14,6 @@ import pytest
 import test_cli
 import test_sweep
 
-from tune_topkd.cli import running
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
@@ -31,6 +30,7 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.search import Search
 from tune_topkd.sweep import audit_sweep
+from tune_topkd.sweep import workspace
 
 pytestmark = test_sweep.pytestmark
 cluster = test_sweep.cluster
@@ -49,7 +49,7 @@ def begun(folder, **sections):
     config = formulas.sweep_config(**({"baselines": None} | sections))
     folder.mkdir()
     (folder / "sweep.yaml").write_text(dump_config(config))
-    settings, what = config.sweep, running._digest(config.model_dump(mode="json"))
+    settings, what = config.sweep, workspace.config_digest(config.model_dump(mode="json"))
     header = Header(sweep=folder.name, id="i", seed=settings.seed, trials=settings.trials, digest=what)
     return config, Ledger.create(folder / "ledger.jsonl", header)
 

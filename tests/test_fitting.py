@@ -10,10 +10,10 @@ import torch
 import yaml
 from torch import nn
 
-from tune_topkd.cli import preflight
 from tune_topkd.config import ConfigError
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
+from tune_topkd.sweep import preflight
 
 SPACE = {
     "data": {"name": "digits"},

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tune_topkd.cli.interruption import listening
+from tune_topkd.interruption import listening
 
 ROOT = Path(__file__).parents[1]
 WAIT = 30
@@ -159,7 +159,7 @@ def test_a_program_that_is_itself_run_by_an_import_is_interrupted(tmp_path, monk
 def test_an_impatient_third_signal_ends_the_process_on_the_spot():
     script = (
         "import os, signal, sys\n"
-        "from tune_topkd.cli.interruption import listening\n"
+        "from tune_topkd.interruption import listening\n"
         "with listening() as interruption, interruption.deferred():\n"
         "    for _ in range(3):\n"
         "        try:\n"

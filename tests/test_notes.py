@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tune_topkd.cli.preflight import load_checked
 from tune_topkd.config import DataConfig
 from tune_topkd.data import data_notes
 from tune_topkd.data import notes
+from tune_topkd.sweep.preflight import load_checked
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:

@@ -11,7 +11,6 @@ from PIL import Image
 
 import tune_topkd.data.datasets as datasets
 from tune_topkd.cli import main
-from tune_topkd.cli import preflight
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
@@ -30,6 +29,7 @@ from tune_topkd.data import load_saved
 from tune_topkd.data import missing_data
 from tune_topkd.data import needs_files
 from tune_topkd.data import save_dataset
+from tune_topkd.sweep import preflight
 from tune_topkd.teacher import teacher_key
 from tune_topkd.train import train
 
@@ -476,7 +476,7 @@ def test_its_files_lie_where_the_space_was_loaded(listed, tmp_path, monkeypatch)
 
 
 def test_code_that_changed_is_told_by_its_module(squares, tmp_path):
-    from tune_topkd.cli.identity import identities
+    from tune_topkd.sweep.identity import identities
 
     config = config_from(raw_space(f"{squares}:Squares"), "t")
     before = identities(config, None)

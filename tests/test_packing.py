@@ -1,6 +1,5 @@
 """How many trials run beside one another where a config says `auto`: measured on a real Ray, with made-up speeds."""
 
-import contextlib
 import gc
 import json
 import logging
@@ -17,28 +16,28 @@ import test_cli
 import test_sweep
 import torch
 
-from tune_topkd import execution
-from tune_topkd.cli import doctor
-from tune_topkd.cli import preflight
-from tune_topkd.cli import running
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import load_config
 from tune_topkd.config import read_yaml
 from tune_topkd.execution import ResourceError
+from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.execution import cluster
 from tune_topkd.execution import packing
 from tune_topkd.execution import run_sweep
-from tune_topkd.ledger import End
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Share
-from tune_topkd.ledger import Stop
-from tune_topkd.ledger import Suggest
-from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.search import Search
+from tune_topkd.sweep import Callback
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import doctor
+from tune_topkd.sweep import preflight
+from tune_topkd.sweep import workspace
+from tune_topkd.sweep.api import as_overrides
 from tune_topkd.train import Probe
 
 pytestmark = test_sweep.pytestmark
@@ -479,10 +478,10 @@ def test_another_share_is_one_error_with_its_key(space, tmp_path, inside, case):
 def test_a_sweep_that_was_begun_with_more_gpus_may_go_on(tmp_path):
     config = formulas.sweep_config(sweep={"gpus_per_trial": 2.0})
     (tmp_path / "sweep.yaml").write_text(dump_config(config))
-    what = running._digest(config.model_dump(mode="json"))
+    what = workspace.config_digest(config.model_dump(mode="json"))
     header = Header(sweep="s", id="i", seed=0, trials=1, digest=what)
     with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
-        assert running.begun_config(tmp_path, ledger.state).sweep.gpus_per_trial == 2.0
+        assert workspace.frozen_config(tmp_path, ledger.state).sweep.gpus_per_trial == 2.0
 
 
 @pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
@@ -518,42 +517,50 @@ def test_a_space_that_says_auto_can_be_checked(space, inside):
 # --- the whole way ------------------------------------------------------------------------------------------------
 
 
-def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path, inside, monkeypatch):
-    measured, driven = [], []
+class MadeUp(SimulatedExecutor):
+    """Measures nothing, trains nothing, and notes what it was asked."""
 
-    def made_up(config, trial, probe):
-        measured.append((config.sweep.cpus_per_trial, trial, probe))
+    def __init__(self):
+        super().__init__(lambda trial, epoch: {"val_top1": 50.0})
+        self.measured, self.driven = [], []
+
+    def measure(self, config, trial, probe):
+        self.measured.append((config.sweep.cpus_per_trial, trial, probe))
         best = packing.Packed(Share(2.5, 0.25), 4, 12345.6, 0.1)
         return [best, packing.Packed(Share(10.0, 1.0), 1, 5000.4, 0.1)]
 
-    def drive(config, ledger, *rest):
-        driven.append((config.sweep.cpus_per_trial, config.sweep.gpus_per_trial))
-        one = TrialKey("search", 0)
-        if not ledger.state.trials:
-            ledger.append(Suggest(key=one, proposal={}, params={}))
-            ledger.append(End(key=one, status=TrialStatus.COMPLETED, reason="full budget", epoch=4, value=50.0))
-        ledger.append(Stop(reason="finished", error=""))
-        return "finished", ""
+    def run(self, search, work):
+        self.driven.append((search.config.sweep.cpus_per_trial, search.config.sweep.gpus_per_trial))
+        return super().run(search, work)
 
-    monkeypatch.setattr(execution, "pack", made_up)
-    monkeypatch.setattr(execution.Cluster, "attached", lambda address: contextlib.nullcontext())
-    monkeypatch.setattr(running, "_drive", drive)
-    sizes = "space.batch_size=[16, 64, 32]"
-    run = inside("run", space, "--cpus-per-trial", "auto", "--seed", 5, "--runs-dir", tmp_path, "--set", sizes)
-    assert run.returncode == 0, run.stderr
-    told = "packing: 4 trials at once, each on 2.5 CPUs and 0.25 GPUs (trials: images/s of all; 1: 5,000, 4: 12,346)"
-    assert told in run.stderr.splitlines()
-    ((asked, trial, probe),) = measured
+
+class Told(Callback):
+    """Keeps what a person is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def on_message(self, text, kind):
+        self.lines.append(text)
+
+
+def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path):
+    runs, told, executor = Workspace(tmp_path, mlflow_uri=""), Told(), MadeUp()
+    overrides = {"sweep.cpus_per_trial": "auto", "sweep.seed": 5, "space.batch_size": [16, 64, 32]}
+    Sweep.new(space, "small", runs, as_overrides(overrides)).run([told], executor=executor)
+    line = "packing: 4 trials at once, each on 2.5 CPUs and 0.25 GPUs (trials: images/s of all; 1: 5,000, 4: 12,346)"
+    assert line in told.lines
+    ((asked, trial, probe),) = executor.measured
     assert (asked, probe) == ("auto", Probe)
     assert (trial.method, trial.seed, trial.recipe.epochs) == ("topkd", 5, 4)
     assert trial.recipe.batch_size == 64, "what takes the most memory"
     assert Path(trial.teacher_checkpoint).is_file()
     assert trial.teacher_bank == str(Path(trial.teacher_checkpoint).parent)
     assert "auto" not in (tmp_path / "small" / "sweep.yaml").read_text()
-    resumed = inside("resume", "small", "--runs-dir", tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert len(measured) == 1
-    assert driven == [(2.5, 0.25)] * 2
+    resumed = Sweep("small", runs).resume(trials=40, executor=executor)
+    assert resumed.reason == "finished"
+    assert len(executor.measured) == 1
+    assert executor.driven == [(2.5, 0.25)] * 2
 
 
 @pytest.mark.slow

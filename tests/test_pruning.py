@@ -1,27 +1,40 @@
 """`teacher --prune`, and whether a training has a bank: the room that banks take on the disk."""
 
-import io
-
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
-from tune_topkd.cli import running
 from tune_topkd.cli.app import app
-from tune_topkd.cli.pruning import prune
 from tune_topkd.config import NO_FILES
+from tune_topkd.config import SharedFiles
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.data import load_dataset
+from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.models import build_configured
 from tune_topkd.models import save_weights
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import prepare
+from tune_topkd.sweep import workspace
+from tune_topkd.sweep.callbacks import Callback
+from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.pruning import prune
 from tune_topkd.teacher import LogitBank
 from tune_topkd.teacher import bank_file
 from tune_topkd.teacher import bank_size
 from tune_topkd.teacher import logits
 
 CPU = torch.device("cpu")
+
+
+class Told(Callback):
+    """Keeps the messages as lines."""
+
+    def __init__(self):
+        self.text = ""
+
+    def on_message(self, text, kind):
+        self.text += f"{kind}: {text}\n"
 
 
 def config_of(tmp_path, **sections):
@@ -40,7 +53,7 @@ def config_of(tmp_path, **sections):
 def place(tmp_path):
     torch.manual_seed(0)
     save_weights(build_configured(config_of(tmp_path).teacher.model, num_classes=10), tmp_path / "teacher.pt")
-    return running.Place(tmp_path / "runs", "sqlite://")
+    return Workspace(tmp_path / "runs", "sqlite://")
 
 
 def bank_of(config, place):
@@ -51,15 +64,15 @@ def bank_of(config, place):
             "teacher_bank": str(place.runs / "teachers" / "0123456789abcdef"),
         }
     )
-    trial = running.trial_with(config, files, config.sweep.seed)
+    trial = prepare.trial_with(config, files, config.sweep.seed)
     return logits.open_bank(trial, load_dataset(config.data), CPU).path
 
 
 def begin_sweep(config, place, name):
     folder = place.folder(name)
     folder.mkdir(parents=True)
-    (folder / running.CONFIG_FILE).write_text(dump_config(config))
-    (folder / running.LEDGER_FILE).write_text("{}\n")
+    (folder / workspace.CONFIG_FILE).write_text(dump_config(config))
+    (folder / LEDGER_FILE).write_text("{}\n")
 
 
 def test_banks_that_no_sweep_names_are_removed(place, tmp_path):
@@ -78,22 +91,22 @@ def test_banks_that_no_sweep_names_are_removed(place, tmp_path):
     lock.touch()
     weights = kept.with_name("teacher.pt")
     weights.touch()
-    told = io.StringIO()
-    prune(place, Console(file=told, width=80))
+    told = Told()
+    prune(place, Watchers([told]))
     assert sorted(path for path in kept.parent.iterdir()) == sorted([kept, kept.with_suffix(".json"), weights])
-    assert all(f"GB: {path}\n" in told.getvalue() for path in unused)
-    assert "banks: 0.000 GB removed" in told.getvalue()
+    assert all(f"GB: {path}\n" in told.text for path in unused)
+    assert "banks: 0.000 GB removed" in told.text
 
 
 def test_a_sweep_that_cannot_be_read_is_named(place, tmp_path):
     config = config_of(tmp_path)
     begin_sweep(config, place, "one")
     begin_sweep(config, place, "two")
-    (place.folder("two") / running.CONFIG_FILE).write_text("[/bold]: {")
+    (place.folder("two") / workspace.CONFIG_FILE).write_text("[/bold]: {")
     kept = bank_of(config, place)
-    told = io.StringIO()
-    prune(place, Console(file=told, width=80))
-    assert "note: two: its bank is not known" in told.getvalue()
+    told = Told()
+    prune(place, Watchers([told]))
+    assert "note: two: its bank is not known" in told.text
     assert kept.exists()
 
 
@@ -108,14 +121,12 @@ def test_prune_needs_no_space_and_all_else_does(place, capfd):
 
 def test_a_single_training_keeps_no_bank_of_endless_views(place, tmp_path):
     config = config_of(tmp_path)
-    teacher = running.SharedFiles(
-        teacher_checkpoint=config.teacher.checkpoint, teacher_bank=str(place.runs / "t" / "k")
-    )
-    trial = running.trial_with(config, teacher, 0)
-    assert running._no_bank(config, trial) == ""
-    assert running._no_bank(config, trial, once=True) == "a single training sees each view once"
+    teacher = SharedFiles(teacher_checkpoint=config.teacher.checkpoint, teacher_bank=str(place.runs / "t" / "k"))
+    trial = prepare.trial_with(config, teacher, 0)
+    assert prepare.no_bank(config, trial) == ""
+    assert prepare.no_bank(config, trial, once=True) == "a single training sees each view once"
     dataset = load_dataset(config.data)
     LogitBank(bank_file(trial, dataset), bank_size(config.data, config.recipe, dataset))  # as --fill-bank makes it
-    assert running._no_bank(config, trial.model_copy(update={"gpu_share": 0.0}), once=True) == ""
+    assert prepare.no_bank(config, trial.model_copy(update={"gpu_share": 0.0}), once=True) == ""
     finite = config_of(tmp_path, data={"name": "digits", "augment": {"pad": 1}})
-    assert running._no_bank(finite, running.trial_with(finite, teacher, 0), once=True) == ""
+    assert prepare.no_bank(finite, prepare.trial_with(finite, teacher, 0), once=True) == ""

@@ -97,11 +97,17 @@ def test_the_commands_run_one_after_the_other(checkout):
     assert len(state.arm("search")) >= 24
     assert state.counts()[TrialStatus.PRUNED] >= len(state.arm("search")) / 3
     assert (checkout / "runs" / "digits" / "sweep.html").stat().st_size > 100_000
+    said = ""
     for block in blocks("python"):
         code = subprocess.run(
             [sys.executable, "-c", block], cwd=checkout, env=environment, capture_output=True, text=True
         )
         assert code.returncode == 0, code.stderr
+        said += code.stdout
+    ended = read_state(checkout / "runs" / "from-python" / "ledger.jsonl").arm("search")
+    assert [f"trial {trial.key}: {trial.status} at" in said for trial in ended] == [True] * 8
+    assert "best: {'k': " in said
+    compile((checkout / "tuned.py").read_text(), "tuned.py", "exec")
 
 
 def assert_page_opens(command, folder, environment):

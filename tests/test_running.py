@@ -1,6 +1,5 @@
 """A sweep from its claim to its end, and what a resume must find unchanged; trials are formulas, without Ray."""
 
-import contextlib
 import importlib
 import os
 import shutil
@@ -10,7 +9,6 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,25 +19,31 @@ from formulas import value
 from PIL import Image
 
 import tune_topkd.data.datasets as datasets
-from tune_topkd.cli import identity
-from tune_topkd.cli import preflight
-from tune_topkd.cli import running
-from tune_topkd.cli import upkeep
-from tune_topkd.cli.terminal import Console
-from tune_topkd.cli.terminal import close_stderr
+from tune_topkd import execution
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
+from tune_topkd.config import Problem
+from tune_topkd.execution import Packed
+from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.execution.checkpoints import write_checkpoint
-from tune_topkd.ledger import Decision
+from tune_topkd.interruption import listening
 from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Share
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
-from tune_topkd.search import Search
 from tune_topkd.space import digest
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import audit
+from tune_topkd.sweep import driver
+from tune_topkd.sweep import identity
+from tune_topkd.sweep import prepare
+from tune_topkd.sweep import workspace
+from tune_topkd.terminal import Console
+from tune_topkd.terminal import close_stderr
 
-QUIET = Console(quiet=True)
 NETWORK = """
 '''A network of one map.'''
 import torch
@@ -125,45 +129,48 @@ def space(weights, **sections):
     return raw
 
 
+class Formulas(SimulatedExecutor):
+    """Trials that train nothing and keep checkpoints."""
+
+    def __init__(self):
+        super().__init__(self.formula)
+        self.sweep = None
+
+    def run(self, search, work):
+        self.sweep = work.folder
+        return super().run(search, work)
+
+    def formula(self, trial, epoch):
+        metrics = {"val_top1": value(trial.config, epoch)}
+        folder = self.sweep / "trials" / str(trial.record.key)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(folder, epoch, metrics, lambda folder: (folder / "weights").touch())
+        return metrics
+
+
 class Sweeps:
     """Runs sweeps in a folder, their trials as formulas."""
 
-    def __init__(self, folder, monkeypatch):
-        self.place = running.Place(folder / "runs", f"sqlite:///{folder / 'mlflow.db'}")
+    def __init__(self, folder):
+        self.place = Workspace(folder / "runs", mlflow_uri="")
         self.folder = folder
-        self.hashes = None
-        tracker = SimpleNamespace(trouble="")
-        monkeypatch.setattr(running, "_trackers", lambda *arguments: contextlib.nullcontext([tracker]))
-        monkeypatch.setattr(running, "_search", self.search)
-
-    def search(self, config, ledger, place, files, *rest):
-        search = Search(config, ledger)
-        while (record := search.next_trial()) is not None:
-            search.started(record.key)
-            for epoch in range(1, EPOCHS + 1):
-                metrics = {"val_top1": value(search.trial_config(record), epoch)}
-                trial = ledger.path.parent / "trials" / str(record.key)
-                trial.mkdir(parents=True, exist_ok=True)
-                write_checkpoint(trial, epoch, metrics, lambda folder: (folder / "weights").touch())
-                if search.reported(record.key, epoch, metrics) is not Decision.CONTINUE:
-                    break
-        return search.stopped()
+        self.executor = Formulas()
 
     def run(self, raw, name="s"):
         path = self.folder / "space.yaml"
         path.write_text(yaml.safe_dump(raw))
-        return running.start(preflight.load_checked(str(path)), name, self.place, QUIET)
+        return Sweep.new(path, name, self.place).run(executor=self.executor)
 
     def resume(self, name="s", **more):
         forget()
-        return running.resume(name, self.place, QUIET, **more)
+        return Sweep(name, self.place).resume(executor=self.executor, **more)
 
     def events(self, name="s"):
         return read_events(self.place.folder(name) / "ledger.jsonl")[0]
 
     def audit(self, name="s"):
         forget()
-        return upkeep.audit(name, self.place, with_mlflow=False)
+        return audit(name, self.place, with_mlflow=False)
 
 
 @pytest.fixture
@@ -171,7 +178,7 @@ def sweeps(here, monkeypatch, weights):
     for seed in (0, 1):
         shutil.copy(weights / f"{seed}.pt", here / f"{seed}.pt")
     shutil.copy(weights / "0.pt", here / "mine.pt")
-    return Sweeps(here, monkeypatch)
+    return Sweeps(here)
 
 
 # --- what results depend on -------------------------------------------------------------------------------------------
@@ -270,14 +277,14 @@ def test_what_a_result_depends_on_may_not_change_under_a_sweep(sweeps, here, sec
 def test_a_comment_is_no_change(sweeps, here):
     sweeps.run(space(here, student="my_nets:network"))
     (here / "my_nets.py").write_text(NETWORK.format(bias=True, comment="twice\n    # a comment"))
-    assert sweeps.resume(trials=3).exit_code == 0
+    assert sweeps.resume(trials=3).reason == "finished"
     assert sweeps.audit() == []
 
 
 def test_a_trained_teacher_that_was_replaced_is_no_longer_the_sweeps(sweeps, here):
     raw = space(here, teacher={"name": "digits_cnn_tiny", "recipe": {"epochs": 3, "lr": 0.2, "milestones": []}})
     sweeps.run(raw)
-    assert sweeps.resume(trials=3).exit_code == 0
+    assert sweeps.resume(trials=3).reason == "finished"
     (weights,) = sweeps.place.runs.glob("teachers/*/teacher.pt")
     shutil.copy(here / "1.pt", weights)
     with pytest.raises(ConfigError, match="the teacher's weights changed since the sweep began"):
@@ -343,11 +350,11 @@ def test_a_config_key_that_came_later_changes_no_older_sweep(sweeps, here):
         content["recipe"].pop("distill_warmup", None)
         state = read_state(folder / "ledger.jsonl")
         old = {key: part for key, part in content.items() if key != "description"}
-        taken = digest(old) if version == 2 else running._digest(content)
+        taken = digest(old) if version == 2 else workspace.config_digest(content)
         state.header = replace(state.header, version=version, digest=taken)
         state.prepared = replace(state.prepared, digest=None)
         (folder / "sweep.yaml").write_text(yaml.safe_dump(content))
-        assert running.begun_config(folder, state).recipe.distill_warmup is None
+        assert workspace.frozen_config(folder, state).recipe.distill_warmup is None
 
 
 def test_a_config_that_was_edited_is_refused_and_one_whose_description_was_is_not(sweeps, here):
@@ -355,7 +362,7 @@ def test_a_config_that_was_edited_is_refused_and_one_whose_description_was_is_no
     path = sweeps.place.folder("s") / "sweep.yaml"
     text = path.read_text()
     path.write_text(text.replace("description: ''", "description: mine"))
-    assert sweeps.resume().exit_code == 0
+    assert sweeps.resume().reason == "finished"
     path.write_text(text.replace("batch_size: 64", "batch_size: 32"))
     with pytest.raises(ConfigError, match="has been changed since the sweep began"):
         sweeps.resume()
@@ -367,21 +374,22 @@ def test_a_config_that_was_edited_is_refused_and_one_whose_description_was_is_no
 def test_a_second_run_of_a_name_touches_nothing_of_the_first(sweeps, here, monkeypatch):
     """While the first still trains its teacher."""
     second = []
-    ready = running.ready_data
+    ready = prepare.ready_data
+    (here / "other.yaml").write_text(yaml.safe_dump(space(here, sweep={"trials": 7})))
+    other = Sweep.new(here / "other.yaml", "s", sweeps.place)  # it looked before the first began
 
     def meanwhile(config):
         if not second:
             second.append(None)
-            monkeypatch.setattr(running, "check_name", lambda *arguments: None)  # it looked before the first began
             with pytest.raises(LedgerError, match="is being driven by"):
-                sweeps.run(space(here, sweep={"trials": 7}))
+                other.run(executor=sweeps.executor)
         ready(config)
 
-    monkeypatch.setattr(running, "ready_data", meanwhile)
+    monkeypatch.setattr(prepare, "ready_data", meanwhile)
     outcome = sweeps.run(space(here))
     assert second
-    assert (outcome.exit_code, outcome.state.target) == (0, 2)
-    assert running.begun_config(sweeps.place.folder("s"), outcome.state).sweep.trials == 2
+    assert (outcome.reason, outcome.state.target) == ("finished", 2)
+    assert workspace.frozen_config(sweeps.place.folder("s"), outcome.state).sweep.trials == 2
 
 
 def test_a_sweep_that_is_interrupted_before_its_teacher_is_there_exists_and_resumes(sweeps, here, monkeypatch):
@@ -390,22 +398,22 @@ def test_a_sweep_that_is_interrupted_before_its_teacher_is_there_exists_and_resu
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "_teacher", interrupted)
+        patch.setattr(prepare, "ready_teacher", interrupted)
         outcome = sweeps.run(space(here))
-    assert (outcome.reason, outcome.exit_code) == ("interrupted", 130)
+    assert (outcome.reason, outcome.is_interrupted) == ("interrupted", True)
     assert [event.name for event in sweeps.events()] == ["sweep", "driver", "stop"]
-    running.check_name("s", sweeps.place)  # nothing would be lost by beginning it anew
+    sweeps.place.check_free("s")  # nothing would be lost by beginning it anew
     assert sweeps.resume().state.counts()["completed"] == 2
     assert sweeps.audit() == []
     with pytest.raises(ConfigError, match="`resume s` goes on"):
-        running.check_name("s", sweeps.place)
+        sweeps.place.check_free("s")
 
 
 def test_what_is_refused_before_the_first_trial_leaves_nothing(sweeps, here, monkeypatch):
     def refused(*arguments):
-        raise ConfigError("teacher", [running.Problem(key="", rule="it diverged")])
+        raise ConfigError("teacher", [Problem(key="", rule="it diverged")])
 
-    monkeypatch.setattr(running, "_teacher", refused)
+    monkeypatch.setattr(prepare, "ready_teacher", refused)
     with pytest.raises(ConfigError, match="it diverged"):
         sweeps.run(space(here))
     assert not sweeps.place.folder("s").exists()
@@ -415,8 +423,7 @@ def test_what_breaks_is_in_the_stop_line(sweeps, here, monkeypatch):
     def broken(*arguments):
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(sweeps, "search", broken)
-    monkeypatch.setattr(running, "_search", broken)
+    monkeypatch.setattr(sweeps.executor, "run", broken)
     with pytest.raises(OSError, match="No space left"):
         sweeps.run(space(here))
     assert sweeps.events()[-1].data["reason"] == "trouble"
@@ -425,9 +432,9 @@ def test_what_breaks_is_in_the_stop_line(sweeps, here, monkeypatch):
 
 def test_a_kill_between_the_two_writings_of_the_config_costs_nothing(sweeps, here, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(running, "_packed", lambda config, *rest: running._with_share(config, running.Share(0.5, 0.0)))
+        patch.setattr(sweeps.executor, "measure", lambda *arguments: [Packed(Share(0.5, 0.0), 4, 100.0, 0.1)])
         writes = []
-        write = running.write_text
+        write = driver.write_text
 
         def killed_at_the_second(path, text):
             writes.append(path)
@@ -435,7 +442,7 @@ def test_a_kill_between_the_two_writings_of_the_config_costs_nothing(sweeps, her
                 raise KeyboardInterrupt
             write(path, text)
 
-        patch.setattr(running, "write_text", killed_at_the_second)
+        patch.setattr(driver, "write_text", killed_at_the_second)
         outcome = sweeps.run(space(here, sweep={"trials": 2, "asha": None, "cpus_per_trial": "auto"}))
     assert "cpus_per_trial: auto" in (sweeps.place.folder("s") / "sweep.yaml").read_text()
     assert outcome.config.sweep.cpus_per_trial == 0.5
@@ -446,7 +453,7 @@ def test_trials_are_told_what_their_weights_must_be(sweeps, here):
     raw = space(here, student={"name": "digits_linear", "checkpoint": "student.pt"})
     overwritten_student(here)
     state = sweeps.run(raw).state
-    config = running.begun_config(sweeps.place.folder("s"), state)
+    config = workspace.frozen_config(sweeps.place.folder("s"), state)
     hashes = identity.file_hashes(config, state.identities, here / "mine.pt")
     assert {Path(path).name for path in hashes} == {"mine.pt", "student.pt"}
     assert identity.file_hashes(config, {}, None) == {}
@@ -459,22 +466,23 @@ def test_a_space_that_cannot_be_run_keeps_no_other_from_it(sweeps, here, monkeyp
     command_line = importlib.import_module("tune_topkd.cli.app")
     path = here / "space.yaml"
     path.write_text(yaml.safe_dump(space(here)))
-    checked = dict.fromkeys("abc", preflight.load_checked(str(path)))
-    teacher = running._teacher
+    sweeps_of_it = [replace(Sweep.new(path, "a", sweeps.place), name=name) for name in "abc"]
+    teacher = prepare.ready_teacher
 
-    def failing(config, *rest):
+    def failing(config, *rest, **more):
         if not sweeps.place.has_begun("b"):
-            raise ConfigError("teacher", [running.Problem(key="", rule="it diverged")])
-        return teacher(config, *rest)
+            raise ConfigError("teacher", [Problem(key="", rule="it diverged")])
+        return teacher(config, *rest, **more)
 
-    monkeypatch.setattr(running, "_teacher", failing)
+    monkeypatch.setattr(prepare, "ready_teacher", failing)
+    monkeypatch.setattr(execution, "RayExecutor", lambda *arguments: sweeps.executor)
     close_stderr()  # as it was when this file was read
     console = Console()
-    outcomes = command_line._each_run(checked, dict.fromkeys(checked, ()), sweeps.place, console)
-    assert {name: getattr(outcome, "exit_code", outcome) for name, outcome in outcomes.items()} == {
+    outcomes = command_line._each_run(sweeps_of_it, sweeps.place, console)
+    assert {name: getattr(outcome, "reason", outcome) for name, outcome in outcomes.items()} == {
         "a": "teacher: it diverged",
-        "b": 0,
-        "c": 0,
+        "b": "finished",
+        "c": "finished",
     }
     with pytest.raises(typer.Exit) as ended:
         command_line._conclude(outcomes, sweeps.place, console)
@@ -494,9 +502,10 @@ def test_every_signal_that_asks_for_an_end_gets_one(sweeps, here, monkeypatch, n
         threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
         time.sleep(60)
 
-    monkeypatch.setattr(running, "_search", waiting)
+    monkeypatch.setattr(sweeps.executor, "run", waiting)
     before = signal.getsignal(number)
-    outcome = sweeps.run(space(here))
-    assert (outcome.reason, outcome.exit_code) == ("interrupted", code)
+    with listening() as interruption:
+        outcome = sweeps.run(space(here))
+        assert (outcome.reason, interruption.exit_code) == ("interrupted", code)
     assert sweeps.events()[-1].data["reason"] == "interrupted"
     assert signal.getsignal(number) is before

@@ -11,10 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tune_topkd.cli.cost import _expected_epochs
-from tune_topkd.cli.display import baseline_total
-from tune_topkd.cli.preflight import first_proposals
-from tune_topkd.cli.preflight import load_checked
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AugmentConfig
 from tune_topkd.config import Override
@@ -30,6 +26,10 @@ from tune_topkd.models import find_head
 from tune_topkd.models import save_weights
 from tune_topkd.search import Search
 from tune_topkd.space import Space
+from tune_topkd.sweep.cost import _expected_epochs
+from tune_topkd.sweep.preflight import first_proposals
+from tune_topkd.sweep.preflight import load_checked
+from tune_topkd.sweep.remaining import baseline_total
 from tune_topkd.train import train
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"

@@ -1,8 +1,6 @@
 """What the trials on a node share, and what each is given of it: the dataset's file, CPU threads, a GPU's memory."""
 
-import contextlib
 import errno
-import io
 import logging
 from pathlib import Path
 
@@ -11,11 +9,7 @@ import pytest
 import test_train
 import torch
 from PIL import Image
-from rich.console import Console
 
-from tune_topkd.cli import running
-from tune_topkd.cli.interruption import Interruption
-from tune_topkd.config import NO_FILES
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import TrialConfig
@@ -23,9 +17,11 @@ from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
 from tune_topkd.data import save_dataset
 from tune_topkd.data import saving
-from tune_topkd.ledger import Header
-from tune_topkd.ledger import Ledger
+from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.ledger import Share
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import prepare
 from tune_topkd.train import GPU_PART
 from tune_topkd.train import LONGEST_WAIT_FOR_MEMORY
 from tune_topkd.train import Training
@@ -108,8 +104,8 @@ def test_a_trial_refuses_the_file_of_another_dataset(dataset_file):
 SWEEP = formulas.sweep_config()
 
 
-def share_dataset(folder: Path, console: Console | None = None):
-    return running._dataset_file(SWEEP, folder, console or Console(quiet=True))
+def share_dataset(folder: Path, note=lambda text: None):
+    return prepare.dataset_file(SWEEP, folder, note)
 
 
 def test_a_sweep_has_the_dataset_in_a_file_while_it_runs(tmp_path: Path, monkeypatch):
@@ -143,20 +139,19 @@ def test_a_disk_without_room_for_the_dataset_is_a_note_and_no_end(tmp_path: Path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(saving.torch, "save", refuse)
-    told = io.StringIO()
-    with share_dataset(tmp_path, Console(file=told, width=300)) as path:
+    told = []
+    with share_dataset(tmp_path, told.append) as path:
         assert path is None
-    expected = f"note: each worker reads the dataset by itself: {tmp_path / 'dataset.pt'}: No space left on device\n"
-    assert told.getvalue() == expected
+    assert told == [f"each worker reads the dataset by itself: {tmp_path / 'dataset.pt'}: No space left on device"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_stay_in_their_files_have_no_dataset_file_and_no_note(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("tune_topkd.data.save_dataset", lambda config, dataset, path: False)
-    told = io.StringIO()
-    with share_dataset(tmp_path, Console(file=told)) as path:
+    told = []
+    with share_dataset(tmp_path, told.append) as path:
         assert path is None
-    assert told.getvalue() == ""
+    assert told == []
 
 
 def test_a_dataset_file_that_cannot_be_removed_hides_nothing(tmp_path: Path, monkeypatch):
@@ -172,22 +167,25 @@ def test_a_dataset_file_that_cannot_be_removed_hides_nothing(tmp_path: Path, mon
         break_off()
 
 
-def test_every_trial_of_a_sweep_is_told_of_the_dataset_file(tmp_path: Path, monkeypatch):
+def test_every_trial_of_a_sweep_is_told_of_the_dataset_file(tmp_path: Path):
     """Between the sweep's ledger and its trials, without Ray."""
     told = []
 
-    def search(config, ledger, place, files, *rest):
-        told.append((files.dataset_file, Path(files.dataset_file).is_file()))
-        return "interrupted"
+    class Watched(SimulatedExecutor):
+        def run(self, search, work):
+            told.append((work.files.dataset_file, Path(work.files.dataset_file).is_file()))
+            return search.stopped()
 
-    tracker = type("Tracker", (), {"trouble": ""})
-    place = running.Place(runs=tmp_path, mlflow_uri="")
-    config = SWEEP.model_copy(update={"teacher": None, "method": "ce"})
-    monkeypatch.setattr(running, "_search", search)
-    monkeypatch.setattr(running, "_trackers", lambda *arguments: contextlib.nullcontext([tracker]))
-    (tmp_path / "s").mkdir()
-    with Ledger.create(tmp_path / "s" / "ledger.jsonl", Header(sweep="s", id="s", seed=0, trials=12)) as ledger:
-        running._drive(config, ledger, place, Console(quiet=True), NO_FILES, Interruption())
+    raw = {
+        **SWEEP.model_dump(mode="json"),
+        "teacher": None,
+        "method": "ce",
+        "loss": {},
+        "relative": None,
+        "baselines": None,
+    }
+    raw["space"] = {"lr": raw["space"]["lr"]}
+    Sweep.new(raw, "s", Workspace(tmp_path, mlflow_uri="")).run(executor=Watched(lambda trial, epoch: {}))
     path = tmp_path / "s" / "dataset.pt"
     assert told == [(str(path), True)]
     assert not path.exists()

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Group
 from rich.text import Text
 
-from tune_topkd.cli import terminal
-from tune_topkd.cli.terminal import Console
-from tune_topkd.cli.terminal import Terminal
+from tune_topkd import terminal
+from tune_topkd.terminal import Console
+from tune_topkd.terminal import Terminal
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,7 +213,7 @@ def python(code, redirection, **options):
 
 def test_no_file_takes_the_place_of_a_closed_stream():
     code = (
-        "from tune_topkd.cli import terminal; import os; terminal.open_standard_streams();"
+        "from tune_topkd import terminal; import os; terminal.open_standard_streams();"
         "print(1, flush=True); os._exit(os.open('/dev/null', os.O_RDONLY))"
     )
     assert python(code, "<&- >&- 2>&-").returncode > 2

@@ -21,12 +21,11 @@ from test_tracking import runs
 from test_tracking import uri as _uri
 
 from tune_topkd import tracking
-from tune_topkd.cli import preflight
-from tune_topkd.cli import running
-from tune_topkd.cli import upkeep
-from tune_topkd.cli.app import _place
 from tune_topkd.config import ConfigError
 from tune_topkd.search import Search
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import maintenance
+from tune_topkd.sweep import preflight
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up
@@ -131,7 +130,7 @@ ODD_FOLDERS = [
 def test_the_database_lies_in_the_runs_folder_whatever_its_name(tmp_path, empty_store, name):
     folder = tmp_path / name
     folder.mkdir()
-    place = _place(folder, None, None)
+    place = Workspace.at(folder)
     assert sqlite_file(place.mlflow_uri) == folder / "mlflow.db"
     shutil.copy(empty_store, folder / "mlflow.db")
     mlflow = client(place.mlflow_uri)
@@ -214,10 +213,10 @@ def test_a_deleted_experiment_is_named_with_what_brings_it_back(ledger, uri, cap
         with pytest.raises(TrackingError) as error:
             act(ledger.path, uri)
         said.append(str(error.value))
-    place = running.Place(ledger.path.parent.parent, uri, None)
+    place = Workspace(ledger.path.parent.parent, uri, None)
     with pytest.raises(ConfigError) as error:
-        upkeep.track(_at_rest(ledger), place)
-    said += [str(error.value), *upkeep._mlflow_findings(ledger.path.parent.name, place)]
+        maintenance.track(_at_rest(ledger), place)
+    said += [str(error.value), *maintenance.mlflow_findings(ledger.path.parent.name, place)]
     with pytest.raises(ValueError, match="cannot be used") as refusal:
         tracking.check_uri(uri)
     said.append(str(refusal.value))

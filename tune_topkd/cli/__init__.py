@@ -1,8 +1,8 @@
-"""The command line: the composition root, the only place that knows all rooms."""
+"""The command line: it parses, draws and prints; what it does is in `tune_topkd.sweep`."""
 
 import sys
 
-from tune_topkd.cli.interruption import listening
+from tune_topkd.interruption import listening
 
 __all__ = ["main"]
 

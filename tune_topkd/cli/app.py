@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,19 +19,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 from typing import Any
-from typing import TypeVar
 
 import typer
 
 from tune_topkd import __version__
-from tune_topkd.cli import preflight
-from tune_topkd.cli import running
-from tune_topkd.cli import terminal
-from tune_topkd.cli.calling import DEFAULT_RUNS
-from tune_topkd.cli.calling import MLFLOW_VARIABLE
-from tune_topkd.cli.calling import RUNS_DIR_VARIABLE
-from tune_topkd.cli.interruption import listening
-from tune_topkd.cli.terminal import Console
+from tune_topkd import terminal
+from tune_topkd.cli.calling import command_for
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
@@ -41,14 +33,23 @@ from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import WRITERS
-from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import LedgerError
-from tune_topkd.ledger import TrialStatus
-from tune_topkd.ledger import read_state
+from tune_topkd.interruption import listening
 from tune_topkd.storage import write_text
+from tune_topkd.sweep import Result
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import Workspace
+from tune_topkd.sweep import preflight
+from tune_topkd.sweep.api import all_of
+from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.workspace import DEFAULT_RUNS
+from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
+from tune_topkd.sweep.workspace import PRIVATE
+from tune_topkd.sweep.workspace import RAY_VARIABLE
+from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
+from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
-FINDINGS = 1
+DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
 DAMAGED = "damaged"
 """What `status` says of a sweep whose ledger cannot be read."""
 
@@ -65,7 +66,7 @@ app = typer.Typer(
 
 def _sweeps() -> list[str]:
     """For the shell's completion: the sweeps of the runs folder that is meant if none is given."""
-    return _place(Path(os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS), None, None).sweeps()
+    return Workspace.at(address=PRIVATE).sweeps()
 
 
 RunsDir = Annotated[
@@ -79,14 +80,14 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        envvar="RAY_ADDRESS",
+        envvar=RAY_VARIABLE,
         help="A running Ray cluster, or local [default: a private one on this machine].",
     ),
 ]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML; may be repeated.")
 ]
-Sweep = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=_sweeps)]
+SweepName = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=_sweeps)]
 Spaces = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]", autocompletion=preflight.space_names),
@@ -106,7 +107,7 @@ def main() -> None:
             app(standalone_mode=True)
     except Exception as error:  # noqa: BLE001 (what is not for the user is raised again)
         _tell(_told(error))
-        sys.exit(running.USER_ERROR)
+        sys.exit(USER_ERROR)
     finally:
         terminal.close_stderr()
 
@@ -181,37 +182,39 @@ def run(
         gpus_per_trial=_number(gpus_per_trial),
         time_budget=time_budget,
     )
-    place, console = _place(runs_dir, mlflow_uri, address), Console()
+    workspace, console = _workspace(runs_dir, mlflow_uri, address), Console()
     with console.phase("checking what is to run"):
-        sweeps = _runnable(spaces or [DEFAULT_SPACE], overrides, name, place)
-    warm = {
-        s: running.warm_starts(warm_start, place, c.config, console) if warm_start else [] for s, c in sweeps.items()
-    }
-    preflight.check_writable(place.runs)
-    _conclude(_each_run(sweeps, warm, place, console), place, console)
+        sources = spaces or [DEFAULT_SPACE]
+        named = zip(sources, _names(sources, name), strict=True)
+        sweeps = all_of([functools.partial(Sweep.new, s, n, workspace, overrides, warm_start) for s, n in named])
+    _conclude(_each_run(sweeps, workspace, console), workspace, console)
 
 
-def _each_run(
-    sweeps: Mapping[str, preflight.Checked],
-    warm: Mapping[str, Sequence[dict[str, Any]]],
-    place: running.Place,
-    console: Console,
-) -> dict[str, running.Outcome | str]:
+def _each_run(sweeps: Sequence[Sweep], workspace: Workspace, console: Console) -> dict[str, Result | str]:
     """How each sweep ended, or what kept it from running; after an interruption the rest is not begun."""
-    outcomes: dict[str, running.Outcome | str] = {}
-    for sweep, checked in sweeps.items():
-        console.print(f"sweep {sweep}: {checked.source}", style="bold")
+    results: dict[str, Result | str] = {}
+    for sweep in sweeps:
+        console.print(f"sweep {sweep.name}: {sweep.source}", style="bold")
         try:
-            outcomes[sweep] = outcome = running.start(checked, sweep, place, console, warm[sweep])
+            results[sweep.name] = result = _shown(sweep.run, sweep, console)
         except Exception as error:
             if len(sweeps) == 1:
                 raise
-            outcomes[sweep] = told = _told(error)
+            results[sweep.name] = told = _told(error)
             _tell(told)
             continue
-        if outcome.is_interrupted:
+        if result.is_interrupted:
             break
-    return outcomes
+    return results
+
+
+def _shown(run: Callable[..., Result], sweep: Sweep, console: Console, **arguments: Any) -> Result:
+    """Run a sweep, or go on with it, on the console; an interruption says how to go on."""
+    from tune_topkd.cli.display import ConsoleCallback
+
+    with listening() as interruption:
+        interruption.advice = f"; `{command_for(sweep.workspace, 'resume', sweep.name)}` goes on"
+        return run([ConsoleCallback(console, sweep.workspace)], **arguments)
 
 
 @app.command()
@@ -223,12 +226,12 @@ def check(
     show: Annotated[bool, typer.Option("--show", help="Print the complete config on stdout.")] = False,
 ) -> None:
     """Validate search spaces, print what would run and what it would cost; start nothing."""
-    from tune_topkd.cli.cost import describe
+    from tune_topkd.sweep.cost import describe
 
     console = Console()
     overrides = _overrides(set_, trials=trials, epochs=epochs)
     checks = [functools.partial(preflight.load_checked, source, overrides) for source in spaces]
-    for checked in _all_of(checks):
+    for checked in all_of(checks):
         console.print(f"{checked.source}: valid", style="bold green")
         for line in describe(checked.config):
             console.print(f"  {line}", soft_wrap=True)
@@ -240,7 +243,7 @@ def check(
 
 @app.command()
 def resume(
-    sweep: Sweep,
+    sweep: SweepName,
     trials: Trials = None,
     time_budget: TimeBudget = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
@@ -252,10 +255,10 @@ def resume(
     ] = None,
 ) -> None:
     """Go on with a sweep after any interruption; finished trials are not run again."""
-    place = _place(runs_dir, mlflow_uri, address)
     moved = [parse_set(text) for text in set_ or []]
-    console = Console()
-    _conclude({sweep: running.resume(sweep, place, console, trials, time_budget, moved)}, place, console)
+    found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri, address)), Console()
+    result = _shown(found.resume, found, console, trials=trials, time_budget=time_budget, moved=moved)
+    _conclude({sweep: result}, found.workspace, console)
 
 
 @app.command()
@@ -265,44 +268,43 @@ def status(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Show how sweeps stand."""
-    place = _place(runs_dir, None, None)
-    names = [sweep] if sweep else place.sweeps()
-    found = [_status(sweep, place)] if sweep else [_status_or_damage(name, place) for name in names]
+    workspace = _workspace(runs_dir)
+    every = workspace.sweeps() if sweep is None else []
+    found = [_status(sweep, workspace)] if sweep else [_status_or_damage(name, workspace) for name in every]
     if as_json:
         terminal.result(json.dumps(found[0] if sweep else found, indent=2) + "\n", is_document=True)
     else:
         terminal.result("".join(f"{_status_line(entry)}\n" for entry in found))
     if not found:
-        Console().print(f"no sweeps in {place.runs}")
+        Console().print(f"no sweeps in {workspace.runs}")
     if any(entry["state"] == DAMAGED for entry in found):
-        raise typer.Exit(running.USER_ERROR)
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()
 def track(
-    sweep: Sweep,
+    sweep: SweepName,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Write into MLflow what it lacks of a sweep; any number of times gives the same."""
-    from tune_topkd.cli.upkeep import track as write
+    from tune_topkd.sweep import track as write
 
-    place = _place(runs_dir, mlflow_uri, None)
-    write(sweep, place)
+    write(sweep, _workspace(runs_dir, mlflow_uri))
     Console().print(f"MLflow has all of {sweep}")
 
 
 @app.command()
 def audit(
-    sweep: Sweep,
+    sweep: SweepName,
     mlflow: Annotated[bool, typer.Option(help="Compare MLflow with the ledger too.")] = True,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Check every decision of a sweep and all that is told of it against its ledger; exit 1 with a list of what is wrong."""
-    from tune_topkd.cli.upkeep import audit as findings_of
+    from tune_topkd.sweep import audit as findings_of
 
-    findings = findings_of(sweep, _place(runs_dir, mlflow_uri, None), mlflow)
+    findings = findings_of(sweep, _workspace(runs_dir, mlflow_uri), mlflow)
     for finding in findings:
         terminal.result(f"{finding}\n")
     if findings:
@@ -313,17 +315,13 @@ def audit(
 
 @app.command()
 def export(
-    sweep: Sweep,
+    sweep: SweepName,
     format_: Annotated[Format, typer.Option("--format")] = YAML,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Write a sweep's tuned config for other projects."""
-    place = _place(runs_dir, None, None)
-    folder = place.existing(sweep)
-    state = read_state(folder / LEDGER_FILE)
-    tuned = running.answer(running.begun_config(folder, state), state)
-    text = WRITERS[format_.value](tuned)
+    text = WRITERS[format_.value](Sweep(sweep, _workspace(runs_dir)).answer())
     if output is None:
         terminal.result(text, is_document=True)
     else:
@@ -348,24 +346,35 @@ def teacher(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
-    if prune:
-        from tune_topkd.cli.pruning import prune as remove_banks
+    from tune_topkd.sweep import prepare
 
-        remove_banks(_place(runs_dir, None, None), Console())
+    workspace = _workspace(runs_dir)
+    watchers = _on_console(workspace)
+    if prune:
+        from tune_topkd.sweep.pruning import prune as remove_banks
+
+        remove_banks(workspace, watchers)
         if space is None:
             return
     if space is None:
         raise ConfigError("SPACE.yaml", [Problem(key="", rule="must be given, except for --prune")])
     config = preflight.load_checked_pair(space, [parse_set(text) for text in set_ or []])
-    place = _place(runs_dir, None, None)
-    preflight.check_writable(place.runs)
+    preflight.check_writable(workspace.runs)
     if config.teacher is None:
         raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])
-    running.ready_data(config)
-    taught = running.taught_by(config, place, Console(), seed, measure=measure)
+    prepare.ready_data(config)
+    ready = prepare.ready_teacher(config, workspace, watchers, measure=measure)
+    files = prepare.teacher_files(ready, config, workspace, watchers, seed)
     if fill_bank:
-        running.fill_bank(config, taught, seed, Console())
-    terminal.result(f"{taught.teacher_checkpoint}\n")
+        prepare.fill_bank(config, files, seed, watchers)
+    terminal.result(f"{files.teacher_checkpoint}\n")
+
+
+def _on_console(workspace: Workspace) -> Watchers:
+    """Tells on the console what the service has to tell."""
+    from tune_topkd.cli.display import ConsoleCallback
+
+    return Watchers([ConsoleCallback(Console(), workspace)])
 
 
 @app.command()
@@ -379,7 +388,7 @@ def train(
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Train one config without a sweep: what the YAML and --set say, the method's defaults for the rest."""
-    from tune_topkd.cli.training import train_one
+    from tune_topkd.sweep.single import train_one
 
     overrides = [parse_set(text) for text in set_ or []]
     overrides += [Override("recipe.epochs", epochs, "--epochs")] if epochs is not None else []
@@ -388,27 +397,27 @@ def train(
     if not SWEEP_NAME.fullmatch(label):
         rule = "must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
         raise ConfigError("--name", [Problem(key=label, rule=rule)])
-    place = _place(runs_dir, mlflow_uri, None)
-    preflight.check_writable(place.runs)
-    result = train_one(config, label, seed, place, Console())
+    workspace = _workspace(runs_dir, mlflow_uri)
+    preflight.check_writable(workspace.runs)
+    result = train_one(config, label, seed, workspace, _on_console(workspace))
     terminal.result(json.dumps(result, indent=2) + "\n", is_document=True)
     if result["diverged"]:
-        raise typer.Exit(running.NO_SUCCESS)
+        raise typer.Exit(NO_SUCCESS)
 
 
 @app.command()
 def doctor(runs_dir: RunsDir = Path(DEFAULT_RUNS), mlflow_uri: MlflowUri = None, address: Address = None) -> None:
     """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
-    from tune_topkd.cli.doctor import examine
+    from tune_topkd.sweep.doctor import examine
 
-    place = dataclasses.replace(_place(runs_dir, mlflow_uri, None), address=_cluster_of(address))
+    workspace = dataclasses.replace(_workspace(runs_dir, mlflow_uri), address=_cluster_of(address))
     is_well = True
-    for finding in examine(place, _progress_of(Console())):
+    for finding in examine(workspace, _progress_of(Console())):
         mark = "ok " if finding.is_well else "BAD"
         terminal.result(f"{mark} {finding.what}: {finding.text}\n")
         is_well &= finding.is_well
     if not is_well:
-        raise typer.Exit(running.USER_ERROR)
+        raise typer.Exit(USER_ERROR)
 
 
 def _progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any]]:
@@ -423,11 +432,11 @@ def _progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any
     return progress
 
 
-def _status_or_damage(name: str, place: running.Place) -> dict[str, Any]:
+def _status_or_damage(name: str, workspace: Workspace) -> dict[str, Any]:
     """How a sweep stands, also if that is not to be found out: the others are shown all the same."""
     try:
-        return _status(name, place)
-    except (ConfigError, LedgerError) as error:
+        return _status(name, workspace)
+    except TuneTopKDError as error:
         what = str(error)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}"
@@ -444,26 +453,18 @@ def _status_line(entry: dict[str, Any]) -> str:
     return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
 
 
-def _status(name: str, place: running.Place) -> dict[str, Any]:
-    folder = place.existing(name)
-    state = read_state(folder / LEDGER_FILE)
-    condition = running.sweep_state_name(folder, state)
-    counts = {s.value: state.counts()[s.value] for s in TrialStatus}
-    counts = {key: counts[key] for key in ("completed", "pruned", "failed", "running")}
-    if condition != "running":  # nobody is running them; `resume` will
-        counts |= {"running": 0, "interrupted": counts["running"]}
-    best = state.best()
+def _status(name: str, workspace: Workspace) -> dict[str, Any]:
+    found = Sweep(name, workspace).status()
+    best = found.best
     return {
         "sweep": name,
-        "state": condition,
-        "error": state.stop_error,
-        "trials": counts,
-        "target": state.target,
+        "state": found.condition,
+        "error": found.error,
+        "trials": found.trials,
+        "target": found.target,
         "best": best and {"number": best.key.number, "val_top1": best.value, "params": best.params},
         "baselines": {
-            method: {"val_top1": record.value, "params": record.params}
-            for method in sorted({key.arm for key in state.trials} - {"search"})
-            if (record := state.best(method)) is not None
+            method: {"val_top1": record.value, "params": record.params} for method, record in found.baselines.items()
         },
     }
 
@@ -482,45 +483,6 @@ def _overrides(sets: list[str] | None, **options: float | str | None) -> list[Ov
     return [parse_set(text) for text in sets or []] + by_option
 
 
-_ResultT = TypeVar("_ResultT")
-
-
-def _all_of(calls: Iterable[Callable[[], _ResultT]]) -> list[_ResultT]:
-    """The results of all calls, or one error with the problems that any of them finds."""
-    results, errors = [], []
-    for call in calls:
-        try:
-            results.append(call())
-        except ConfigError as error:
-            errors.append(error)
-    if len(errors) > 1:
-        raise ConfigError("what was asked for", [Problem(key="", rule=str(error)) for error in errors])
-    if errors:
-        raise errors[0]
-    return results
-
-
-def _runnable(
-    sources: list[str], overrides: list[Override], name: str | None, place: running.Place
-) -> dict[str, preflight.Checked]:
-    """The search spaces by the names of their sweeps.
-
-    Raises:
-        ConfigError: with all that is wrong with any of them, with their names and with this machine.
-    """
-    names = _names(sources, name)
-
-    def checked(source: str) -> preflight.Checked:
-        found = preflight.load_checked(source, overrides)
-        if place.address is None:
-            preflight.check_machine(found.config, found.source)
-        return dataclasses.replace(found, warnings=()) if found.is_reviewed else found
-
-    calls: list[Callable[[], preflight.Checked | None]] = [functools.partial(checked, source) for source in sources]
-    calls += [functools.partial(running.check_name, name, place) for name in names]
-    return dict(zip(names, filter(None, _all_of(calls)), strict=True))
-
-
 def _names(sources: list[str], name: str | None) -> list[str]:
     if name is not None and len(sources) > 1:
         raise ConfigError("--name", [Problem(key=name, rule="names one sweep, but several search spaces were given")])
@@ -531,52 +493,50 @@ def _names(sources: list[str], name: str | None) -> list[str]:
     return names
 
 
-def _conclude(outcomes: Mapping[str, running.Outcome | str], place: running.Place, console: Console) -> None:
+def _conclude(results: Mapping[str, Result | str], workspace: Workspace, console: Console) -> None:
     """Tell of several sweeps in a table, of those that could not be run as well; exit with the highest code."""
     from tune_topkd.cli.display import summary_table
 
-    ended = {sweep: outcome for sweep, outcome in outcomes.items() if isinstance(outcome, running.Outcome)}
-    if len(outcomes) > 1:
-        console.print(summary_table([(o.config, o.state) for o in ended.values()]))
-        for sweep, error in outcomes.items():
+    ended = {name: result for name, result in results.items() if isinstance(result, Result)}
+    if len(results) > 1:
+        console.print(summary_table([(r.config, r.state) for r in ended.values()]))
+        for name, error in results.items():
             if isinstance(error, str):
-                console.print(f"{sweep}: not run: {error}", style="red", soft_wrap=True)
-    for sweep, outcome in ended.items():
-        if outcome.is_interrupted:
-            console.print(f"interrupted; `{place.command('resume', sweep)}` goes on", style="bold", soft_wrap=True)
-    codes = [outcome.exit_code for outcome in ended.values()]
-    codes += [running.USER_ERROR for _ in outcomes.keys() - ended.keys()]
-    raise typer.Exit(max(codes, default=0))
+                console.print(f"{name}: not run: {error}", style="red", soft_wrap=True)
+    for name, result in ended.items():
+        if result.is_interrupted:
+            text = f"interrupted; `{command_for(workspace, 'resume', name)}` goes on"
+            console.print(text, style="bold", soft_wrap=True)
+    codes = [_exit_code(result) for result in ended.values()]
+    codes += [USER_ERROR for _ in results.keys() - ended.keys()]
+    raise typer.Exit(max(codes, default=DONE))
+
+
+def _exit_code(result: Result) -> int:
+    if result.is_interrupted:
+        with listening() as interruption:
+            return interruption.exit_code
+    return DONE if result.best and result.reason != "failed" else NO_SUCCESS
 
 
 def _number(text: str | None) -> float | str | None:
-    """An option's number; what is none is for the config to judge."""
+    """An option's number; non-numbers are validated by the config."""
     try:
         return None if text is None else float(text)
     except ValueError:
         return text
 
 
-def _place(runs_dir: Path, mlflow_uri: str | None, address: str | None) -> running.Place:
-    from tune_topkd.tracking import sqlite_uri
-
-    runs = runs_dir.expanduser().absolute()
-    uri = mlflow_uri or sqlite_uri(runs / "mlflow.db")
-    preflight.check_mlflow_uri(uri)
-    address = _cluster_of(address)
-    if address is not None:
-        from tune_topkd.execution import check_address
-
-        check_address(address)
-    return running.Place(runs, uri, address)
+def _workspace(runs_dir: Path, mlflow_uri: str | None = None, address: str | None = None) -> Workspace:
+    return Workspace.at(runs_dir, mlflow_uri or None, _cluster_of(address) or PRIVATE)
 
 
 def _cluster_of(address: str | None) -> str | None:
     """The address of the Ray to use; None for a private one. That the environment names one is said."""
-    if address and address == os.environ.get("RAY_ADDRESS") and address != "local":
+    if address and address == os.environ.get(RAY_VARIABLE) and address != PRIVATE:
         text = f"Ray: the cluster at {address}, as RAY_ADDRESS says; --address local starts a private one"
         Console().print(text, soft_wrap=True)
-    return None if address in (None, "", "local") else address
+    return None if address in (None, "", PRIVATE) else address
 
 
 def _tell(message: str) -> None:

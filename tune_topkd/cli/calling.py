@@ -7,10 +7,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-RUNS_DIR_VARIABLE = "TUNE_TOPKD_RUNS_DIR"
-MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
-RAY_VARIABLE = "RAY_ADDRESS"
-DEFAULT_RUNS = "runs"
+from tune_topkd.sweep.workspace import DEFAULT_RUNS
+from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
+from tune_topkd.sweep.workspace import RAY_VARIABLE
+from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
+from tune_topkd.sweep.workspace import Workspace
+
+_WITHOUT_MLFLOW = ("export", "status")
+
+
+def command_for(workspace: Workspace, *words: str) -> str:
+    """A command line of this program for a workspace."""
+    from tune_topkd.tracking import sqlite_uri
+
+    is_default = workspace.mlflow_uri == sqlite_uri(workspace.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
+    uri, address = "" if is_default else workspace.mlflow_uri, workspace.address if words[0] == "resume" else None
+    return command(*words, runs=workspace.runs, mlflow_uri=uri, address=address)
 
 
 def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address: str | None = None) -> str:

@@ -2,29 +2,24 @@
 
 import contextlib
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
-from typing import cast
 
 from rich.console import Group
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tune_topkd.cli import terminal
-from tune_topkd.cli.remaining import Pace
-from tune_topkd.cli.remaining import baseline_total as baseline_total
-from tune_topkd.cli.remaining import duration as duration
-from tune_topkd.cli.terminal import Console
+from tune_topkd import terminal
+from tune_topkd.cli.calling import command_for
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.export import TUNED_FILE
+from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
@@ -34,8 +29,18 @@ from tune_topkd.ledger import Start
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import read_events
+from tune_topkd.sweep import Callback
+from tune_topkd.sweep import Kind
+from tune_topkd.sweep import Result
+from tune_topkd.sweep.remaining import Pace
+from tune_topkd.sweep.remaining import baseline_total
+from tune_topkd.sweep.wording import duration
+from tune_topkd.sweep.wording import short
+from tune_topkd.sweep.wording import short_params
+from tune_topkd.sweep.workspace import LOG_FILE
+from tune_topkd.sweep.workspace import Workspace
+from tune_topkd.terminal import Console
 
-BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
 STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 SECONDS_PER_FRAME = 0.5
 LONGEST_CLOSE = 3.0
@@ -46,15 +51,124 @@ _log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def chatter_into(log: Path) -> Iterator[TextIO]:
-    """Send all that this process and the libraries below it print into a file; gives the real stderr."""
-    real = cast(TextIO, terminal.stderr())
-    with open(log, "ab") as target, terminal.streams_into(target):
-        yield real
+def chatter_into(log: Path) -> Iterator[None]:
+    """Send all that this process and the libraries below it print or log into a file."""
+    with open(log, "ab") as target, terminal.streams_into(target), _logging_to_stderr():
+        yield
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Python's logging goes where stderr goes now: the sweep's log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+
+
+class ConsoleCallback(Callback):
+    """Shows a sweep on the console: what it prepares, its trials as they run, what it found.
+
+    While trials run, what this process and its libraries print goes into the sweep's log.
+    """
+
+    def __init__(self, console: Console, workspace: Workspace) -> None:
+        self._console = console
+        self._workspace = workspace
+        self._progress: ProgressDisplay | None = None
+        self._open = contextlib.ExitStack()
+
+    def on_message(self, text: str, kind: Kind) -> None:
+        """A line; of an error it is seen to that it is read, since the process ends."""
+        match kind:
+            case Kind.INFO:
+                self._console.print(text, soft_wrap=True)
+            case Kind.NOTE:
+                self._console.print(f"note: {text}", style="yellow", soft_wrap=True)
+            case Kind.ERROR:
+                self._console.terminal.write(f"\nerror: {text}\n")
+                self._console.terminal.flush()
+
+    def on_phase(self, text: str) -> None:
+        """On a terminal the line at the bottom."""
+        self._console.show(Text(f"{text} …", "dim") if text else None)
+
+    def on_trials_begin(self, config: SweepConfig, folder: Path, state: SweepState) -> None:
+        """The live display starts, and the libraries go silent."""
+        try:
+            self._open.enter_context(chatter_into(folder / LOG_FILE))
+        except OSError as error:
+            self.on_message(f"what the libraries print is not kept: {error}", Kind.NOTE)
+        self._progress = ProgressDisplay(config, folder / LEDGER_FILE, state.last_seq, self._console)
+        self._open.callback(self._progress.close)
+
+    def on_event(self, event: Event) -> None:
+        """The display reads it from the ledger, on its own thread."""
+        if self._progress is not None:
+            self._progress.notify(event)
+
+    def on_trials_end(self) -> None:
+        """The display is taken off the screen."""
+        self._open.close()
+
+    def on_end(self, result: Result) -> None:
+        """What was found, where it lies and what to do next."""
+        tell_result(result, self._workspace, self._console)
+
+
+def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
+    """Say how a run ended: the best configs beside the baselines, or why there are none."""
+    state, name = result.state, result.name
+    counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
+    if result.best is not None:
+        console.print(result_table(result.config, state))
+        for gain in result.gains():
+            console.print(f"  {gain.sentence}", style="bold" if gain.counts else "", soft_wrap=True)
+        if advice := result.advice():
+            console.print(f"  {advice}", soft_wrap=True)
+        console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
+        _tell_where(result, workspace, console)
+    elif state.stop_reason in ("interrupted", "time_budget") and not state.counts()["failed"]:
+        done = f"{counts or 'no trials'} so far, none of them of the full budget"
+        console.print(f"{name}: {done}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
+    else:
+        console.print(f"{name}: no trial reached the full budget ({counts or 'no trials'})", style="bold red")
+        for error in sorted({f"{r.reason}: {r.error}" for r in state.trials.values() if r.error})[:3]:
+            console.print(f"  {error}", style="red", soft_wrap=True)
+        folder = result.folder
+        traces = f"  traces are in {folder}/trials/*/error.txt, the libraries' output in {folder / LOG_FILE}"
+        console.print(traces, soft_wrap=True)
+    if result.mlflow_trouble:
+        text = f"note: MLflow has not got all of this sweep ({result.mlflow_trouble})"
+        console.print(text, style="yellow", soft_wrap=True)
+
+
+def _tell_where(result: Result, workspace: Workspace, console: Console) -> None:
+    from tune_topkd.tracking import ui_command
+
+    state, name, folder = result.state, result.name, result.folder
+    if state.stop_reason == "failed":
+        text = f"  given up     the newest trials all ended on {state.ended[-1].error}"
+        console.print(text, style="red", soft_wrap=True)
+    console.print(f"  the answer   {folder / TUNED_FILE}", soft_wrap=True)
+    console.print(f"  the truth    {folder / LEDGER_FILE}", soft_wrap=True)
+    if workspace.mlflow_uri:
+        console.print(f"  MLflow       {ui_command(workspace.mlflow_uri)}", soft_wrap=True)
+    if Path("analysis/sweep.ipynb").exists():
+        console.print("  the analysis analysis/sweep.ipynb")
+    following = ("export", name, "--format", "python") if state.stop_reason == "finished" else ("resume", name)
+    console.print(f"next: {command_for(workspace, *following)}", style="bold", soft_wrap=True)
 
 
 class ProgressDisplay:
-    """Shows a running sweep: live on a terminal, else one plain line per finished trial; a `Tracker`.
+    """Shows a running sweep: live on a terminal, else one plain line per finished trial.
 
     **Threads.** It follows the ledger on a thread of its own, with a state of its own: whatever becomes of it there, the
     sweep neither waits nor ends. What a reader that is asleep misses is printed when it is awake again.
@@ -213,66 +327,6 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class Gain:
-    """By how much the best trial is above a baseline."""
-
-    sentence: str
-    counts: bool
-    """Whether it is more than one image of the validation split."""
-
-
-def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
-    """What the best trial is worth beside each baseline, in points and in images.
-
-    Args:
-        config: the sweep's.
-        state: the sweep.
-        images: of the validation split.
-    """
-    best = state.best()
-    found = []
-    for method in config.baselines.methods if config.baselines and best else ():
-        base = state.best(method)
-        if base is not None and best is not None:
-            points = (best.value or 0.0) - (base.value or 0.0)
-            worth = round(points / 100 * images)
-            rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
-            over = f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})"
-            found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
-    return found
-
-
-def advice(config: SweepConfig, state: SweepState) -> str:
-    """What to do where a baseline is as good as the answer; nothing where none is."""
-    best = state.best()
-    bases = [(record.value or 0.0, m) for m in BASELINE_NAMES if (record := state.best(m)) is not None]
-    if best is None or not bases or max(bases)[0] < (best.value or 0.0):
-        return ""
-    name = BASELINE_NAMES[max(bases)[1]]
-    more = (
-        "more trials (`resume --trials N`)" if state.stop_reason == "finished" else "the rest of the trials (`resume`)"
-    )
-    return f"{name} does as well without {config.method}: try {more}, a wider space or longer trials, or use it instead"
-
-
-def is_same(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
-    """Whether two sets of parameters are one, but for rounding."""
-    return params.keys() == other.keys() and not any(changes(params, other))
-
-
-def changes(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> Iterator[str]:
-    """What is different in the other parameters, in words."""
-    for name, value in other.items():
-        before = params[name]
-        if isinstance(value, float) and isinstance(before, float | int):
-            is_same_value = math.isclose(value, before, rel_tol=1e-6)
-        else:
-            is_same_value = value == before
-        if not is_same_value:
-            yield f"{name} = {short(before)} becomes {short(value)}"
-
-
 def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
     """Several sweeps side by side: dataset × pair → best K, scales, weights, top-1, gain."""
     table = Table(title="all sweeps")
@@ -302,13 +356,3 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
 
 def _joined(params: Mapping[str, Scalar], *names: str) -> str:
     return "/".join(short(params[name]) if name in params else "–" for name in names)
-
-
-def short_params(params: Mapping[str, Scalar]) -> str:
-    """Parameters in one short line."""
-    return " ".join(f"{name}={short(value)}" for name, value in params.items())
-
-
-def short(value: Scalar) -> str:
-    """A value in few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -15,6 +15,7 @@ from tune_topkd.config.files import config_from
 from tune_topkd.config.files import dump_config
 from tune_topkd.config.files import load_config
 from tune_topkd.config.files import load_pair
+from tune_topkd.config.files import new_config
 from tune_topkd.config.files import parse_set
 from tune_topkd.config.files import read_yaml
 from tune_topkd.config.sections import AUTO
@@ -77,6 +78,7 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_pair",
+    "new_config",
     "parse_set",
     "read_yaml",
     "unknown_choice",

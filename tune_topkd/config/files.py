@@ -85,11 +85,28 @@ def _overridden(path: Path | str, overrides: Sequence[Override]) -> tuple[dict[s
 
 
 def config_from(raw: Mapping[str, Any], source: str, overrides: Sequence[Override] = ()) -> SweepConfig:
-    """A config from plain data, as `load_config` does from a file; `source` stands in the error."""
+    """The config of a sweep that has begun, from plain data; `source` stands in the error.
+
+    Raises:
+        ConfigError: a key or value breaks a rule; all such problems at once.
+    """
+    return validated_sweep(_applied(raw, source, overrides), source, overrides)
+
+
+def new_config(raw: Mapping[str, Any], source: str, overrides: Sequence[Override] = ()) -> SweepConfig:
+    """The config of a new sweep from plain data, as `load_config` does from a file; `source` stands in the error.
+
+    Raises:
+        ConfigError: a key or value breaks a rule; all such problems at once.
+    """
+    return validated_sweep(_applied(raw, source, overrides), source, overrides, is_new=True)
+
+
+def _applied(raw: Mapping[str, Any], source: str, overrides: Sequence[Override]) -> dict[str, Any]:
     content: dict[str, Any] = _unshared(dict(raw))
     for override in overrides:
         _apply(content, override, source)
-    return validated_sweep(content, source, overrides)
+    return content
 
 
 def dump_config(config: BaseModel) -> str:

@@ -1,25 +1,33 @@
 """Where trials run: all of Ray.
 
-`run_sweep` is the whole of it for a caller. Inside: `worker` runs one trial where Ray put it, `checkpoints` keeps what it
-can go on from, `cluster` is the Ray there is, `nodes` which of its nodes trials may go to, `packing` measures how many to
-put there, `ray_tune` joins them to the search through Ray Tune.
+An `Executor` runs the trials of a search: `RayExecutor` on Ray, `SimulatedExecutor` as formulas. Inside: `worker` runs one
+trial where Ray put it, `checkpoints` keeps what it can go on from, `cluster` is the Ray there is, `nodes` which of its nodes
+trials may go to, `packing` measures how many to put there, `ray_tune` joins them to the search through Ray Tune.
 """
 
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import check_address
+from tune_topkd.execution.executor import Executor
+from tune_topkd.execution.executor import RayExecutor
+from tune_topkd.execution.executor import Work
 from tune_topkd.execution.packing import Packed
 from tune_topkd.execution.packing import pack
 from tune_topkd.execution.ray_tune import SweepTroubleError
 from tune_topkd.execution.ray_tune import run_sweep
+from tune_topkd.execution.simulated import SimulatedExecutor
 from tune_topkd.execution.worker import TrainFunction
 
 __all__ = [
     "Cluster",
+    "Executor",
     "Packed",
+    "RayExecutor",
     "ResourceError",
+    "SimulatedExecutor",
     "SweepTroubleError",
     "TrainFunction",
+    "Work",
     "check_address",
     "pack",
     "run_sweep",

@@ -86,6 +86,9 @@ class Interruption(Protocol):
     def deferred(self) -> AbstractContextManager[None]:
         """While this lasts, being asked only sets `is_asked`; otherwise it raises `KeyboardInterrupt`."""
 
+    def check(self) -> None:
+        """Raise `KeyboardInterrupt` if it was asked while it was deferred."""
+
 
 def run_sweep(
     search: Search,

@@ -12,7 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 
+from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.execution.executor import Work
+from tune_topkd.execution.packing import Packed
+from tune_topkd.execution.packing import Probe
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.search import Search
@@ -127,3 +131,19 @@ class _Simulation:
         self.search.reported(record.key, record.epoch + 1, metrics)
         if not record.status.is_end:
             self._begin_epoch(trial)
+
+
+class SimulatedExecutor:
+    """Runs a sweep's trials as formulas, without Ray or training: `Sweep.run(executor=SimulatedExecutor(formula))`."""
+
+    def __init__(self, formula: Formula, at_once: int = 1) -> None:
+        self._formula = formula
+        self._at_once = at_once
+
+    def measure(self, config: SweepConfig, trial: TrialConfig, probe: Probe) -> list[Packed]:
+        """A CPU for each: there is nothing to measure."""
+        return [Packed(Share(1.0, 0.0), self._at_once, 0.0, 0.0)]
+
+    def run(self, search: Search, work: Work) -> str:
+        """Run the trials on a virtual clock."""
+        return simulate(search, self._formula, at_once=self._at_once)

@@ -1,13 +1,82 @@
-"""After a sweep: does all that is kept of it agree?"""
+"""After a sweep: bring MLflow to where the ledger is, and check that all that is kept of it agrees."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
-from tune_topkd.execution.checkpoints import checkpoint_findings
+from tune_topkd.export import TUNED_FILE
+from tune_topkd.export import NoAnswerError
+from tune_topkd.export import as_yaml
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import is_driven
 from tune_topkd.ledger import read_events
-from tune_topkd.search import audit_decisions
+from tune_topkd.ledger import read_state
+from tune_topkd.sweep.driver import changed_since
+from tune_topkd.sweep.result import answer
+from tune_topkd.sweep.workspace import Workspace
+from tune_topkd.sweep.workspace import frozen_config
+
+
+def track(sweep: str, workspace: Workspace) -> None:
+    """Write into MLflow what it lacks of a sweep; any number of times gives the same.
+
+    Raises:
+        ConfigError: there is no such sweep, a process drives it at the moment, or MLflow cannot be written.
+        LedgerError: the ledger is damaged.
+    """
+    from tune_topkd.tracking import TrackingError
+    from tune_topkd.tracking import catch_up
+    from tune_topkd.tracking import masked
+
+    ledger = workspace.existing(sweep) / LEDGER_FILE
+    _check_at_rest(sweep, workspace, "it writes to MLflow itself, and catches up before it ends")
+    state = read_state(ledger)
+    try:
+        catch_up(ledger, workspace.mlflow_uri, abandoned=not state.stop_reason)
+    except TrackingError as error:
+        raise ConfigError("--mlflow-uri", [Problem(key=masked(workspace.mlflow_uri), rule=str(error))]) from None
+
+
+def audit(sweep: str, workspace: Workspace, with_mlflow: bool = True) -> list[str]:
+    """What does not hold of a sweep, a line each; empty if all agrees.
+
+    Args:
+        sweep: its name.
+        workspace: where it lies.
+        with_mlflow: compare MLflow with the ledger too.
+
+    Raises:
+        ConfigError: there is no such sweep, or a process drives it at the moment.
+    """
+    workspace.existing(sweep)
+    _check_at_rest(sweep, workspace, "audit it when it is done")
+    return list(_findings(sweep, workspace, with_mlflow))
+
+
+def _findings(sweep: str, workspace: Workspace, with_mlflow: bool) -> Iterator[str]:
+    folder = workspace.existing(sweep)
+    try:
+        state = read_state(folder / LEDGER_FILE)
+        config = frozen_config(folder, state)
+    except (ConfigError, LedgerError) as error:
+        yield str(error)
+        return
+    yield from audit_sweep(config, folder)
+    try:
+        yield from map(str, changed_since(config, state, workspace))
+    except (ConfigError, OSError) as error:
+        yield f"what the sweep depends on cannot be compared with what it was: {error}"
+    tuned = folder / TUNED_FILE
+    try:
+        if tuned.exists() and tuned.read_text() != as_yaml(answer(config, state)):
+            yield f"{tuned}: is not the answer that the ledger gives; `export {sweep} -o {tuned}` writes it anew"
+    except NoAnswerError:
+        yield f"{tuned}: is an answer, but no trial reached the full budget"
+    if with_mlflow:
+        yield from mlflow_findings(sweep, workspace)
 
 
 def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
@@ -20,8 +89,31 @@ def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
     Returns:
         What is wrong, a line each; empty if nothing is.
     """
+    from tune_topkd.execution.checkpoints import checkpoint_findings
+    from tune_topkd.search import audit_decisions
+
     try:
         findings, state = audit_decisions(config, read_events(folder / LEDGER_FILE)[0])
     except LedgerError as error:
         return [str(error)]
     return findings + list(checkpoint_findings(state, folder))
+
+
+def mlflow_findings(sweep: str, workspace: Workspace) -> Iterator[str]:
+    """Where MLflow says another thing of a sweep than its ledger, a line each."""
+    from tune_topkd.tracking import TrackingError
+    from tune_topkd.tracking import disagreements
+
+    try:
+        found = disagreements(workspace.existing(sweep) / LEDGER_FILE, workspace.mlflow_uri)
+    except TrackingError as error:
+        yield str(error)
+        return
+    yield from found
+    if found:
+        yield f"`track {sweep}` writes what MLflow lacks"
+
+
+def _check_at_rest(sweep: str, workspace: Workspace, advice: str) -> None:
+    if is_driven(workspace.folder(sweep) / LEDGER_FILE):
+        raise ConfigError("SWEEP", [Problem(key=sweep, rule=f"a process drives it at the moment; {advice}")])

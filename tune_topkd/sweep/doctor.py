@@ -14,10 +14,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from tune_topkd import machine
-from tune_topkd.cli import preflight
-from tune_topkd.cli.running import Place
 from tune_topkd.config import ConfigError
 from tune_topkd.ledger import Share
+from tune_topkd.sweep import preflight
+from tune_topkd.sweep.workspace import Workspace
 
 NEEDED = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "scikit-learn", "typer", "rich", "matplotlib")
 LEAST_FREE_GB = 1.0
@@ -32,19 +32,19 @@ class Finding:
     is_well: bool = True
 
 
-def examine(place: Place, progress: Callable[[str], AbstractContextManager[Any]]) -> Iterator[Finding]:
+def examine(workspace: Workspace, progress: Callable[[str], AbstractContextManager[Any]]) -> Iterator[Finding]:
     """Look at Python, the packages, the machine, the devices, Ray, MLflow and the runs folder; each finding as it is made.
 
     Args:
-        place: where sweeps would be run, and Ray and MLflow looked for.
+        workspace: where sweeps would be run, and Ray and MLflow looked for.
         progress: told what is being looked at, where that takes seconds; held until it is done.
     """
     yield from (*_python(), *_packages(), *_machine())
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
         "importing torch": _torch,
-        "asking the Ray cluster" if place.address else "starting a private Ray": lambda: _ray(place),
-        "asking MLflow": lambda: _mlflow(place),
-        "writing to the runs folder": lambda: _runs(place),
+        "asking the Ray cluster" if workspace.address else "starting a private Ray": lambda: _ray(workspace),
+        "asking MLflow": lambda: _mlflow(workspace),
+        "writing to the runs folder": lambda: _runs(workspace),
     }
     for what, look in looks.items():
         with progress(what):
@@ -93,32 +93,32 @@ def _torch() -> Iterator[Finding]:
         yield Finding("CUDA MPS", "runs" if is_there else f"does not run: {remedy}")
 
 
-def _ray(place: Place) -> Iterator[Finding]:
+def _ray(workspace: Workspace) -> Iterator[Finding]:
     from tune_topkd.execution import Cluster
     from tune_topkd.execution import ResourceError
 
-    where = f"cluster at {place.address}" if place.address else "private cluster"
+    where = f"cluster at {workspace.address}" if workspace.address else "private cluster"
     try:
-        with Cluster.attached(place.address) as cluster:
+        with Cluster.attached(workspace.address) as cluster:
             cpus, gpus = (sum(column) for column in zip(Share(0.0, 0.0), *cluster.nodes, strict=True))
             yield Finding("ray", f"{where}: {len(cluster.nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs")
     except ResourceError as error:
         yield Finding("ray", str(error), is_well=False)
 
 
-def _mlflow(place: Place) -> Iterator[Finding]:
+def _mlflow(workspace: Workspace) -> Iterator[Finding]:
     from tune_topkd.tracking import check_uri
     from tune_topkd.tracking import masked
 
-    database = _sqlite_file(place.mlflow_uri)
+    database = _sqlite_file(workspace.mlflow_uri)
     try:
         if database is not None:
             preflight.check_writable(database.parent)
         if database is not None and not database.exists():  # asking it would make it, with its tables
-            yield Finding("mlflow", f"{masked(place.mlflow_uri)}, which the first sweep makes")
+            yield Finding("mlflow", f"{masked(workspace.mlflow_uri)}, which the first sweep makes")
             return
-        check_uri(place.mlflow_uri)
-        yield Finding("mlflow", masked(place.mlflow_uri))
+        check_uri(workspace.mlflow_uri)
+        yield Finding("mlflow", masked(workspace.mlflow_uri))
     except ConfigError as error:
         yield Finding("mlflow", f"not tried: {error}", is_well=False)
     except ValueError as error:
@@ -131,11 +131,11 @@ def _sqlite_file(uri: str) -> Path | None:
     return Path(unquote(path)).absolute() if path != uri else None
 
 
-def _runs(place: Place) -> Iterator[Finding]:
+def _runs(workspace: Workspace) -> Iterator[Finding]:
     try:
-        preflight.check_writable(place.runs)
+        preflight.check_writable(workspace.runs)
     except ConfigError as error:
         yield Finding("runs", str(error), is_well=False)
         return
-    free = shutil.disk_usage(place.runs).free / 1e9
-    yield Finding("runs", f"{place.runs}, {free:.0f} GB free", free >= LEAST_FREE_GB)
+    free = shutil.disk_usage(workspace.runs).free / 1e9
+    yield Finding("runs", f"{workspace.runs}, {free:.0f} GB free", free >= LEAST_FREE_GB)

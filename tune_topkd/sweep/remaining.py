@@ -86,14 +86,3 @@ def baseline_total(config: SweepConfig) -> int:
         return 0
     searched = any(name in RECIPE_PARAMETERS for name in config.space)
     return len(config.baselines.methods) * (config.baselines.trials if searched else 1)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 48 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86400:.0f} days"

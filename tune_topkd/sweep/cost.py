@@ -5,12 +5,12 @@ import time
 from collections.abc import Callable
 from collections.abc import Iterator
 
-from tune_topkd.cli.display import baseline_total
-from tune_topkd.cli.display import duration
-from tune_topkd.cli.preflight import usable_parameters
-from tune_topkd.cli.remaining import expected_epochs
 from tune_topkd.config import SweepConfig
 from tune_topkd.space import Space
+from tune_topkd.sweep.preflight import usable_parameters
+from tune_topkd.sweep.remaining import baseline_total
+from tune_topkd.sweep.remaining import expected_epochs
+from tune_topkd.sweep.wording import duration
 
 _TIMED_STEPS = 10
 _TIMED_SECONDS = 5.0

@@ -1,6 +1,7 @@
 """The signals that ask this process to end: Ctrl-C, a polite kill, a terminal that closes."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ _IMPATIENT = 3
 _SECONDS_UNTIL_REPEATED = 1.0
 _SECONDS_UNTIL_IMPORTED = 0.05
 
+_log = logging.getLogger(__name__)
+
 
 class Interruption:
     """Makes one clean end of SIGINT, SIGTERM and SIGHUP, which each say so at once.
@@ -26,7 +29,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.say: Callable[[str], None] = _to_stderr
+        self.say: Callable[[str], None] = _log.warning
         """Takes the line that a person is told; called on a thread of its own, as a terminal may not take it."""
         self.advice = ""
         """What that line adds: how to go on."""
@@ -142,9 +145,3 @@ def listening() -> Iterator[Interruption]:
         _current = None
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _to_stderr(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a terminal that is gone cannot be told
-        sys.stderr.write(f"\n{text}\n")
-        sys.stderr.flush()

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune_topkd.cli import running
-from tune_topkd.cli.terminal import Console
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import PairConfig
 from tune_topkd.config import dump_config
 from tune_topkd.storage import rename
 from tune_topkd.storage import write_atomically
 from tune_topkd.storage import write_text
+from tune_topkd.sweep import prepare
+from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.workspace import TRAINED
+from tune_topkd.sweep.workspace import Workspace
 
-FOLDER = "trained"
-"""Below the runs folder: where single trainings lie."""
 CONFIG_NAME, METRICS_NAME, RESULT_NAME = "config.yaml", "metrics.jsonl", "result.json"
 WEIGHTS_NAME = "student.pt"
 """The weights of the last epoch, where that is what the result says."""
@@ -43,7 +43,7 @@ class _Log:
     """
 
     folder: Path
-    console: Console
+    watchers: Watchers
     epochs: int
     is_best_kept: bool
 
@@ -57,7 +57,7 @@ class _Log:
             file.write(json.dumps({"epoch": epoch, **metrics}) + "\n")
         self._keep(epoch, metrics, save)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if "top" in name or "loss" in name)
-        self.console.print(f"epoch {epoch}/{self.epochs}: {shown}", highlight=False, soft_wrap=True)
+        self.watchers.info(f"epoch {epoch}/{self.epochs}: {shown}")
 
     def _keep(self, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
         import torch
@@ -92,7 +92,7 @@ def _partial(name: str) -> str:
     return f"{Path(name).stem}{PARTIAL}{Path(name).suffix}"
 
 
-def train_one(config: PairConfig, name: str, seed: int, place: running.Place, console: Console) -> dict[str, Any]:
+def train_one(config: PairConfig, name: str, seed: int, workspace: Workspace, watchers: Watchers) -> dict[str, Any]:
     """Train the student of a config once.
 
     Returns:
@@ -105,12 +105,15 @@ def train_one(config: PairConfig, name: str, seed: int, place: running.Place, co
     from tune_topkd import tracking
     from tune_topkd.train import train
 
-    running.ready_data(config)
-    taught = running.taught_by(config, place, console, seed, once=True) if config.method != "ce" else NO_FILES
-    trial = running.trial_with(config, taught, seed)
-    folder = _fresh(place.runs / FOLDER, f"{name}-seed{seed}")
+    prepare.ready_data(config)
+    files = NO_FILES
+    if config.method != "ce":
+        teacher = prepare.ready_teacher(config, workspace, watchers)
+        files = prepare.teacher_files(teacher, config, workspace, watchers, seed, once=True)
+    trial = prepare.trial_with(config, files, seed)
+    folder = _fresh(workspace.runs / TRAINED, f"{name}-seed{seed}")
     (folder / CONFIG_NAME).write_text(dump_config(trial), encoding="utf-8")
-    log = _Log(folder, console, config.recipe.epochs, config.data.selection == "best_test_epoch")
+    log = _Log(folder, watchers, config.recipe.epochs, config.data.selection == "best_test_epoch")
     status, started = "KILLED", time.time()
     try:
         result = train(trial, log)
@@ -118,7 +121,7 @@ def train_one(config: PairConfig, name: str, seed: int, place: running.Place, co
         weights = log.finish()
     finally:
         trouble = tracking.log_training(
-            place.mlflow_uri,
+            workspace.mlflow_uri,
             folder.name,
             params=_flat(trial.model_dump(mode="json")),
             tags={"training": folder.name, "selection": config.data.selection},
@@ -127,7 +130,7 @@ def train_one(config: PairConfig, name: str, seed: int, place: running.Place, co
             status=status,
         )
         if trouble:
-            console.print(f"note: MLflow has not got this training ({trouble})", style="yellow", soft_wrap=True)
+            watchers.note(f"MLflow has not got this training ({trouble})")
     said = {
         "name": folder.name,
         "folder": str(folder),

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from typing import TypeVar
 
 import yaml
@@ -34,12 +36,16 @@ from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import load_config
 from tune_topkd.config import load_pair
+from tune_topkd.config import new_config
 from tune_topkd.config import unknown_choice
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 
 SPACES = "search_spaces"
 """The folder of the search spaces that have names."""
+
+GIVEN = "the search space"
+"""Names a space that came from no file."""
 
 CORNERS_CHECKED = 4096
 """Corners of a space at which the loss is built: all of a space of up to twelve ranges."""
@@ -56,23 +62,30 @@ class Checked:
     """Whether it is one of this project's spaces, unchanged: only `check` tells its warnings, which are known."""
 
 
-def load_checked(source: str, overrides: Sequence[Override] = ()) -> Checked:
+def load_checked(source: str | Path | Mapping[str, Any], overrides: Sequence[Override] = ()) -> Checked:
     """Read the search space of a new sweep and check it against the rooms that it names.
 
     Args:
-        source: the path of a YAML, or the bare name of one in `search_spaces/`.
-        overrides: values from the command line.
+        source: the path of a YAML, the bare name of one in `search_spaces/`, or what would stand in one.
+        overrides: values that replace its own.
 
     Raises:
         ConfigError: with every problem found.
     """
-    path = _space_path(source)
-    config = _with_absolute_paths(load_config(path, overrides))
+    if isinstance(source, Mapping):
+        return _checked(new_config(source, GIVEN, overrides), GIVEN)
+    path = _space_path(str(source))
+    checked = _checked(load_config(path, overrides), str(path))
+    is_reviewed = not overrides and path.resolve().parent == _space_folders()[1]
+    return replace(checked, is_reviewed=is_reviewed)
+
+
+def _checked(config: SweepConfig, source: str) -> Checked:
+    config = _with_absolute_paths(config)
     notes: list[str] = []
     if problems := list(_problems(config, notes)):
-        raise ConfigError(str(path), problems)
-    is_reviewed = not overrides and path.resolve().parent == _space_folders()[1]
-    return Checked(config, str(path), (*_warnings(config), *notes), is_reviewed)
+        raise ConfigError(source, problems)
+    return Checked(config, source, (*_warnings(config), *notes))
 
 
 def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
@@ -284,10 +297,10 @@ def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[P
 
 def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:
     yield from _missing_packages(config)
-    from tune_topkd.cli.fitting import try_on
     from tune_topkd.data import DatasetNameError
     from tune_topkd.data import check_readable
     from tune_topkd.data import dataset_info
+    from tune_topkd.sweep.fitting import try_on
 
     try:
         info = dataset_info(config.data)

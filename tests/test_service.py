@@ -1,0 +1,250 @@
+"""A sweep from Python: created, watched, run, resumed, asked; trials are formulas, without Ray or MLflow."""
+
+import threading
+from dataclasses import replace
+
+import formulas
+import pytest
+import yaml
+
+from tune_topkd.config import ConfigError
+from tune_topkd.errors import TuneTopKDError
+from tune_topkd.execution import SimulatedExecutor
+from tune_topkd.execution import SweepTroubleError
+from tune_topkd.execution.simulated import WorkerLostError
+from tune_topkd.export import NoAnswerError
+from tune_topkd.export import load_tuned_config
+from tune_topkd.ledger import read_events
+from tune_topkd.sweep import Callback
+from tune_topkd.sweep import Kind
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.tracking import sqlite_uri
+
+SPACE = {
+    "data": {"name": "digits"},
+    "teacher": None,
+    "method": "ce",
+    "student": "digits_linear",
+    "recipe": {"epochs": formulas.EPOCHS, "lr": 0.1},
+    "space": {"lr": {"low": 0.01, "high": 1.0, "log": True}},
+    "sweep": {"trials": 4, "asha": None},
+    "baselines": None,
+}
+
+
+def measured(trial, epoch):
+    return {"val_top1": 90.0 - 20.0 * abs(trial.config.recipe.lr - 0.3) + epoch / 100}
+
+
+@pytest.fixture
+def create(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def create(space=SPACE, name="s", **arguments):
+        return Sweep.create(space, name=name, mlflow_uri="", address="local", **arguments)
+
+    return create
+
+
+class Watch(Callback):
+    """Notes which of its methods were called, with what is short of it."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_message(self, text, kind):
+        self.heard.append((kind, text))
+
+    def on_phase(self, text):
+        self.heard.append(("phase", text))
+
+    def on_trials_begin(self, config, folder, state):
+        self.heard.append(("begin", config.sweep.trials, folder.name, len(state.trials)))
+
+    def on_event(self, event):
+        self.heard.append(("event", event.name))
+
+    def on_report(self, trial):
+        self.heard.append(("report", trial.key.number, trial.epoch, trial.reports[trial.epoch]["val_top1"]))
+
+    def on_trial_end(self, trial):
+        self.heard.append(("end", trial.key.number, str(trial.status), trial.value))
+
+    def on_trials_end(self):
+        self.heard.append(("trials end",))
+
+    def on_end(self, result):
+        self.heard.append(("result", result.reason, result.best and result.best.key.number))
+
+    def of(self, *names):
+        return [heard for heard in self.heard if heard[0] in names]
+
+
+def test_a_sweep_runs_from_python_and_prints_nothing(create, tmp_path, capfd):
+    result = create(overrides={"sweep.trials": 3, "sweep.seed": 7}).run(executor=SimulatedExecutor(measured))
+    assert (result.reason, result.state.counts()["completed"], result.config.sweep.seed) == ("finished", 3, 7)
+    assert result.best.value == max(trial.value for trial in result.state.trials.values())
+    result.export(tmp_path / "tuned.json", format="json")
+    assert result.answer.recipe.lr == result.best.params["lr"]
+    assert load_tuned_config(result.folder / "tuned.yaml") == result.answer == Sweep.open("s").answer()
+    assert "".join(capfd.readouterr()) == ""
+
+
+def test_a_callback_hears_of_all_in_order(create):
+    watch = Watch()
+    result = create().run([watch], executor=SimulatedExecutor(measured))
+    last = [(n, f"{record.value:.6f}") for n, record in enumerate(result.state.trials.values())]
+    assert watch.of("begin", "trials end", "result") == [
+        ("begin", 4, "s", 0),
+        ("trials end",),
+        ("result", "finished", result.best.key.number),
+    ]
+    assert watch.heard[-2:] == watch.of("trials end", "result")
+    assert [(n, f"{value:.6f}") for _, n, status, value in watch.of("end") if status == "completed"] == last
+    assert len(watch.of("report")) == 4 * formulas.EPOCHS
+    written = [event.name for event in read_events(result.folder / "ledger.jsonl")[0]]
+    assert [name for _, name in watch.of("event")] == written[written.index("prepared") + 1 :]
+    phases = watch.of("phase")
+    assert phases[0] == ("phase", "reading the data")
+    assert phases[-1] == ("phase", ""), "what is over is taken away"
+
+
+class Broken(Watch):
+    def __init__(self, method):
+        super().__init__()
+        setattr(self, method, self.fail)
+
+    def fail(self, *arguments):
+        self.heard.append(("failed",))
+        raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    "method", ["on_message", "on_phase", "on_trials_begin", "on_event", "on_report", "on_trial_end", "on_end"]
+)
+def test_a_callback_that_raises_is_named_and_ends_nothing(create, method, caplog):
+    broken, watch = Broken(method), Watch()
+    sweep = replace(create(), notes=("known",))
+    result = sweep.run([broken, watch], executor=SimulatedExecutor(measured))
+    assert result.reason == "finished"
+    assert broken.of("failed") == [("failed",)], "it is not called again"
+    assert watch.of("result")
+    assert f"Broken.{method} raised, and is not called again in this run: RuntimeError('not today')" in caplog.text
+
+
+def test_the_end_of_trials_is_told_whatever_ends_them(create):
+    class Full(SimulatedExecutor):
+        def run(self, search, work):
+            raise SweepTroubleError("the disk is full")
+
+    watch = Watch()
+    with pytest.raises(SweepTroubleError, match="the disk is full"):
+        create().run([watch], executor=Full(measured))
+    assert watch.heard[-1] == ("trials end",)
+    assert Sweep.open("s").status().condition == "stopped by trouble"
+
+
+def test_what_stops_early_says_so_and_is_resumed(create):
+    def interrupted(trial, epoch):
+        if trial.record.key.number == 2:
+            raise KeyboardInterrupt
+        return measured(trial, epoch)
+
+    first = create().run(executor=SimulatedExecutor(interrupted))
+    assert (first.is_interrupted, first.state.counts()["completed"]) == (True, 2)
+    status = Sweep.open("s").status()
+    assert (status.condition, status.target) == ("interrupted", 4)
+    assert status.trials == {"completed": 2, "pruned": 0, "failed": 0, "running": 0, "interrupted": 1}
+    watch = Watch()
+    last = Sweep.open("s").resume([watch], trials=5, executor=SimulatedExecutor(measured))
+    assert (last.reason, last.state.counts()["completed"]) == ("finished", 5)
+    assert {n for _, n, *_ in watch.of("end")} == {2, 3, 4}, "what had ended is not run again"
+    assert Sweep.open("s").status().best == last.best
+
+
+def test_a_sweep_of_failures_has_no_answer(create):
+    def failing(trial, epoch):
+        raise WorkerLostError("crash", "no luck") if trial.record.key.number else RuntimeError("no luck")
+
+    result = create().run(executor=SimulatedExecutor(failing))
+    assert result.reason in ("finished", "failed")
+    assert result.best is None
+    with pytest.raises(NoAnswerError, match="no trial reached the full budget"):
+        result.export("tuned.py", format="python")
+    with pytest.raises(NoAnswerError, match="no trial reached the full budget"):
+        Sweep.open("s").answer()
+
+
+def test_an_unknown_format_is_one_line(create):
+    result = create(overrides={"sweep.trials": 1}).run(executor=SimulatedExecutor(measured))
+    with pytest.raises(TuneTopKDError, match=r"^format: there is no 'pyhton'; did you mean 'python'\?"):
+        result.export("tuned.py", format="pyhton")
+
+
+def test_nothing_is_written_before_a_sweep_is_run(create, tmp_path):
+    create()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_run_is_one_error_with_every_problem(create, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        create({**SPACE, "student": "resnet8x5"}, name="no/name", overrides={"sweep.trials": 0})
+    assert "sweep.trials" in str(caught.value)
+    assert "no/name" in str(caught.value)
+    assert "overrides: sweep.trials" in str(caught.value), "where the value came from"
+    with pytest.raises(ConfigError, match=r"digits_linear"):
+        create({**SPACE, "student": "digits_linaer"})
+    with pytest.raises(ConfigError, match="must be given: the search space comes from no file"):
+        create(name=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_taken_and_one_that_is_not_there(create):
+    sweep = create(overrides={"sweep.trials": 1})
+    sweep.run(executor=SimulatedExecutor(measured))
+    with pytest.raises(ConfigError, match="`resume s` goes on"):
+        create()
+    with pytest.raises(ConfigError, match="is there already: `resume` goes on with it"):
+        Sweep.open("s").run()
+    with pytest.raises(ConfigError, match=r"no such sweep in .*did you mean 's'|known: s"):
+        Sweep.open("t")
+
+
+def test_the_environment_names_what_no_argument_does(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(SPACE))
+    monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    sweep = Sweep.create(tmp_path / "mine.yaml", address="local")
+    assert (sweep.name, sweep.folder) == ("mine", tmp_path / "elsewhere" / "mine")
+    assert (sweep.workspace.mlflow_uri, sweep.workspace.address) == ("http://localhost:5000", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    given = Sweep.create(tmp_path / "mine.yaml", address="local", runs_dir=tmp_path / "here")
+    assert given.workspace.mlflow_uri == sqlite_uri(tmp_path / "here" / "mlflow.db")
+
+
+def test_a_sweep_runs_on_any_thread(create):
+    """No signal can be listened to there, and none is."""
+    results = []
+    sweep = create()
+    thread = threading.Thread(target=lambda: results.append(sweep.run(executor=SimulatedExecutor(measured))))
+    thread.start()
+    thread.join()
+    assert [result.reason for result in results] == ["finished"]
+
+
+def test_the_same_seed_gives_the_same_trials_from_python(create, tmp_path):
+    found = []
+    for runs in ("one", "two"):
+        result = create(runs_dir=tmp_path / runs).run(executor=SimulatedExecutor(measured))
+        found.append([(t.params, t.value) for t in result.state.trials.values()])
+    assert found[0] == found[1]
+
+
+def test_messages_have_a_kind():
+    watch = Watch()
+    watchers = Watchers([watch])
+    watchers.info("a")
+    watchers.note("b")
+    watchers.error("c")
+    assert watch.heard == [(Kind.INFO, "a"), (Kind.NOTE, "b"), (Kind.ERROR, "c")]

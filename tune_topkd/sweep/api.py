@@ -1,0 +1,303 @@
+"""A sweep, as a Python program has it: created, run, resumed, asked."""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypeVar
+
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Override
+from tune_topkd.config import Problem
+from tune_topkd.config import SweepConfig
+from tune_topkd.export import TunedConfig
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_state
+from tune_topkd.sweep import preflight
+from tune_topkd.sweep.callbacks import Callback
+from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.driver import Turn
+from tune_topkd.sweep.result import Result
+from tune_topkd.sweep.result import answer
+from tune_topkd.sweep.warm_start import warm_starts
+from tune_topkd.sweep.workspace import CONFIG_FILE
+from tune_topkd.sweep.workspace import Workspace
+from tune_topkd.sweep.workspace import condition
+from tune_topkd.sweep.workspace import frozen_config
+from tune_topkd.sweep.workspace import moved_places
+
+if TYPE_CHECKING:
+    from tune_topkd.execution import Executor
+
+Overrides = Mapping[str, Any] | Sequence[Override]
+"""Values by dotted key, such as `{"sweep.trials": 8}`, or with where each came from."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a sweep stands."""
+
+    sweep: str
+    condition: str
+    """`running`, `finished`, `failed`, `interrupted`, `out of time`, `stopped by trouble` or `killed`."""
+    error: str
+    """What stopped it, if an error did."""
+    trials: dict[str, int]
+    """How many are completed, pruned, failed, running; interrupted instead, where nobody runs them."""
+    target: int
+    """The trials that the search is to have."""
+    best: TrialRecord | None
+    """The best trial of the full budget."""
+    baselines: dict[str, TrialRecord]
+    """The best of each baseline's trials."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A search for the best hyperparameters of one dataset, teacher and student.
+
+        sweep = Sweep.create("digits", name="tonight", overrides={"sweep.trials": 16})
+        result = sweep.run()
+        print(result.best.params)
+
+    What it does is what the command line does: the same folder, ledger and MLflow runs, so each can go on with what the
+    other began. It prints nothing; a `Callback` is told of all there is to tell.
+
+    Attributes:
+        name: its folder in the runs folder.
+        workspace: where it lies and runs.
+        notes: what should be known of its config before it is run.
+    """
+
+    name: str
+    workspace: Workspace
+    notes: tuple[str, ...] = ()
+    _new: preflight.Checked | None = field(default=None, repr=False)
+    _first: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def create(
+        cls,
+        space: str | Path | Mapping[str, Any],
+        *,
+        name: str | None = None,
+        runs_dir: str | Path | None = None,
+        overrides: Overrides = (),
+        mlflow_uri: str | None = None,
+        address: str | None = None,
+        warm_start: str | None = None,
+    ) -> "Sweep":
+        """A new sweep, checked as far as can be before anything is spent; nothing is written before it is run.
+
+        Args:
+            space: the path of a search-space YAML, the bare name of one, or what would stand in one.
+            name: of the sweep; by default the YAML's.
+            runs_dir: where sweeps lie; by default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
+            overrides: values that replace the space's.
+            mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
+            address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
+            warm_start: a sweep of the runs folder whose best trials are tried first.
+
+        Raises:
+            ConfigError: with every problem of the config, the name and this machine.
+        """
+        workspace = Workspace.at(runs_dir, mlflow_uri, address)
+        return cls.new(space, name, workspace, as_overrides(overrides), warm_start)
+
+    @classmethod
+    def new(
+        cls,
+        space: str | Path | Mapping[str, Any],
+        name: str | None,
+        workspace: Workspace,
+        overrides: Sequence[Override] = (),
+        warm_start: str | None = None,
+    ) -> "Sweep":
+        """As `create`, in a workspace that there is."""
+        name = name or default_name(space)
+
+        def checked() -> preflight.Checked:
+            found = preflight.load_checked(space, overrides)
+            if workspace.address is None:
+                preflight.check_machine(found.config, found.source)
+            return found
+
+        found, _ = all_of([checked, lambda: workspace.check_free(name)])
+        assert isinstance(found, preflight.Checked), "the first of the two"
+        notes = [] if found.is_reviewed else list(found.warnings)
+        first = warm_starts(warm_start, workspace, found.config, notes.append) if warm_start else []
+        return cls(name, workspace, tuple(notes), found, tuple(first))
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        runs_dir: str | Path | None = None,
+        mlflow_uri: str | None = None,
+        address: str | None = None,
+    ) -> "Sweep":
+        """A sweep that has begun; the arguments are those of `create`.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        workspace = Workspace.at(runs_dir, mlflow_uri, address)
+        workspace.existing(name)
+        return cls(name, workspace)
+
+    @property
+    def source(self) -> str:
+        """Where its config comes from: the path of a YAML."""
+        return self._new.source if self._new is not None else str(self.folder / CONFIG_FILE)
+
+    @property
+    def folder(self) -> Path:
+        """Where its ledger, its checkpoints and its answer lie."""
+        return self.workspace.folder(self.name)
+
+    @property
+    def config(self) -> SweepConfig:
+        """The complete config: of a sweep that has begun the frozen one.
+
+        Raises:
+            ConfigError: it has been changed by hand, or is gone.
+            LedgerError: the ledger is damaged.
+        """
+        if self._new is not None and not self.workspace.has_begun(self.name):
+            return self._new.config
+        return frozen_config(self.folder, read_state(self.folder / LEDGER_FILE))
+
+    def run(self, callbacks: Sequence[Callback] = (), *, executor: "Executor | None" = None) -> Result:
+        """Run a sweep that `create` gave to its end, an interruption or its time budget.
+
+        On the main thread Ctrl-C, SIGTERM and SIGHUP end it cleanly: the result says `interrupted`, and `resume` goes on.
+
+        Args:
+            callbacks: watch it.
+            executor: where trials run; by default the workspace's Ray.
+
+        Raises:
+            ConfigError: the data or the teacher cannot be had as the config says, or the sweep has been run.
+            LedgerError: another process has begun a sweep of this name.
+            TuneTopKDError: the sweep cannot go on; what it has is safe.
+            OSError: the disk is full or read-only; what it has is safe.
+        """
+        if self._new is None:
+            rule = "is there already: `resume` goes on with it"
+            raise ConfigError("SWEEP", [Problem(key=self.name, rule=rule)])
+        preflight.check_writable(self.workspace.runs)
+        watchers = Watchers(callbacks)
+        for text in self.notes:
+            watchers.note(text)
+        return Turn(self.workspace, watchers, executor).start(self._new, self.name, self._first)
+
+    def resume(
+        self,
+        callbacks: Sequence[Callback] = (),
+        *,
+        trials: int | None = None,
+        time_budget: float | None = None,
+        moved: Overrides = (),
+        executor: "Executor | None" = None,
+    ) -> Result:
+        """Run what is left of the sweep; finished trials are not run again.
+
+        Args:
+            callbacks: watch it.
+            trials: instead of the number that it was to have.
+            time_budget: in seconds; it had its own, if any.
+            moved: where its files are now, such as `{"data.root": "/data"}`; the space never changes.
+            executor: where trials run; by default the workspace's Ray.
+
+        Raises:
+            ConfigError: the sweep, its config or what it depends on is not as it was when it began, or an argument is
+                not as it must be. Nothing has then been written.
+            LedgerError: the ledger is damaged, or another process drives the sweep.
+            TuneTopKDError: the sweep cannot go on; what it has is safe.
+            OSError: the disk is full or read-only; what it has is safe.
+        """
+        places = moved_places(as_overrides(moved))
+        return Turn(self.workspace, Watchers(callbacks), executor, places).resume(self.name, trials, time_budget)
+
+    def status(self) -> Status:
+        """How it stands.
+
+        Raises:
+            ConfigError: it has not begun.
+            LedgerError: its ledger is damaged.
+        """
+        folder = self.workspace.existing(self.name)
+        state = read_state(folder / LEDGER_FILE)
+        how, counts = condition(folder, state), state.counts()
+        trials = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
+        running = counts[TrialStatus.RUNNING]
+        trials |= {"running": running} if how == "running" else {"running": 0, "interrupted": running}
+        arms = sorted({key.arm for key in state.trials} - {"search"})
+        return Status(
+            sweep=self.name,
+            condition=how,
+            error=state.stop_error,
+            trials=trials,
+            target=state.target,
+            best=state.best(),
+            baselines={method: record for method in arms if (record := state.best(method)) is not None},
+        )
+
+    def answer(self) -> TunedConfig:
+        """The tuned config.
+
+        Raises:
+            NoAnswerError: no trial reached the full budget.
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+        """
+        folder = self.workspace.existing(self.name)
+        state = read_state(folder / LEDGER_FILE)
+        return answer(frozen_config(folder, state), state)
+
+
+def default_name(space: str | Path | Mapping[str, Any]) -> str:
+    """The name of a sweep that is given none: the YAML's.
+
+    Raises:
+        ConfigError: there is no YAML.
+    """
+    if isinstance(space, Mapping):
+        raise ConfigError("name", [Problem(key="", rule="must be given: the search space comes from no file")])
+    return Path(space).stem
+
+
+def as_overrides(overrides: Overrides) -> list[Override]:
+    """Overrides, also of plain values by key."""
+    if isinstance(overrides, Mapping):
+        return [Override(key, value, f"overrides: {key}") for key, value in overrides.items()]
+    return list(overrides)
+
+
+_ResultT = TypeVar("_ResultT")
+_SEVERAL = "what was asked for"
+
+
+def all_of(calls: Iterable[Callable[[], _ResultT]]) -> list[_ResultT]:
+    """The results of all calls, or one error with the problems that any of them finds."""
+    results: list[_ResultT] = []
+    errors: list[ConfigError] = []
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        told = [e.problems if e.source == _SEVERAL else [Problem(key="", rule=str(e))] for e in errors]
+        raise ConfigError(_SEVERAL, [problem for problems in told for problem in problems])
+    return results

@@ -1,0 +1,231 @@
+"""A runs folder: the names and files in it, the frozen configs, and whether a sweep can have a name."""
+
+import os
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tune_topkd.config import SWEEP_NAME
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Override
+from tune_topkd.config import Problem
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import config_from
+from tune_topkd.config import read_yaml
+from tune_topkd.config import unknown_choice
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import LEDGER_VERSION
+from tune_topkd.ledger import Share
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import is_driven
+from tune_topkd.ledger import read_state
+from tune_topkd.space import digest
+
+RUNS_DIR_VARIABLE = "TUNE_TOPKD_RUNS_DIR"
+MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
+RAY_VARIABLE = "RAY_ADDRESS"
+DEFAULT_RUNS = "runs"
+PRIVATE = "local"
+"""The address that means a private Ray on this machine, whatever the environment says."""
+
+CONFIG_FILE = "sweep.yaml"
+DATASET_FILE = "dataset.pt"
+LOG_FILE = "sweep.log"
+TEACHERS, TRAINED = "teachers", "trained"
+"""Folders beside the sweeps: of trained teachers, of single trainings."""
+RESERVED = (TEACHERS, TRAINED, "mlartifacts")
+"""Names of a runs folder that no sweep can have."""
+
+PLACES = ("data.root", "data.download", "data.workers", "teacher.checkpoint", "student.checkpoint")
+"""Keys that say where a sweep's files are and how they are read, not what they are: `resume --set` may change them."""
+
+_FIRST_WITHOUT_PLACES = 3  # the ledger version whose digest leaves out where files are
+_STATES = {"time_budget": "out of time", "trouble": "stopped by trouble", "": "killed"}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where sweeps lie and run: the runs folder, MLflow, and the Ray cluster to use, if not a private one."""
+
+    runs: Path
+    mlflow_uri: str
+    """Empty for a sweep that is not to be in MLflow."""
+    address: str | None = None
+
+    @classmethod
+    def at(
+        cls, runs_dir: str | Path | None = None, mlflow_uri: str | None = None, address: str | None = None
+    ) -> "Workspace":
+        """The workspace of these arguments; what is None is as the environment says.
+
+        Args:
+            runs_dir: where sweeps, teachers and mlflow.db lie; by default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
+            mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
+            address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
+
+        Raises:
+            ConfigError: MLflow keeps no runs at such a URI.
+            ResourceError: Ray cannot be at such an address.
+        """
+        from tune_topkd.sweep.preflight import check_mlflow_uri
+        from tune_topkd.tracking import sqlite_uri
+
+        folder = runs_dir if runs_dir is not None else os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS
+        runs = Path(folder).expanduser().absolute()
+        uri = mlflow_uri
+        if uri is None:
+            uri = os.environ.get(MLFLOW_VARIABLE) or sqlite_uri(runs / "mlflow.db")
+        if uri:
+            check_mlflow_uri(uri)
+        address = os.environ.get(RAY_VARIABLE) if address is None else address
+        if address in (None, "", PRIVATE):
+            return cls(runs, uri)
+        from tune_topkd.execution import check_address
+
+        check_address(address)
+        return cls(runs, uri, address)
+
+    def folder(self, sweep: str) -> Path:
+        """A sweep's folder."""
+        return self.runs / sweep
+
+    @property
+    def teachers(self) -> Path:
+        """Where trained teachers are kept."""
+        return self.runs / TEACHERS
+
+    def sweeps(self) -> list[str]:
+        """The names of the sweeps that have begun, oldest first; those that cannot be looked into are among them."""
+        try:
+            names = [path.name for path in self.runs.iterdir() if SWEEP_NAME.fullmatch(path.name)]
+        except FileNotFoundError:
+            return []
+        return sorted(filter(self._may_have_begun, names), key=lambda name: (self._changed_at(name), name))
+
+    def _may_have_begun(self, sweep: str) -> bool:
+        try:
+            return self.has_begun(sweep)
+        except OSError:
+            return True
+
+    def _changed_at(self, sweep: str) -> float:
+        try:
+            return (self.folder(sweep) / LEDGER_FILE).stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def has_begun(self, sweep: str) -> bool:
+        """Whether the sweep's ledger has a line; a kill may have come between the file and its first one."""
+        try:
+            with open(self.folder(sweep) / LEDGER_FILE, "rb") as ledger:
+                return ledger.readline().endswith(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def existing(self, sweep: str) -> Path:
+        """The folder of a sweep that has begun.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        folder = self.folder(sweep)
+        if not self.has_begun(sweep):
+            known = self.sweeps()
+            rule = f"no such sweep in {self.runs}; " + (unknown_choice(sweep, known) if known else "there are none")
+            raise ConfigError("SWEEP", [Problem(key=sweep, rule=rule)])
+        return folder
+
+    def check_free(self, name: str) -> None:
+        """Check that a new sweep can have this name.
+
+        Raises:
+            ConfigError: it is no name for a folder, or taken.
+        """
+        if not SWEEP_NAME.fullmatch(name) or name in RESERVED:
+            rule = (
+                "must be letters, digits, '.', '_' and '-', begin with a letter or digit, and must not be a reserved "
+                f"folder name ({', '.join(RESERVED)})"
+            )
+            raise ConfigError("--name", [Problem(key=name, rule=rule)])
+        if not self.has_begun(name):
+            return
+        folder = self.folder(name)
+        state = read_state(folder / LEDGER_FILE)
+        what = condition(folder, state)
+        if may_begin_again(state) and what != "running":
+            return
+        rule = (
+            f"{folder} holds a sweep of this name ({what}, {len(state.arm('search'))} of {state.target} "
+            f"trials); `resume {name}` goes on with it, --name gives the new one another name"
+        )
+        raise ConfigError("--name", [Problem(key=name, rule=rule)])
+
+
+def may_begin_again(state: SweepState) -> bool:
+    """Whether nothing is lost if a sweep is begun anew: it ended before its teacher was there."""
+    return not state.is_prepared
+
+
+def condition(folder: Path, state: SweepState) -> str:
+    """`running`, or how it ended: `finished`, `failed`, `interrupted`, `out of time`, `stopped by trouble`, `killed`."""
+    if is_driven(folder / LEDGER_FILE):
+        return "running"
+    return _STATES.get(state.stop_reason, state.stop_reason)
+
+
+def config_digest(content: Mapping[str, Any], version: int = LEDGER_VERSION) -> str:
+    """Of a frozen config as its file has it: of all that a sweep depends on.
+
+    What the file does not name does not count, so a later version may have keys that this one has not.
+    """
+    content = {key: value for key, value in content.items() if key != "description"}
+    if version >= _FIRST_WITHOUT_PLACES:
+        for place in PLACES:
+            section, _, key = place.partition(".")
+            if isinstance(content.get(section), dict):
+                left = {k: v for k, v in content[section].items() if k != key}
+                is_given = {"has_checkpoint": content[section].get(key) is not None} if key == "checkpoint" else {}
+                content[section] = left | is_given
+    return digest(content)
+
+
+def frozen_config(folder: Path, state: SweepState) -> SweepConfig:
+    """The frozen config, which must still be the one that the sweep was begun with, with its files where they are now.
+
+    Raises:
+        ConfigError: it has been changed by hand, or is gone.
+    """
+    path = folder / CONFIG_FILE
+    content = read_yaml(path)
+    begun, prepared = state.header.digest, state.prepared
+    known = (begun, prepared and prepared.digest)  # a kill may have come before the second was written
+    if config_digest(content, state.header.version) not in known:
+        rule = "has been changed since the sweep began; a changed space is a new sweep: `run` it under another name"
+        raise ConfigError(str(path), [Problem(key="", rule=rule)])
+    for key, value in state.places.items():
+        section, _, name = key.partition(".")
+        content[section][name] = value
+    config = config_from(content, str(path))
+    return config if prepared is None or prepared.share is None else with_share(config, prepared.share)
+
+
+def with_share(config: SweepConfig, share: Share) -> SweepConfig:
+    """The config with each trial's share of a node."""
+    shares = {"cpus_per_trial": share.cpus, "gpus_per_trial": share.gpus}
+    return config.model_copy(update={"sweep": config.sweep.model_copy(update=shares)})
+
+
+def moved_places(overrides: Sequence[Override]) -> dict[str, Any]:
+    """Where a sweep's files are now, by key; paths become absolute.
+
+    Raises:
+        ConfigError: a key is none of `PLACES`.
+    """
+    for override in overrides:
+        if override.key not in PLACES:
+            rule = f"a sweep that has begun keeps its config; only where its files are may change: {', '.join(PLACES)}"
+            raise ConfigError("--set", [Problem(key=override.key, rule=rule)])
+    files = {o.key for o in overrides if isinstance(o.value, str)}
+    return {o.key: str(Path(str(o.value)).expanduser().absolute()) if o.key in files else o.value for o in overrides}
