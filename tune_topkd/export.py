@@ -21,7 +21,6 @@ from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
 
-from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
 from tune_topkd.config import Method
@@ -32,7 +31,9 @@ from tune_topkd.config import Scalar
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import dump_config
+from tune_topkd.config import loss_part
 from tune_topkd.config import read_yaml
+from tune_topkd.config import recipe_part
 from tune_topkd.config import validated
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import SweepState
@@ -116,8 +117,8 @@ def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[
     if best is None or best.value is None:
         counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
         raise NoAnswerError(f"sweep {state.header.sweep}: no trial reached the full budget ({counts or 'no trials'})")
-    searched = {n: v for n, v in best.params.items() if n not in RECIPE_PARAMETERS}
-    recipe = config.recipe.model_dump() | {n: v for n, v in best.params.items() if n in RECIPE_PARAMETERS}
+    searched = loss_part(best.params)
+    recipe = config.recipe.model_dump() | recipe_part(best.params)
     return TunedConfig(
         method=config.method,
         loss=dict(loss_defaults) | config.loss | searched,
@@ -205,7 +206,7 @@ def _evidence(config: SweepConfig, state: SweepState, best: TrialRecord, value: 
     for method in config.baselines.methods if config.baselines else []:
         ranked = state.ranked(method)
         if ranked and ranked[0].value is not None:
-            recipe = {n: v for n, v in ranked[0].params.items() if n in RECIPE_PARAMETERS}
+            recipe = recipe_part(ranked[0].params)
             baselines[method] = BaselineEvidence(val_top1=ranked[0].value, recipe=recipe, trials=len(ranked))
     return Evidence(
         val_top1=value,

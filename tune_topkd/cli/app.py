@@ -41,6 +41,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
 from tune_topkd.sweep.workspace import PRIVATE
@@ -90,7 +91,7 @@ Sets = Annotated[
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=_sweeps)]
 Spaces = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]", autocompletion=preflight.space_names),
+    typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]", autocompletion=space_names),
 ]
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]

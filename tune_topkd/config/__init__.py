@@ -18,6 +18,10 @@ from tune_topkd.config.files import load_pair
 from tune_topkd.config.files import new_config
 from tune_topkd.config.files import parse_set
 from tune_topkd.config.files import read_yaml
+from tune_topkd.config.placement import placements
+from tune_topkd.config.placement import value_at
+from tune_topkd.config.placement import what
+from tune_topkd.config.placement import without
 from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import METHODS
@@ -43,6 +47,8 @@ from tune_topkd.config.sections import SweepConfig
 from tune_topkd.config.sections import SweepSettings
 from tune_topkd.config.sections import TeacherConfig
 from tune_topkd.config.sections import TrialConfig
+from tune_topkd.config.sections import loss_part
+from tune_topkd.config.sections import recipe_part
 from tune_topkd.config.validation import validated
 
 __all__ = [
@@ -78,9 +84,15 @@ __all__ = [
     "dump_config",
     "load_config",
     "load_pair",
+    "loss_part",
     "new_config",
     "parse_set",
+    "placements",
     "read_yaml",
+    "recipe_part",
     "unknown_choice",
     "validated",
+    "value_at",
+    "what",
+    "without",
 ]

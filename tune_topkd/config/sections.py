@@ -1,6 +1,7 @@
 """The sections of a search-space YAML, and what a single training needs, as pydantic models."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated
 from typing import Any
 from typing import Literal
@@ -16,6 +17,9 @@ from pydantic import field_validator
 from pydantic import model_validator
 
 from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.placement import FILE
+from tune_topkd.config.placement import PATH
+from tune_topkd.config.placement import WHERE
 
 Scalar: TypeAlias = bool | int | float | str
 """A value that a parameter of a loss or a recipe can take."""
@@ -98,9 +102,9 @@ class DataConfig(_Section):
 
     name: str
     """A dataset of this project, or `package.module:source`, one of the user's."""
-    root: str | None = None
+    root: Annotated[str | None, PATH] = None
     """Folder the datasets lie in; by default `$TUNE_TOPKD_DATA_DIR`, or `data` in the working directory."""
-    download: bool = False
+    download: Annotated[bool, WHERE] = False
     """Fetch what is missing, where torchvision can."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that dataset."""
@@ -117,7 +121,7 @@ class DataConfig(_Section):
     mean: list[float] | None = None
     """Per channel, of pixels from 0 to 1; by default the field's constants or the training split's own."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
-    workers: int | None = Field(None, ge=0)
+    workers: Annotated[int | None, WHERE] = Field(None, ge=0)
     """Processes that decode and augment images one by one; 0 does it in the trial's own. By default as many as the trial
     was given CPUs, if these are two or more and images are decoded."""
     augment: AugmentConfig = AugmentConfig()
@@ -158,7 +162,7 @@ class ModelConfig(_Section):
 class StudentConfig(ModelConfig):
     """The network that learns."""
 
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, FILE] = None
     """Weights to start from, all but those of the head, which starts fresh; relative to the working directory."""
     linear_probe: bool = False
     """Train the head alone: the other weights of `checkpoint`, and its batch norms' statistics, stay as they are."""
@@ -229,7 +233,7 @@ class TeacherConfig(_Section):
 
     name: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    checkpoint: str | None = None
+    checkpoint: Annotated[str | None, FILE] = None
     """Path of a checkpoint to load; relative paths are relative to the working directory."""
     checkpoint_key: str | None = None
     """Where in it the weights lie, such as `state_dict_ema`; needed only where several sets of them fit."""
@@ -240,7 +244,7 @@ class TeacherConfig(_Section):
     image_size: int | None = Field(None, ge=1)
     """Side that the student's images are resized to before the teacher sees them."""
     bank: bool = True
-    """Keep its logits in a file that all trials share, where the disk has room; `false` asks it for every batch."""
+    """Cache its logits on disk, where there is room, for all trials; `false` runs it on every batch."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -410,11 +414,11 @@ class SweepConfig(PairConfig):
 class SharedFiles(_Section):
     """What the trainings of a pair share: absolute paths."""
 
-    teacher_checkpoint: str | None = None
+    teacher_checkpoint: Annotated[str | None, FILE] = None
     """The teacher's weights; needed by every method but `ce`."""
-    teacher_bank: str | None = None
+    teacher_bank: Annotated[str | None, WHERE] = None
     """The folder that the bank of the teacher's logits lies in; None asks the teacher for every batch."""
-    dataset_file: str | None = None
+    dataset_file: Annotated[str | None, PATH] = None
     """The dataset as `save_dataset` wrote it, which is mapped into memory instead of read anew."""
 
 
@@ -431,12 +435,22 @@ class TrialConfig(SharedFiles):
     loss: dict[str, Scalar] = Field(default_factory=dict)
     recipe: RecipeConfig
     seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1)
+    threads: Annotated[int | None, WHERE] = Field(None, ge=1)
     """Of the CPU; None leaves torch's number. The last bits of a result on the CPU may depend on it."""
-    gpu_share: float | None = Field(None, ge=0, le=1)
-    """Of the GPU's memory: it is waited for, and more is refused, so that those beside it have theirs. 0 trains on the CPU;
-    None takes of the GPU, if there is one, what it needs."""
+    gpu_share: Annotated[float | None, WHERE] = Field(None, ge=0, le=1)
+    """Of the GPU's memory: wait until this fraction is free, then cap allocations at it. 0 trains on the CPU; None takes of
+    the GPU, if there is one, what it needs."""
 
 
 RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma")
 """The fields of a recipe that a space may search."""
+
+
+def recipe_part(params: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Of a trial's parameters those of the recipe."""
+    return {name: value for name, value in params.items() if name in RECIPE_PARAMETERS}
+
+
+def loss_part(params: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Of a trial's parameters those of the loss."""
+    return {name: value for name, value in params.items() if name not in RECIPE_PARAMETERS}

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune_topkd.config import AugmentConfig
 from tune_topkd.config import DataConfig
 from tune_topkd.config import unknown_choice
+from tune_topkd.config import what
+from tune_topkd.config import without
 from tune_topkd.data import glyphs
 from tune_topkd.data.batches import EVAL_BATCH
 from tune_topkd.data.batches import raw_batches
@@ -160,8 +161,7 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 def read_as(config: DataConfig) -> str:
     """Everything in a config that the images, labels and splits of a dataset depend on besides its files, as JSON."""
-    alike = {"root": None, "download": False, "workers": None, "augment": AugmentConfig()}
-    return config.model_copy(update=alike).model_dump_json()
+    return json.dumps(without(what(config), ["augment"]))
 
 
 @functools.lru_cache(maxsize=2)  # the trials of a sweep share a process and a dataset

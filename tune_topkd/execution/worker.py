@@ -21,6 +21,8 @@ from typing import Any
 from typing import Protocol
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.config import placements
+from tune_topkd.config import value_at
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.execution.checkpoints import StorageError
 from tune_topkd.execution.checkpoints import clear_up
@@ -253,8 +255,7 @@ def _is_surroundings(error: BaseException, config: Mapping[str, Any]) -> bool:
         if isinstance(cause, OSError | ImportError) or (isinstance(cause, RuntimeError) and "CUDA" in str(cause)):
             return True
         cause = cause.__cause__ or cause.__context__
-    data, student = config.get("data", {}), config.get("student", {})
-    needed = [data.get("root"), student.get("checkpoint"), config.get("teacher_checkpoint"), config.get("dataset_file")]
+    needed = [value_at(config, key) for key, mark in placements(TrialConfig).items() if mark.must_exist]
     return any(path is not None and not os.path.exists(path) for path in needed)
 
 

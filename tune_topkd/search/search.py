@@ -14,12 +14,13 @@ from collections.abc import Sequence
 
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import OBJECTIVE
-from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import Scalar
 from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.config import loss_part
+from tune_topkd.config import recipe_part
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Content
@@ -234,8 +235,7 @@ class Search:
     def trial_config(self, record: TrialRecord, files: SharedFiles = NO_FILES) -> TrialConfig:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
         arm, config = record.key.arm, self.config
-        recipe = config.recipe.model_dump() | {n: v for n, v in record.params.items() if n in RECIPE_PARAMETERS}
-        searched = {n: v for n, v in record.params.items() if n not in RECIPE_PARAMETERS}
+        recipe, searched = config.recipe.model_dump() | recipe_part(record.params), loss_part(record.params)
         return TrialConfig(
             data=config.data,
             student=config.student,

@@ -4,15 +4,12 @@
 """
 
 import contextlib
-import difflib
-import errno
 import functools
 import importlib.util
 import itertools
 import math
 import os
 import re
-import textwrap
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ from typing import TypeVar
 import yaml
 
 from tune_topkd import machine
+from tune_topkd.config import INTEGER_PARAMETERS
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
@@ -36,13 +34,13 @@ from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import load_config
 from tune_topkd.config import load_pair
+from tune_topkd.config import loss_part
 from tune_topkd.config import new_config
 from tune_topkd.config import unknown_choice
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
-
-SPACES = "search_spaces"
-"""The folder of the search spaces that have names."""
+from tune_topkd.sweep.spaces import space_folders
+from tune_topkd.sweep.spaces import space_path
 
 GIVEN = "the search space"
 """Names a space that came from no file."""
@@ -74,9 +72,9 @@ def load_checked(source: str | Path | Mapping[str, Any], overrides: Sequence[Ove
     """
     if isinstance(source, Mapping):
         return _checked(new_config(source, GIVEN, overrides), GIVEN)
-    path = _space_path(str(source))
+    path = space_path(str(source))
     checked = _checked(load_config(path, overrides), str(path))
-    is_reviewed = not overrides and path.resolve().parent == _space_folders()[1]
+    is_reviewed = not overrides and path.resolve().parent == space_folders()[1]
     return replace(checked, is_reviewed=is_reviewed)
 
 
@@ -112,7 +110,7 @@ def load_checked_pair(source: str, overrides: Sequence[Override] = ()) -> PairCo
     Raises:
         ConfigError: with every problem found.
     """
-    path = _space_path(source)
+    path = space_path(source)
     config = _with_absolute_paths(load_pair(path, overrides))
     if problems := list(_pair_problems(config)):
         raise ConfigError(str(path), problems)
@@ -228,7 +226,7 @@ def usable_parameters(config: PairConfig) -> dict[str, Scalar] | None:
         with contextlib.suppress(ValueError):  # a conditional range that is empty, which another check reports
             for corner in itertools.islice(Space.of(config).corners(), CORNERS_CHECKED):
                 if not _refusal(config, corner, num_classes):
-                    return fixed | {n: v for n, v in corner.items() if n not in RECIPE_PARAMETERS}
+                    return fixed | loss_part(corner)
     return None
 
 
@@ -236,48 +234,6 @@ def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
     """The proposals that a search begins with: the defaults, if all searched parameters have one."""
     defaults = loss_defaults(config) | config.recipe.model_dump(include=set(RECIPE_PARAMETERS))
     return [{name: defaults[name] for name in config.space}] if set(config.space) <= set(defaults) else []
-
-
-def space_names() -> list[str]:
-    """The search spaces that can be had by their bare names: those of the working directory and the project's own."""
-    return sorted({path.stem for folder in _space_folders() for path in folder.glob("*.yaml")})
-
-
-def _space_folders() -> tuple[Path, ...]:
-    """Where spaces are, the nearest first: beside the user, in the checkout, in the installed package."""
-    package = Path(__file__).resolve().parents[1]
-    return Path(SPACES), package.parent / SPACES, package / SPACES
-
-
-def _space_path(source: str) -> Path:
-    """The path of a search space that is given by its path, its bare name or its file's name.
-
-    Raises:
-        ConfigError: there is none; names those that there are.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    name = source if not path.suffix else path.stem if path.parts in ((path.name,), (SPACES, path.name)) else ""
-    for folder in _space_folders():
-        if name and (found := folder / f"{name}.yaml").exists():
-            return found
-    raise ConfigError(
-        source, [_problem("", f"cannot be read: {os.strerror(errno.ENOENT)}; {_known_spaces(path.stem)}")]
-    )
-
-
-def _known_spaces(name: str) -> str:
-    """The known spaces as text, those with similar names first, the others grouped by dataset."""
-    names = space_names()
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    datasets = itertools.groupby(names, key=lambda known: known.partition("-")[0])
-    lines = [
-        textwrap.fill(", ".join(group), 110, initial_indent="    ", subsequent_indent="      ", break_on_hyphens=False)
-        for _, group in datasets
-    ]
-    return "\n".join([f"{hint}known by name:" if names else "known by name: none", *lines])
 
 
 def _problem(key: str, rule: str, *value: object) -> Problem:
@@ -432,7 +388,7 @@ def _refusal(
     """The reason for which a training with these parameters would be refused; empty if it would not be."""
     from tune_topkd.loss import build_loss
 
-    values = config.loss | {n: v for n, v in params.items() if n not in RECIPE_PARAMETERS}
+    values = config.loss | loss_part(params)
     complete = dict(loss_defaults(config) if defaults is None else defaults) | values
     try:
         build_loss(config.method, complete)
@@ -459,7 +415,7 @@ def _kind_problems(config: SweepConfig) -> Iterator[Problem]:
 def _is_whole(name: str, parameter: ParameterRange) -> bool:
     if parameter.choices is not None:
         return all(isinstance(c, int) for c in parameter.choices)
-    return parameter.type == "int" or (parameter.type is None and name in ("k", "batch_size"))
+    return parameter.type == "int" or (parameter.type is None and name in INTEGER_PARAMETERS)
 
 
 def _points(config: SweepConfig) -> float:

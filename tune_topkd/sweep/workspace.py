@@ -13,8 +13,11 @@ from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import config_from
+from tune_topkd.config import placements
 from tune_topkd.config import read_yaml
 from tune_topkd.config import unknown_choice
+from tune_topkd.config import value_at
+from tune_topkd.config import without
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import LEDGER_VERSION
 from tune_topkd.ledger import Share
@@ -38,7 +41,7 @@ TEACHERS, TRAINED = "teachers", "trained"
 RESERVED = (TEACHERS, TRAINED, "mlartifacts")
 """Names of a runs folder that no sweep can have."""
 
-PLACES = ("data.root", "data.download", "data.workers", "teacher.checkpoint", "student.checkpoint")
+PLACES = placements(SweepConfig)
 """Keys that say where a sweep's files are and how they are read, not what they are: `resume --set` may change them."""
 
 _FIRST_WITHOUT_PLACES = 3  # the ledger version whose digest leaves out where files are
@@ -180,14 +183,14 @@ def config_digest(content: Mapping[str, Any], version: int = LEDGER_VERSION) -> 
 
     What the file does not name does not count, so a later version may have keys that this one has not.
     """
-    content = {key: value for key, value in content.items() if key != "description"}
+    content = without(content, ["description"])
     if version >= _FIRST_WITHOUT_PLACES:
-        for place in PLACES:
-            section, _, key = place.partition(".")
+        is_given = {key: value_at(content, key) is not None for key, place in PLACES.items() if place.has_content}
+        content = without(content, PLACES)
+        for key, is_there in is_given.items():
+            section, _, name = key.partition(".")
             if isinstance(content.get(section), dict):
-                left = {k: v for k, v in content[section].items() if k != key}
-                is_given = {"has_checkpoint": content[section].get(key) is not None} if key == "checkpoint" else {}
-                content[section] = left | is_given
+                content[section] = content[section] | {f"has_{name}": is_there}
     return digest(content)
 
 

@@ -15,6 +15,8 @@ from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.config import what
+from tune_topkd.config import without
 from tune_topkd.data import AnySplit
 from tune_topkd.data import Dataset
 from tune_topkd.data import batches_of
@@ -199,7 +201,7 @@ def in_config(data: DataConfig, teacher: ModelConfig, seed: int) -> dict[str, An
     is_endless = view_count(augment) is None
     return {
         "teacher": teacher.model_dump(mode="json"),
-        "data": data.model_dump(mode="json", exclude={"root", "download", "workers", "augment"}),
+        "data": without(what(data), ["augment"]),
         "augment": augment.model_dump(mode="json") if is_endless else [augment.pad, augment.flip],
         "seed": seed if is_endless else None,
     }

@@ -38,6 +38,7 @@ from tune_topkd.config import PairConfig
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TeacherConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.config import what
 from tune_topkd.data import dataset_info
 from tune_topkd.data import fingerprint
 from tune_topkd.data import load_dataset
@@ -219,8 +220,7 @@ def _inputs(config: PairConfig) -> dict[str, Any]:
 def _settings(config: PairConfig) -> dict[str, Any]:
     """What a trained teacher depends on as far as the config says it."""
     teacher = _given(config).model_dump(mode="json", include={"name", "kwargs", "image_size", "recipe", "seed"})
-    data = _data(config).model_dump(mode="json", exclude={"root", "download", "workers"})  # these change no pixel
-    return {"data": data, "teacher": teacher}
+    return {"data": what(_data(config)), "teacher": teacher}
 
 
 def _network(config: PairConfig) -> str:

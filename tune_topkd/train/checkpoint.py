@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tune_topkd.config import TrialConfig
+from tune_topkd.config import what
 from tune_topkd.data import Dataset
 from tune_topkd.data import fingerprint
 from tune_topkd.errors import TuneTopKDError
@@ -90,14 +91,10 @@ def config_identity(config: TrialConfig, dataset: Dataset) -> str:
         config: the training's.
         dataset: what its `data` names.
     """
-    content = config.model_dump(mode="json")
+    content = what(config)
     content["teacher_checkpoint"] = teacher_identity(config)[1]
-    if config.student.checkpoint is not None:
-        content["student"]["checkpoint"] = file_hash(Path(config.student.checkpoint))
-    for name in ("root", "download", "workers"):
-        del content["data"][name]
-    for name in ("teacher_bank", "dataset_file", "threads", "gpu_share"):
-        del content[name]
+    begun_with = config.student.checkpoint
+    content["student"]["checkpoint"] = None if begun_with is None else file_hash(Path(begun_with))
     if config.recipe.optimizer == "adamw":
         content["adamw"] = _ADAMW
     if code := _code(config, dataset):
