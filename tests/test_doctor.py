@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tune_topkd import machine
+from tune_topkd.cli import display
 from tune_topkd.config import ConfigError
 from tune_topkd.execution import cluster
 from tune_topkd.sweep import Workspace
@@ -62,7 +63,7 @@ def test_each_look_is_announced_before_it_is_done_and_told_when_it_is(monkeypatc
 
 def test_a_line_says_what_is_done_where_there_is_no_terminal(capfd):
     console = Console()
-    with app._progress_of(console)("asking MLflow"):
+    with display.progress_of(console)("asking MLflow"):
         console.terminal.flush()
         assert capfd.readouterr().err == "asking MLflow …\n"
 

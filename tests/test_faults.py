@@ -18,7 +18,7 @@ from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
 from tune_topkd.execution import Cluster
-from tune_topkd.execution import ray_tune
+from tune_topkd.execution import bridge
 from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
@@ -123,7 +123,7 @@ def test_a_trial_that_never_has_enough_memory_fails_by_itself(sweep, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("train", [formulas.hanging_for_large_k, formulas.frozen_for_large_k])
 def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monkeypatch, train):
-    monkeypatch.setattr(ray_tune, "_GRACE_AFTER_TIMEOUT", 2.0)
+    monkeypatch.setattr(bridge, "_GRACE_AFTER_TIMEOUT", 2.0)
     state = sweep(train, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]
@@ -136,8 +136,8 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monke
 
 @pytest.mark.slow
 def test_a_worker_that_freezes_before_its_first_word_is_ended_as_well(sweep, monkeypatch):
-    monkeypatch.setattr(ray_tune, "_GRACE_AFTER_TIMEOUT", 2.0)
-    monkeypatch.setattr(ray_tune, "LONGEST_START_OF_A_WORKER", 5.0)
+    monkeypatch.setattr(bridge, "_GRACE_AFTER_TIMEOUT", 2.0)
+    monkeypatch.setattr(bridge, "LONGEST_START_OF_A_WORKER", 5.0)
     state = sweep(formulas.frozen_at_once_for_large_k, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]
@@ -341,11 +341,11 @@ os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ttk-")
 import formulas
 import ray.cluster_utils
 from tune_topkd.config import config_from, read_yaml
-from tune_topkd.execution import Cluster, ray_tune, run_sweep
+from tune_topkd.execution import Cluster, bridge, run_sweep
 from tune_topkd.search import Search
 from tune_topkd.ledger import Driver, Ledger, Share
 
-ray_tune.LONGEST_WAIT_FOR_ROOM = 5.0
+bridge.LONGEST_WAIT_FOR_ROOM = 5.0
 path = Path(sys.argv[1]) / "ledger.jsonl"
 config = config_from(read_yaml(path.with_name("sweep.yaml")), "test")
 

@@ -31,8 +31,8 @@ from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import check_uri
 from tune_topkd.tracking import disagreements
-from tune_topkd.tracking import following
 from tune_topkd.tracking import masked
+from tune_topkd.tracking import writer
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow 3.17 and what it imports
@@ -247,7 +247,7 @@ def test_a_server_that_hangs_holds_up_neither_the_sweep_nor_its_end(ledger, monk
 
 @pytest.mark.timeout(100)
 def test_closing_gives_up_on_a_server_that_falls_silent(ledger, uri, monkeypatch):
-    monkeypatch.setattr(following, "LONGEST_SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(writer, "LONGEST_SILENCE_SECONDS", 0.2)
     released = threading.Event()
     with faulty(monkeypatch, lambda call, name, do: released.wait() if name == "log_batch" else do()):
         tracker = MlflowTracker(ledger.path, uri)
@@ -268,7 +268,7 @@ def test_the_size_of_the_chunks_does_not_matter(ledger, new_store, monkeypatch, 
     for state in ("running", "finished"):
         with monkeypatch.context() as patch:
             catch_up(ledger.path, whole)
-            patch.setattr(following, "EVENTS_PER_CHUNK", size)
+            patch.setattr(writer, "EVENTS_PER_CHUNK", size)
             catch_up(ledger.path, parts)
         assert runs(whole)[None].data.tags["state"] == state
         assert everything(parts) == everything(whole)
@@ -277,10 +277,10 @@ def test_the_size_of_the_chunks_does_not_matter(ledger, new_store, monkeypatch, 
 
 def test_an_outage_holds_one_chunk_and_reads_no_further(ledger, uri, monkeypatch):
     drive(Search(config(), ledger))
-    monkeypatch.setattr(following, "EVENTS_PER_CHUNK", 4)
+    monkeypatch.setattr(writer, "EVENTS_PER_CHUNK", 4)
     reads = []
-    monkeypatch.setattr(following, "read_events", lambda *place: reads.append(place) or read_events(*place))
-    follower = following._Follower(ledger.path, uri)
+    monkeypatch.setattr(writer, "read_events", lambda *place: reads.append(place) or read_events(*place))
+    follower = writer._Writer(ledger.path, uri)
     with faulty(monkeypatch, lambda call, name, do: fail()):
         for _ in range(3):
             with pytest.raises(ConnectionError):
@@ -298,7 +298,7 @@ def fail():
 @contextlib.contextmanager
 def faulty(monkeypatch, act):
     """MLflow's client with a fault: `act(number of the call, its name, what does it)` stands in for each call."""
-    real = following.client_of
+    real = writer.client_of
     calls = []
 
     class Faulty:
@@ -318,7 +318,7 @@ def faulty(monkeypatch, act):
             return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(following, "client_of", lambda uri: Faulty(real(uri)))
+        patch.setattr(writer, "client_of", lambda uri: Faulty(real(uri)))
         yield calls
 
 
@@ -344,7 +344,7 @@ def refused(do, name):
 )
 def test_a_failure_at_any_call_changes_nothing_in_the_end(tmp_path, new_store, monkeypatch, fault, anew):
     small = formulas.sweep_config(sweep={"trials": 3}, baselines=None)
-    monkeypatch.setattr(following, "EVENTS_PER_CHUNK", 12)
+    monkeypatch.setattr(writer, "EVENTS_PER_CHUNK", 12)
     with begin(tmp_path / "small.jsonl", small) as ledger:
         ledger.append(Driver(host="h", pid=1, trials=3))
         drive(Search(small, ledger), ends=5)
@@ -357,7 +357,7 @@ def test_a_failure_at_any_call_changes_nothing_in_the_end(tmp_path, new_store, m
     wanted = everything(undisturbed)
     for place in range(len(calls)):
         uri = new_store(f"{place}.db")
-        follower = following._Follower(ledger.path, uri)
+        follower = writer._Writer(ledger.path, uri)
         with faulty(monkeypatch, lambda call, name, do, place=place: fault(do, name) if call == place else do()):
             with pytest.raises(ConnectionError):
                 follower.catch_up()
@@ -384,7 +384,7 @@ def test_rows_that_mlflow_has_already_are_not_doubled(ledger, uri, monkeypatch):
 def test_a_run_made_twice_is_one_again_and_nothing_is_lost(ledger, uri):
     """A hanging server makes a run when it goes on, after another one was made: the empty one goes."""
     drive(Search(config(), ledger), ends=EPOCHS + 1)
-    follower = following._Follower(ledger.path, uri)
+    follower = writer._Writer(ledger.path, uri)
     follower.catch_up()
     ids = {number: run.info.run_id for number, run in runs(uri).items()}
     found = runs(uri)
@@ -399,7 +399,7 @@ def test_a_run_made_twice_is_one_again_and_nothing_is_lost(ledger, uri):
 
 def test_a_run_deleted_by_somebody_is_written_again(ledger, uri):
     drive(Search(config(), ledger), ends=EPOCHS + 1)
-    follower = following._Follower(ledger.path, uri)
+    follower = writer._Writer(ledger.path, uri)
     follower.catch_up()
     client(uri).delete_run(runs(uri)[None].info.run_id)
     drive_on(ledger)

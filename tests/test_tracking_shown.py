@@ -35,7 +35,7 @@ from tune_topkd.ledger import read_state
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import comparing
 from tune_topkd.tracking import disagreements
-from tune_topkd.tracking import following
+from tune_topkd.tracking import writer
 from tune_topkd.tracking.cleaning import clean_name
 from tune_topkd.tracking.cleaning import clean_text
 
@@ -140,13 +140,13 @@ def test_mlflow_shows_what_the_ledger_says_after_every_event(seed, was_followed_
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(following, "client_of", return_value=store),
+        mock.patch.object(writer, "client_of", return_value=store),
         mock.patch.object(comparing, "client_of", return_value=store),
-        mock.patch.object(following, "EVENTS_PER_CHUNK", random.choice([1, 3, 2000])),
+        mock.patch.object(writer, "EVENTS_PER_CHUNK", random.choice([1, 3, 2000])),
         mock.patch.object(time, "time", side_effect=lambda: clock[0]),
         begin(Path(folder)) as ledger,
     ):
-        follower = following._Follower(ledger.path, "memory")
+        follower = writer._Writer(ledger.path, "memory")
         for _ in range(random.randrange(5, 40)):
             clock[0] += random.choice([0.0, 0.001, 5.0, -7.0])
             step = a_step(random, ledger.state)
@@ -157,7 +157,7 @@ def test_mlflow_shows_what_the_ledger_says_after_every_event(seed, was_followed_
             if random.random() < 0.3:  # it was away for a while
                 continue
             if random.random() < 0.3:
-                follower = following._Follower(ledger.path, "memory")
+                follower = writer._Writer(ledger.path, "memory")
             store.fail = fail
             for _ in range(200):
                 try:
@@ -256,7 +256,7 @@ def check_odd(found):
 def test_no_odd_text_or_number_holds_up_the_rest(tmp_path, new_store, monkeypatch, where, caplog):
     uri, store = new_store("mlflow.db"), MemoryMlflow()
     if where == "memory":
-        for module in (following, comparing):
+        for module in (writer, comparing):
             monkeypatch.setattr(module, "client_of", lambda uri: store)
     ledger = odd_ledger(tmp_path)
     catch_up(ledger, uri)
@@ -299,7 +299,7 @@ def test_what_mlflow_refuses_is_left_out_and_said_and_the_rest_is_there(ledger, 
     """A server whose limits are other than ours."""
     store = MemoryMlflow()
     store.refused = {(kind, name) for name in ("val_top1", "lr", "reason")}
-    monkeypatch.setattr(following, "client_of", lambda uri: store)
+    monkeypatch.setattr(writer, "client_of", lambda uri: store)
     for _ in range(2):
         catch_up(ledger.path, "memory")
     (trial,) = (run for run in store.runs.values() if run["tags"].get("trial_number") == "1")

@@ -30,12 +30,12 @@ from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import TrackingError
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import disagreements
-from tune_topkd.tracking import following
-from tune_topkd.tracking import reading
+from tune_topkd.tracking import projection
 from tune_topkd.tracking import sqlite_file
 from tune_topkd.tracking import sqlite_uri
 from tune_topkd.tracking import store
 from tune_topkd.tracking import ui_command
+from tune_topkd.tracking import writer
 
 pytestmark = _mlflow_warnings
 ledger, new_store, uri = _ledger, _new_store, _uri
@@ -248,7 +248,7 @@ def test_an_experiment_that_another_process_has_just_made_is_used(uri, monkeypat
 
 def test_an_experiment_deleted_under_a_sweep_and_brought_back_misses_nothing(ledger, uri):
     drive(Search(config(), ledger), ends=3)
-    follower = following._Follower(ledger.path, uri)
+    follower = writer._Writer(ledger.path, uri)
     follower.catch_up()
     delete_experiment(uri)
     drive_on(ledger, ends=4)
@@ -287,7 +287,7 @@ def test_a_database_of_another_version_is_told_from_which_side(ledger, uri, revi
 
 
 def requests(monkeypatch, memory, act):
-    monkeypatch.setattr(following, "client_of", lambda uri: memory)
+    monkeypatch.setattr(writer, "client_of", lambda uri: memory)
     memory.calls.clear()
     act()
     return memory.calls
@@ -376,7 +376,7 @@ def test_a_failure_undoes_what_was_not_whole_and_other_threads_read_meanwhile(le
 
 def test_what_a_database_refuses_is_left_out_and_the_rest_is_there(ledger, uri, monkeypatch, caplog):
     """MLflow's own rules, where ours do not apply."""
-    monkeypatch.setattr(reading, "clean_name", lambda name: f"{name}@" if name == "train_loss" else name)
+    monkeypatch.setattr(projection, "clean_name", lambda name: f"{name}@" if name == "train_loss" else name)
     drive(Search(config(), ledger))
     for _ in range(2):
         catch_up(ledger.path, uri)

@@ -7,6 +7,7 @@ and slows nothing. Results for programs go to stdout by `result`.
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import select
@@ -16,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 from typing import Any
 from typing import cast
@@ -286,6 +288,29 @@ def close_stderr() -> None:
     if _open is not None:
         _open.close()
     _open = None
+
+
+@contextlib.contextmanager
+def chatter_into(log: Path) -> Iterator[None]:
+    """Send all that this process and the libraries below it print or log into a file."""
+    with open(log, "ab") as target, streams_into(target), _logging_to_stderr():
+        yield
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Python's logging goes where stderr goes now: the sweep's log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
 
 
 @contextlib.contextmanager

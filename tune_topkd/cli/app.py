@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +23,10 @@ import typer
 from tune_topkd import __version__
 from tune_topkd import terminal
 from tune_topkd.cli.calling import command_for
+from tune_topkd.cli.standing import DAMAGED
+from tune_topkd.cli.standing import line_of
+from tune_topkd.cli.standing import standing
+from tune_topkd.cli.standing import standing_or_damage
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
@@ -51,9 +53,6 @@ from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
-DAMAGED = "damaged"
-"""What `status` says of a sweep whose ledger cannot be read."""
-
 Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
 YAML = Format("yaml")
 
@@ -271,11 +270,11 @@ def status(
     """Show how sweeps stand."""
     workspace = _workspace(runs_dir)
     every = workspace.sweeps() if sweep is None else []
-    found = [_status(sweep, workspace)] if sweep else [_status_or_damage(name, workspace) for name in every]
+    found = [standing(sweep, workspace)] if sweep else [standing_or_damage(name, workspace) for name in every]
     if as_json:
         terminal.result(json.dumps(found[0] if sweep else found, indent=2) + "\n", is_document=True)
     else:
-        terminal.result("".join(f"{_status_line(entry)}\n" for entry in found))
+        terminal.result("".join(f"{line_of(entry)}\n" for entry in found))
     if not found:
         Console().print(f"no sweeps in {workspace.runs}")
     if any(entry["state"] == DAMAGED for entry in found):
@@ -409,65 +408,17 @@ def train(
 @app.command()
 def doctor(runs_dir: RunsDir = Path(DEFAULT_RUNS), mlflow_uri: MlflowUri = None, address: Address = None) -> None:
     """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
+    from tune_topkd.cli.display import progress_of
     from tune_topkd.sweep.doctor import examine
 
     workspace = dataclasses.replace(_workspace(runs_dir, mlflow_uri), address=_cluster_of(address))
     is_well = True
-    for finding in examine(workspace, _progress_of(Console())):
+    for finding in examine(workspace, progress_of(Console())):
         mark = "ok " if finding.is_well else "BAD"
         terminal.result(f"{mark} {finding.what}: {finding.text}\n")
         is_well &= finding.is_well
     if not is_well:
         raise typer.Exit(USER_ERROR)
-
-
-def _progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any]]:
-    """Shows on a terminal what is being done, while it is; says it in a line elsewhere."""
-
-    def progress(what: str) -> AbstractContextManager[Any]:
-        if console.is_live:
-            return console.phase(what)
-        console.print(f"{what} …", soft_wrap=True)
-        return nullcontext()
-
-    return progress
-
-
-def _status_or_damage(name: str, workspace: Workspace) -> dict[str, Any]:
-    """How a sweep stands, also if that is not to be found out: the others are shown all the same."""
-    try:
-        return _status(name, workspace)
-    except TuneTopKDError as error:
-        what = str(error)
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}"
-    return {"sweep": name, "state": DAMAGED, "error": what}
-
-
-def _status_line(entry: dict[str, Any]) -> str:
-    why = f"; {entry['error']}" if entry["error"] else ""
-    if entry["state"] == DAMAGED:
-        return f"{entry['sweep']}: {DAMAGED}{why}"
-    counts = ", ".join(f"{n} {what}" for what, n in entry["trials"].items() if n)
-    best = entry["best"]
-    tail = f"; best {best['val_top1']:.2f} % (trial {best['number']})" if best else ""
-    return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
-
-
-def _status(name: str, workspace: Workspace) -> dict[str, Any]:
-    found = Sweep(name, workspace).status()
-    best = found.best
-    return {
-        "sweep": name,
-        "state": found.condition,
-        "error": found.error,
-        "trials": found.trials,
-        "target": found.target,
-        "best": best and {"number": best.key.number, "val_top1": best.value, "params": best.params},
-        "baselines": {
-            method: {"val_top1": record.value, "params": record.params} for method, record in found.baselines.items()
-        },
-    }
 
 
 _OPTIONS = {"epochs": "recipe.epochs"}

@@ -4,10 +4,14 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group
 from rich.progress_bar import ProgressBar
@@ -50,29 +54,6 @@ _RETRIES = {"crash": "its worker died", "oom": "out of memory", "node": "its nod
 _log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def chatter_into(log: Path) -> Iterator[None]:
-    """Send all that this process and the libraries below it print or log into a file."""
-    with open(log, "ab") as target, terminal.streams_into(target), _logging_to_stderr():
-        yield
-
-
-@contextlib.contextmanager
-def _logging_to_stderr() -> Iterator[None]:
-    """Python's logging goes where stderr goes now: the sweep's log."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(before)
-
-
 class ConsoleCallback(Callback):
     """Shows a sweep on the console: what it prepares, its trials as they run, what it found.
 
@@ -103,7 +84,7 @@ class ConsoleCallback(Callback):
     def on_trials_begin(self, config: SweepConfig, folder: Path, state: SweepState) -> None:
         """The live display starts, and the libraries go silent."""
         try:
-            self._open.enter_context(chatter_into(folder / LOG_FILE))
+            self._open.enter_context(terminal.chatter_into(folder / LOG_FILE))
         except OSError as error:
             self.on_message(f"what the libraries print is not kept: {error}", Kind.NOTE)
         self._progress = ProgressDisplay(config, folder / LEDGER_FILE, state.last_seq, self._console)
@@ -121,6 +102,18 @@ class ConsoleCallback(Callback):
     def on_end(self, result: Result) -> None:
         """What was found, where it lies and what to do next."""
         tell_result(result, self._workspace, self._console)
+
+
+def progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any]]:
+    """Shows on a terminal what is being done, while it is; says it in a line elsewhere."""
+
+    def progress(what: str) -> AbstractContextManager[Any]:
+        if console.is_live:
+            return console.phase(what)
+        console.print(f"{what} …", soft_wrap=True)
+        return nullcontext()
+
+    return progress
 
 
 def tell_result(result: Result, workspace: Workspace, console: Console) -> None:

@@ -10,11 +10,11 @@ from typing import Protocol
 from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
+from tune_topkd.execution.bridge import Interruption
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.packing import Packed
 from tune_topkd.execution.packing import Probe
 from tune_topkd.execution.packing import pack
-from tune_topkd.execution.ray_tune import Interruption
 from tune_topkd.execution.ray_tune import run_sweep
 from tune_topkd.execution.worker import TrainFunction
 from tune_topkd.search import Search

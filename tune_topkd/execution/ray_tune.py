@@ -6,24 +6,16 @@ nothing is ever read back from it.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
-import re
-import shutil
-import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from typing import Protocol
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -33,38 +25,20 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from tune_topkd.config import NO_FILES
-from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SharedFiles
 from tune_topkd.errors import TuneTopKDError
-from tune_topkd.execution.checkpoints import checkpoints
+from tune_topkd.execution.bridge import Bridge
+from tune_topkd.execution.bridge import Interruption
 from tune_topkd.execution.cluster import Cluster
-from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import share_of
-from tune_topkd.execution.cluster import trial_part
-from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
 from tune_topkd.execution.nodes import Nodes
-from tune_topkd.execution.nodes import is_node_loss
-from tune_topkd.execution.nodes import kill_worker
-from tune_topkd.execution.nodes import whereabouts
 from tune_topkd.execution.scratch import scratch_folder
-from tune_topkd.execution.worker import HANG_FILE
 from tune_topkd.execution.worker import MESSAGE
 from tune_topkd.execution.worker import TrainFunction
 from tune_topkd.execution.worker import Worker
-from tune_topkd.execution.worker import folder_trouble
-from tune_topkd.ledger import Decision
 from tune_topkd.ledger import LedgerError
-from tune_topkd.ledger import TrialKey
-from tune_topkd.ledger import TrialRecord
-from tune_topkd.ledger import TrialStatus
 from tune_topkd.search.search import Search
-from tune_topkd.search.search import UndecidedError
 
-LONGEST_WAIT_FOR_ROOM = 30.0
-"""Seconds that a sweep waits, with no trial at work, for a node that could hold one."""
-
-_GRACE_AFTER_TIMEOUT = 30.0  # for a worker that can still end itself, and so tell where it hung
-_SECONDS_BETWEEN_CHECKS = 2.0
 _NO_SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
 _MOST_PENDING = "TUNE_MAX_PENDING_TRIALS_PG"
 _ANY_NUMBER = 10**6
@@ -74,20 +48,6 @@ _log = logging.getLogger(__name__)
 
 class SweepTroubleError(TuneTopKDError):
     """Something outside the sweep keeps it from going on; what it has is safe, and it can be resumed."""
-
-
-class Interruption(Protocol):
-    """What asks a sweep to end, such as a signal."""
-
-    @property
-    def is_asked(self) -> bool:
-        """Whether the sweep is to end."""
-
-    def deferred(self) -> AbstractContextManager[None]:
-        """While this lasts, being asked only sets `is_asked`; otherwise it raises `KeyboardInterrupt`."""
-
-    def check(self) -> None:
-        """Raise `KeyboardInterrupt` if it was asked while it was deferred."""
 
 
 def run_sweep(
@@ -133,9 +93,14 @@ def run_sweep(
         bundle = {"CPU": config["share"][0], "GPU": config["share"][1]}
         return tune.PlacementGroupFactory([bundle], bundle_label_selector=config["placement"])
 
-    bridge = _Bridge(search, folder, files, hashes, interruption, nodes)
-    with scratch_folder() as scratch, _listening(interruption):
-        bridge.carry_through(_tuner(trial, resources, bridge, scratch).fit)
+    bridge = Bridge(search, folder, files, hashes, interruption, nodes)
+    with (
+        scratch_folder() as scratch,
+        _listening(interruption),
+        bridge.ends_the_sweep(),  # what ends Ray's loop is trouble of the sweep, not a trace in the user's terminal
+        _workers_starting_together(),
+    ):
+        _tuner(trial, resources, bridge, scratch).fit()
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
             search.stopped(bridge.trouble)
@@ -161,7 +126,7 @@ def _listening(interruption: Interruption | None) -> Iterator[None]:
             os.environ[_NO_SIGINT_HANDLER] = before
 
 
-def _tuner(trial: Any, resources: Any, bridge: "_Bridge", scratch: str) -> tune.Tuner:
+def _tuner(trial: Any, resources: Any, bridge: "Bridge", scratch: str) -> tune.Tuner:
     return tune.Tuner(
         tune.with_resources(trial, resources),
         tune_config=tune.TuneConfig(
@@ -183,251 +148,6 @@ def _tuner(trial: Any, resources: Any, bridge: "_Bridge", scratch: str) -> tune.
     )
 
 
-class _Bridge:
-    """What searcher, scheduler and callbacks share: Ray's trials against ours.
-
-    What goes wrong outside the trials is `trouble`: it ends the sweep, and every trial at work stays without an end.
-    """
-
-    def __init__(
-        self,
-        search: Search,
-        folder: Path,
-        files: SharedFiles,
-        hashes: Mapping[str, str],
-        interruption: Interruption | None,
-        nodes: Nodes,
-    ) -> None:
-        self.search = search
-        self.trouble = ""
-        self._folder = folder
-        self._files = files
-        self._hashes = dict(hashes)
-        self._interruption = interruption
-        self._nodes = nodes
-        self._room = nodes.cluster.room(search.config)
-        self._live: set[TrialKey] = set()
-        self._at_work: dict[TrialKey, _Place] = {}
-        self._checked = self._last_room = time.monotonic()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Bridge":
-        return self  # Ray copies its configuration
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (object, ())  # Ray pickles it into its scratch, from where it is never read
-
-    @property
-    def is_ending(self) -> bool:
-        """Whether the sweep ends now, and its trials at work stay without an end."""
-        return bool(self.trouble) or (self._interruption is not None and self._interruption.is_asked)
-
-    def next_config(self) -> dict[str, Any] | str | None:
-        if self.is_ending:
-            return str(Searcher.FINISHED)
-        self.check()
-        if len(self._live) >= self._room:
-            return None
-        with self._ends_the_sweep():
-            record = self.search.next_trial()
-            if record is None:
-                return None if self._live else str(Searcher.FINISHED)  # one at work may have to be started again
-            return self._started_with(record)
-        return str(Searcher.FINISHED)
-
-    def _started_with(self, record: TrialRecord) -> dict[str, Any]:
-        self._live.add(record.key)
-        share = record.share
-        if share is None or not self._nodes.cluster.room_for(share):  # the node with room for the larger one is gone
-            share = share_of(self.search.config)
-        config = self.search.trial_config(record, self._files).model_copy(update=trial_part(share))
-        return {
-            "label": f"{record.key}-{len(record.retries)}" if record.retries else str(record.key),
-            "key": list(record.key),
-            "folder": str(self._trial_folder(record.key)),
-            "share": list(share),
-            "placement": self._nodes.placement,
-            "sweep_id": self.search.state.header.id,
-            "timeout": self.search.config.sweep.trial_timeout,
-            "hashes": self._hashes,
-            "config": config.model_dump(mode="json"),
-        }
-
-    def on_start(self, trial: Trial) -> None:
-        self._at_work[_key(trial)] = _Place(time.monotonic(), trial.temporary_state.ray_actor)
-        with self._ends_the_sweep():
-            self.search.started(_key(trial))
-
-    def on_message(self, trial: Trial, message: dict[str, Any]) -> str:
-        key = _key(trial)
-        self._at_work[key] = _Place(time.monotonic(), node=message["node"], pid=message["pid"])
-        with self._ends_the_sweep():
-            match message["kind"]:
-                case "storage" if not self._is_one_node_s(key, message):
-                    self.trouble = self.trouble or message["error"]
-                    return str(TrialScheduler.STOP)
-                case "storage":
-                    self._lost(key, "node", self._at(message["node"], message["error"]), message["traceback"])
-                case "lost":
-                    self._lost(key, message["reason"], message["error"], message["traceback"])
-                case "failed":
-                    what = message["reason"], message["error"], message["traceback"]
-                    self._failed_or_moved(key, *what, message["node"], is_surroundings=message["is_surroundings"])
-                case "report" if OBJECTIVE not in message["metrics"]:
-                    self._failed(key, "error", f"KeyError: the train function reported no {OBJECTIVE}", "")
-                case "report":
-                    self._nodes.reported(message["node"])
-                    decision = self.search.reported(key, message["epoch"], message["metrics"])
-                    if decision is Decision.CONTINUE and not self.search.out_of_time and not self.search.fatal:
-                        return str(TrialScheduler.CONTINUE)
-        self._let_go(key)
-        return str(TrialScheduler.STOP)
-
-    def on_end(self, trial: Trial) -> None:
-        """Ray is done with the trial: the train function returned, or it was stopped."""
-        key = _key(trial)
-        if key in self._live and not self.is_ending and not self.search.state.trials[key].status.is_end:
-            epochs = f"{self.search.state.trials[key].epoch} of {self.search.config.recipe.epochs} epochs"
-            with self._ends_the_sweep():
-                self._failed(key, "error", f"RuntimeError: the train function returned after {epochs}", "")
-        self._let_go(key)
-
-    def on_crash(self, trial: Trial) -> None:
-        """The trial's worker is gone."""
-        key = _key(trial)
-        if key not in self._live or self.is_ending:  # its end was decided before, or it is to have none
-            return
-        place = self._at_work.get(key, _Place(0.0))
-        if not place.node and (there := whereabouts(place.actor)) is not None:
-            place = replace(place, node=there[0])
-        told = ""
-        with contextlib.suppress(OSError):
-            told = Path(trial.error_file).read_text()
-        told = told or "the worker died, and Ray does not know why"
-        last = " ".join((told.rpartition("Failure # ")[2].partition(")\n")[2] or told).split())
-        with self._ends_the_sweep():
-            if (stacks := self._stacks(key)) or place.is_hung:
-                timeout = self.search.config.sweep.trial_timeout
-                epoch = self.search.state.trials[key].epoch
-                what = f"TimeoutError: no report for {timeout:g} s (sweep.trial_timeout) after epoch {epoch}"
-                self._failed_or_moved(key, "timeout", what, stacks, place.node)
-            elif "OutOfMemoryError" in told or "running low on memory" in told:
-                self._lost(key, "oom", last[:300], told)
-            elif is_node_loss(told, place.node):
-                self._lost(key, "node", last[:300], told)
-            elif self._nodes.is_to_blame(key, place.node, _without_ids(last), is_surroundings=False):
-                self._lost(key, "node", self._at(place.node, _without_ids(last)), told)
-            else:
-                self._lost(key, "crash", _without_ids(last)[:300], told)
-        self._let_go(key)
-
-    def check(self) -> None:
-        """Look for what would otherwise be waited for without a word: called often, does its work now and then."""
-        now = time.monotonic()
-        if now - self._checked < _SECONDS_BETWEEN_CHECKS or self.trouble:
-            return
-        self._checked = now
-        self._nodes.look()
-        cluster = self._nodes.cluster
-        fitting = cluster.room_for(share_of(self.search.config))
-        self._room = min(fitting, self.search.config.sweep.max_concurrent or fitting)
-        if fitting or self._at_work:
-            self._last_room = now
-        elif now - self._last_room > LONGEST_WAIT_FOR_ROOM:
-            try:
-                cluster.room(self.search.config)
-            except ResourceError as error:
-                self.trouble = "; ".join(filter(None, [str(error), self._nodes.set_aside]))
-        for key, place in list(self._at_work.items()):
-            limit = self.search.config.sweep.trial_timeout + _GRACE_AFTER_TIMEOUT
-            limit += 0 if place.pid else LONGEST_START_OF_A_WORKER
-            if now - place.heard_at <= limit or place.is_hung:
-                continue
-            there = (place.node, place.pid) if place.pid else whereabouts(place.actor)
-            if there is not None:
-                _log.error("trial %s says nothing and did not end itself: its worker is killed", key)
-                self._at_work[key] = replace(place, is_hung=True)
-                kill_worker(*there)
-
-    def carry_through(self, fit: Callable[[], Any]) -> None:
-        """Have Ray run the trials; what ends its loop is trouble of the sweep, not a trace in the user's terminal."""
-        with self._ends_the_sweep(), _workers_starting_together():
-            fit()
-
-    @contextmanager
-    def _ends_the_sweep(self) -> Iterator[None]:
-        """Whatever goes wrong outside the trials ends the sweep; Ray's loop would hide the exception in one of its own."""
-        try:
-            yield
-        except OSError as error:
-            self.trouble = self.trouble or f"{error.filename or self.search.ledger.path}: {error.strerror or error}"
-        except LedgerError as error:
-            self.trouble = self.trouble or str(error)
-        except Exception as error:  # noqa: BLE001 (it is told, and its trace is in the log)
-            _log.exception("the sweep ends")
-            self.trouble = self.trouble or str(UndecidedError.of(error))
-
-    def _lost(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
-        record = self.search.state.trials[key]
-        larger = self._nodes.cluster.larger(record.share or share_of(self.search.config)) if reason == "oom" else None
-        self._keep(key, traceback or error)
-        if self.search.lost(key, reason, error, larger):
-            more = f" with {larger.cpus:g} CPUs and {larger.gpus:g} GPUs" if larger else ""
-            _log.warning(
-                "trial %s lost its worker (%s: %s); it goes on from its checkpoint%s", key, reason, error, more
-            )
-
-    def _failed(self, key: TrialKey, reason: str, error: str, traceback: str) -> None:
-        self._keep(key, traceback or error)
-        self.search.failed(key, reason, error)
-
-    def _failed_or_moved(
-        self, key: TrialKey, reason: str, error: str, traceback: str, node: str, *, is_surroundings: bool = False
-    ) -> None:
-        """A trial has failed, unless it is the node's doing: then it is to be tried on another."""
-        if self._nodes.is_to_blame(key, node, error, is_surroundings=is_surroundings):
-            self._lost(key, "node", self._at(node, error), traceback)
-        else:
-            self._failed(key, reason, error, traceback)
-
-    def _is_one_node_s(self, key: TrialKey, message: dict[str, Any]) -> bool:
-        """Whether trouble with the sweep's folder is one node's, as far as can be seen from here."""
-        is_full = any(os.strerror(number) in message["error"] for number in (errno.ENOSPC, errno.EDQUOT))
-        if is_full or folder_trouble(self._folder, self.search.state.header.id):
-            return False
-        return self._nodes.is_to_blame(key, message["node"], message["error"], is_surroundings=True)
-
-    def _at(self, node: str, error: str) -> str:
-        return f"node {self._nodes.name(node)}: {error}"[:300]
-
-    def _keep(self, key: TrialKey, text: str) -> None:
-        folder = self._trial_folder(key)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "error.txt", "a") as stream:
-                stream.write(text.rstrip() + "\n")
-        except OSError as refused:
-            _log.error("the trace of trial %s is kept nowhere else: %s\n%s", key, refused, text)
-
-    def _stacks(self, key: TrialKey) -> str:
-        path = self._trial_folder(key) / HANG_FILE
-        try:
-            return path.read_text()
-        except OSError:
-            return ""
-
-    def _let_go(self, key: TrialKey) -> None:
-        if key in self._live:
-            self._live.discard(key)
-            self._at_work.pop(key, None)
-            is_lost = self.search.state.trials[key].status in (TrialStatus.PRUNED, TrialStatus.FAILED)
-            if is_lost and not self.trouble:  # in trouble, the end may not have reached the disk
-                for checkpoint in [*checkpoints(self._trial_folder(key)), *self._trial_folder(key).glob(".epoch-*")]:
-                    shutil.rmtree(checkpoint, ignore_errors=True)
-
-    def _trial_folder(self, key: TrialKey) -> Path:
-        return self._folder / "trials" / str(key)
-
-
 @contextmanager
 def _workers_starting_together() -> Iterator[None]:
     """Have Ray ask for a trial whenever there is room: by itself it asks for none while any worker is starting."""
@@ -441,22 +161,10 @@ def _workers_starting_together() -> Iterator[None]:
             os.environ[_MOST_PENDING] = before
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a trial is at work, as far as it has said, and when it was last heard of."""
-
-    heard_at: float
-    actor: Any = None
-    node: str = ""
-    pid: int = 0
-    """0 before the first message."""
-    is_hung: bool = False
-
-
 class _AskSearch(Searcher):  # type: ignore[misc]  # ray is untyped
     """Ray's searcher: asks for the next trial when there is room for it."""
 
-    def __init__(self, bridge: _Bridge) -> None:
+    def __init__(self, bridge: Bridge) -> None:
         super().__init__()
         self._bridge = bridge
 
@@ -481,7 +189,7 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 
     _supports_buffered_results = False
 
-    def __init__(self, bridge: _Bridge) -> None:
+    def __init__(self, bridge: Bridge) -> None:
         super().__init__()
         self._bridge = bridge
         self._new: list[Trial] = []
@@ -520,7 +228,7 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 class _StopAll(Stopper):  # type: ignore[misc]  # ray is untyped
     """Ray's stopper: ends all trials at once when the sweep cannot go on."""
 
-    def __init__(self, bridge: _Bridge) -> None:
+    def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -533,7 +241,7 @@ class _StopAll(Stopper):  # type: ignore[misc]  # ray is untyped
 class _Lives(tune.Callback):  # type: ignore[misc]  # ray is untyped
     """Ray's callback: notes each start of a trial and each loss of a worker, and looks around now and then."""
 
-    def __init__(self, bridge: _Bridge) -> None:
+    def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -544,13 +252,3 @@ class _Lives(tune.Callback):  # type: ignore[misc]  # ray is untyped
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._bridge.check()
-
-
-def _key(trial: Trial) -> TrialKey:
-    arm, number = trial.config["key"]
-    return TrialKey(arm, number)
-
-
-def _without_ids(text: str) -> str:
-    """What Ray says of a dead worker, the same for every worker that died of the same."""
-    return re.sub(r"\b(pid|actor_id|ip|namespace|name): \S+ ?|\b[0-9a-f]{16,}\b", "", text)

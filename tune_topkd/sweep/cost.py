@@ -121,12 +121,12 @@ def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:
     assert parameters is not None, "the config has been checked"
     loss = build_loss(config.method, parameters)
     images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch) % info.num_classes
-    taught = torch.randn(batch, info.num_classes)
+    teacher_logits = torch.randn(batch, info.num_classes)
     cpus = config.sweep.cpus_per_trial
     torch.set_num_threads(1 if isinstance(cpus, str) else max(int(cpus), 1))
     whole = config.recipe.batch_size / batch
     with torch.autocast("cpu", torch.bfloat16, enabled=config.recipe.precision == "bfloat16"):
-        step = whole * _least_seconds(lambda: loss(student(images), taught, labels).backward())
+        step = whole * _least_seconds(lambda: loss(student(images), teacher_logits, labels).backward())
     if config.teacher is None:
         return step, 0.0
     teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()

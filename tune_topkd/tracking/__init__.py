@@ -22,8 +22,6 @@ takes no end back.
 """
 
 from tune_topkd.tracking.comparing import disagreements
-from tune_topkd.tracking.following import MlflowTracker
-from tune_topkd.tracking.following import catch_up
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.sending import log_training
 from tune_topkd.tracking.store import EXPERIMENT
@@ -33,6 +31,8 @@ from tune_topkd.tracking.store import sqlite_file
 from tune_topkd.tracking.store import sqlite_uri
 from tune_topkd.tracking.store import ui_command
 from tune_topkd.tracking.store import uri_problem
+from tune_topkd.tracking.writer import MlflowTracker
+from tune_topkd.tracking.writer import catch_up
 
 __all__ = [
     "EXPERIMENT",

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tune_topkd.ledger import read_events
-from tune_topkd.tracking.reading import PARENT_TAG
-from tune_topkd.tracking.reading import Batch
-from tune_topkd.tracking.reading import Reading
-from tune_topkd.tracking.reading import Row
-from tune_topkd.tracking.reading import milliseconds
-from tune_topkd.tracking.reading import run_name
+from tune_topkd.tracking.projection import PARENT_TAG
+from tune_topkd.tracking.projection import Batch
+from tune_topkd.tracking.projection import Projection
+from tune_topkd.tracking.projection import Row
+from tune_topkd.tracking.projection import milliseconds
+from tune_topkd.tracking.projection import run_name
 from tune_topkd.tracking.store import Client
 from tune_topkd.tracking.store import client_of
 from tune_topkd.tracking.store import find_experiment
@@ -39,16 +39,16 @@ def disagreements(ledger: Path, uri: str) -> list[str]:
         LedgerError: the ledger is damaged.
         TrackingError: MLflow fails.
     """
-    reading, should_be, abandoned = Reading(), Batch(), Batch()
+    projection, should_be, abandoned = Projection(), Batch(), Batch()
     for event in read_events(ledger)[0]:
-        reading.take(event, should_be)
-    if not reading.state.has_begun:
+        projection.take(event, should_be)
+    if not projection.state.has_begun:
         return []
-    reading.abandon(abandoned)
+    projection.abandon(abandoned)
     with masked_errors(uri):
         client = client_of(uri)
         experiment = find_experiment(client, uri)
-        sweep_id = reading.state.header.id
+        sweep_id = projection.state.header.id
         found = runs_by_trial(client, experiment.experiment_id, sweep_id) if experiment else {}
         parents = {run.info.run_id for run in found.get("", [])}
         rows = _rows(client, [run for copies in found.values() for run in copies], should_be)
@@ -60,7 +60,7 @@ def disagreements(ledger: Path, uri: str) -> list[str]:
             elif run not in should_be.opened:
                 lines = ["has a run in MLflow, but is not in the ledger"]
             else:
-                shown = _latest(should_be.points[run]) | ({} if run else reading.summary())
+                shown = _latest(should_be.points[run]) | ({} if run else projection.summary())
                 lines = list(_differences(copies[0], run, should_be, abandoned, parents))
                 lines += _metric_differences(copies[0], run, should_be, shown, rows[copies[0].info.run_id])
             if len(lines) > FINDINGS_PER_RUN:

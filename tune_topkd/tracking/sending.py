@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from tune_topkd.tracking.masking import reason_of
-from tune_topkd.tracking.reading import Batch
-from tune_topkd.tracking.reading import Row
-from tune_topkd.tracking.reading import milliseconds
+from tune_topkd.tracking.projection import Batch
+from tune_topkd.tracking.projection import Row
+from tune_topkd.tracking.projection import milliseconds
 from tune_topkd.tracking.store import Client
 from tune_topkd.tracking.store import client_of
 from tune_topkd.tracking.store import experiment_id

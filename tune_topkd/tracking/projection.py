@@ -45,7 +45,7 @@ SWEEP_NOTE = """One sweep; its trials are the nested runs.
 """
 
 
-class Reading:
+class Projection:
     """The ledger in MLflow's terms: takes the events in order, and enters into a batch what each one brings.
 
     **Steps.** MLflow shows a metric's value at its highest step. A trial's metrics have their epoch as the step. What is

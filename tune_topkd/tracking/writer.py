@@ -13,13 +13,13 @@ from tune_topkd.ledger import Event
 from tune_topkd.ledger import read_events
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
-from tune_topkd.tracking.reading import NOTE_TAG
-from tune_topkd.tracking.reading import PARENT_TAG
-from tune_topkd.tracking.reading import Batch
-from tune_topkd.tracking.reading import Reading
-from tune_topkd.tracking.reading import Row
-from tune_topkd.tracking.reading import milliseconds
-from tune_topkd.tracking.reading import run_name
+from tune_topkd.tracking.projection import NOTE_TAG
+from tune_topkd.tracking.projection import PARENT_TAG
+from tune_topkd.tracking.projection import Batch
+from tune_topkd.tracking.projection import Projection
+from tune_topkd.tracking.projection import Row
+from tune_topkd.tracking.projection import milliseconds
+from tune_topkd.tracking.projection import run_name
 from tune_topkd.tracking.sending import KnownRun
 from tune_topkd.tracking.sending import entities
 from tune_topkd.tracking.sending import is_refusal
@@ -54,7 +54,7 @@ class MlflowTracker:
         self.uri = uri
         self.trouble = ""
         """What MLflow last failed with, if it did; empty once it answers again."""
-        self._follower = _Follower(ledger, uri)
+        self._writer = _Writer(ledger, uri)
         self._news = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mlflow-tracker", daemon=True)
@@ -72,11 +72,11 @@ class MlflowTracker:
         self._closing.set()
         self._news.set()
         began = heard = time.monotonic()
-        answers = self._follower.answers
+        answers = self._writer.answers
         while self._thread.is_alive() and time.monotonic() - began < patience:
             self._thread.join(0.05)
-            if answers != self._follower.answers:
-                answers, heard = self._follower.answers, time.monotonic()
+            if answers != self._writer.answers:
+                answers, heard = self._writer.answers, time.monotonic()
             # Before the first answer the time may go into imports and into making tables, not into waiting.
             if (answers or self.trouble) and time.monotonic() - heard > LONGEST_SILENCE_SECONDS:
                 break
@@ -93,7 +93,7 @@ class MlflowTracker:
         while True:
             last_look = self._closing.is_set()
             try:
-                self._follower.catch_up()
+                self._writer.catch_up()
                 if self.trouble:
                     _log.warning("MLflow answers again; it has been caught up")
                 self.trouble, wait = "", SECONDS_BETWEEN_LOOKS
@@ -128,13 +128,13 @@ def catch_up(ledger: Path, uri: str, *, abandoned: bool = False) -> None:
         TrackingError: MLflow fails; what it has taken until then is kept.
     """
     with masked_errors(uri):
-        follower = _Follower(ledger, uri)
-        follower.catch_up()
+        writer = _Writer(ledger, uri)
+        writer.catch_up()
         if abandoned:
-            follower.abandon()
+            writer.abandon()
 
 
-class _Follower:
+class _Writer:
     """Where MLflow is in the ledger. The place moves on only when MLflow has taken what lies before it.
 
     **Memory.** While MLflow is down one chunk of events waits, as the batch it made, and the ledger is not read on. While
@@ -155,7 +155,7 @@ class _Follower:
         self._begin()
 
     def _begin(self) -> None:
-        self._reading = Reading()
+        self._projection = Projection()
         self._offset = 0
         self._taken = 0
         """How many events from the offset on are in MLflow or in the unsent batch."""
@@ -183,29 +183,29 @@ class _Follower:
         """Make the unsent batch of some of the `known` events."""
         self._unsent = self._held
         for event in chunk:
-            self._reading.take(event, self._unsent)
+            self._projection.take(event, self._unsent)
             self._taken += 1
-        under_way = [str(record.key.number) for record in self._reading.state.running() if record.key.arm == SEARCH]
+        under_way = [str(record.key.number) for record in self._projection.state.running() if record.key.arm == SEARCH]
         self._held = self._unsent.put_off(["", *under_way]) if self._taken < known else Batch()
 
     def abandon(self) -> None:
         """Show what is running as interrupted, as a `stop` event would have."""
-        if self._reading.state.has_begun:
+        if self._projection.state.has_begun:
             self._unsent = Batch()
-            self._reading.abandon(self._unsent)
+            self._projection.abandon(self._unsent)
             self._deliver()
 
     def _connect(self) -> bool:
         """Find the sweep's runs, also those whose making was never answered. Doubled ones are deleted.
 
         Returns:
-            Whether a run was deleted meanwhile, so that the follower is back at the ledger's beginning.
+            Whether a run was deleted meanwhile, so that the writer is back at the ledger's beginning.
         """
         client = client_of(self._uri)
         self._experiment = experiment_id(client, self._uri)
         before = {run: known.id for run, known in self._runs.items()}
         runs = {}
-        for run, copies in runs_by_trial(client, self._experiment, self._reading.state.header.id).items():
+        for run, copies in runs_by_trial(client, self._experiment, self._projection.state.header.id).items():
             kept, *others = sorted(copies, key=lambda copy: (copy.info.run_id not in before.values(), *_age(copy)))
             for other in others:
                 client.delete_run(other.info.run_id)
