@@ -58,7 +58,7 @@ class TrialStatus(enum.StrEnum):
     COMPLETED = "completed"
     """Reached the full budget of epochs."""
     PRUNED = "pruned"
-    """Stopped early by ASHA."""
+    """Stopped early by the scheduler."""
     FAILED = "failed"
     """Ended without an answer; the reason says why."""
 

@@ -56,6 +56,25 @@ SamplerFactory = Callable[[Sequence[Axis], int], Sampler]
 """Makes a sampler for these axes and this seed."""
 
 
+def proposal_problem(proposal: object, axes: Sequence[Axis]) -> str:
+    """Which rule a proposal breaks; empty if it has a value of the right type and range for each axis."""
+    if not isinstance(proposal, Mapping) or set(proposal) != {axis.name for axis in axes}:
+        return f"a proposal must name every axis once, not {set(proposal) if isinstance(proposal, Mapping) else proposal!r}"
+    return next(filter(None, (_value_problem(axis, proposal[axis.name]) for axis in axes)), "")
+
+
+def _value_problem(axis: Axis, value: object) -> str:
+    if axis.kind == "choice":
+        is_one = any(value == choice and type(value) is type(choice) for choice in axis.choices)
+        return "" if is_one else f"{axis.name} must be one of {axis.choices}, not {value!r}"
+    kind = int if axis.kind == "int" else float
+    if type(value) is not kind:
+        return f"{axis.name} must be of type {kind.__name__}, not {type(value).__name__}"
+    return (
+        "" if axis.low <= value <= axis.high else f"{axis.name} must be from {axis.low:g} to {axis.high:g}, not {value}"
+    )
+
+
 class TpeSampler:
     """Optuna's TPE, its random numbers a function of (seed, trial number)."""
 

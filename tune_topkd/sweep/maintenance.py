@@ -7,6 +7,7 @@ from tune_topkd.execution.checkpoints import checkpoint_findings
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import read_events
+from tune_topkd.search import ChoiceError
 from tune_topkd.search import audit_decisions
 
 
@@ -22,6 +23,6 @@ def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
     """
     try:
         findings, state = audit_decisions(config, read_events(folder / LEDGER_FILE)[0])
-    except LedgerError as error:
+    except (ChoiceError, LedgerError) as error:
         return [str(error)]
     return findings + list(checkpoint_findings(state, folder))
