@@ -30,7 +30,7 @@ from tune_topkd.cli.terminal import close_stderr
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.execution.checkpoints import write_checkpoint
-from tune_topkd.ledger import Decision
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
@@ -73,6 +73,25 @@ class Bright(Source):
         return Parts(Split(images, labels))
 """
 
+SEARCH = """
+from tune_topkd.ledger import Decision
+from tune_topkd.search import RandomSampler
+
+class Shifted(RandomSampler):
+    def __init__(self, axes, seed):
+        super().__init__(axes, seed + {shift})
+
+class Patient:
+    def __init__(self, config):
+        self.patience = {shift}
+
+    def decide(self, key, epoch, value):
+        return Decision.CONTINUE
+
+    def replay(self, state):
+        pass
+"""
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -96,6 +115,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(NETWORK.format(bias=True, comment="once"))
     (tmp_path / "my_losses.py").write_text(LOSS.format(factor=1))
     (tmp_path / "my_data.py").write_text(DATASET.format(factor=100))
+    (tmp_path / "my_search.py").write_text(SEARCH.format(shift=1))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -105,7 +125,7 @@ def here(tmp_path, monkeypatch):
 def forget():
     """As a new process would begin."""
     datasets._loaded.cache_clear()
-    for name in ("my_nets", "my_losses", "my_data"):
+    for name in ("my_nets", "my_losses", "my_data", "my_search"):
         sys.modules.pop(name, None)
     for left in Path.cwd().glob("__pycache__"):
         shutil.rmtree(left)
@@ -137,17 +157,14 @@ class Sweeps:
         monkeypatch.setattr(running, "_search", self.search)
 
     def search(self, config, ledger, place, files, *rest):
-        search = Search(config, ledger)
-        while (record := search.next_trial()) is not None:
-            search.started(record.key)
-            for epoch in range(1, EPOCHS + 1):
-                metrics = {"val_top1": value(search.trial_config(record), epoch)}
-                trial = ledger.path.parent / "trials" / str(record.key)
-                trial.mkdir(parents=True, exist_ok=True)
-                write_checkpoint(trial, epoch, metrics, lambda folder: (folder / "weights").touch())
-                if search.reported(record.key, epoch, metrics) is not Decision.CONTINUE:
-                    break
-        return search.stopped()
+        def formula(trial, epoch):
+            metrics = {"val_top1": value(trial.config, epoch)}
+            folder = ledger.path.parent / "trials" / str(trial.record.key)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(folder, epoch, metrics, lambda folder: (folder / "weights").touch())
+            return metrics
+
+        return simulate(Search(config, ledger), formula, at_once=1)
 
     def run(self, raw, name="s"):
         path = self.folder / "space.yaml"
@@ -206,6 +223,10 @@ def edited_dataset(here):
     (here / "my_data.py").write_text(DATASET.format(factor=90))
 
 
+def edited_search(here):
+    (here / "my_search.py").write_text(SEARCH.format(shift=2))
+
+
 def other_images(here):
     folder_of_images(here / "images", shade=1)
 
@@ -245,6 +266,12 @@ CHANGES = {
         edited_dataset,
         "code my_data",
     ),
+    "sampler": (
+        {"sweep": {"trials": 2, "asha": None, "sampler": "my_search:Shifted"}},
+        edited_search,
+        "code my_search",
+    ),
+    "scheduler": ({"sweep": {"trials": 2, "scheduler": "my_search:Patient"}}, edited_search, "code my_search"),
 }
 
 
