@@ -16,6 +16,15 @@ if TYPE_CHECKING:  # the workers need no more than the formula
 
 EPOCHS = 9
 OBJECTIVE = "val_top1"
+MORE_AXES = {
+    "scale_top": {"low": 1.0, "high": 4.0},
+    "scale_last": {"low": 1.0, "high": "scale_top"},
+    "scale_gt": {"low": "scale_top", "high": 6.0},
+    "shift": {"low": 0.0, "high": 1.0},
+    "normalize": [True, False],
+    "temperature": {"low": 0.02, "high": 5.0, "log": True},
+}
+"""Ranges that the formula does not look at, with which a space is as large as a real one."""
 
 
 def train(

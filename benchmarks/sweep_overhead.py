@@ -245,16 +245,9 @@ class _Told:
 
 
 def _config(trials: int) -> SweepConfig:
-    space = {
-        "scale_top": {"low": 1.0, "high": 4.0},
-        "scale_last": {"low": 1.0, "high": "scale_top"},
-        "scale_gt": {"low": "scale_top", "high": 6.0},
-        "shift": {"low": 0.0, "high": 1.0},
-        "normalize": [True, False],
-        "temperature": {"low": 0.02, "high": 5.0, "log": True},
-    }
+    settings = {"max_concurrent": CONCURRENT, "cpus_per_trial": CPUS_PER_TRIAL}
     asha = {"grace_epochs": 1, "reduction_factor": 3}
-    return formula.sweep_config(trials, space, asha=asha, max_concurrent=CONCURRENT, cpus_per_trial=CPUS_PER_TRIAL)
+    return formula.sweep_config(trials, formula.MORE_AXES, asha=asha, **settings)
 
 
 def _distributions(config: SweepConfig) -> dict[str, BaseDistribution]:

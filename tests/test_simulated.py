@@ -126,11 +126,12 @@ def test_cut_after_any_report_it_goes_on_to_the_same_end(tmp_path):
         assert [r.reports for r in state.arm("search")] == [r.reports for r in whole.arm("search")]
 
 
-def test_thousands_of_trials_many_at_once(tmp_path):
+@pytest.mark.parametrize(("sampler", "trials", "at_once"), [("random", 500, 100), ("tpe", 150, 50)])
+def test_many_trials_many_at_once_give_the_same_ledger_twice(tmp_path, sampler, trials, at_once):
     for name in ("one", "other"):
-        now, state, _ = sweep_of(tmp_path / name, at_once=100, trials=500, sampler="random")
-        assert len(state.arm("search")) == 500
-        assert now < 500 * formulas.EPOCHS / 100
+        now, state, reason = sweep_of(tmp_path / name, at_once=at_once, trials=trials, sampler=sampler)
+        assert (reason, len(state.arm("search"))) == ("finished", trials)
+        assert now < trials * formulas.EPOCHS / at_once
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 
