@@ -23,6 +23,7 @@ NAMES = (
     "packing",
     "sweep_overhead",
     "audit",
+    "simulation",
     "mlflow_outage",
     "mlflow_catch_up",
 )

@@ -15,8 +15,9 @@ from benchmarks.ratio import cpu_seconds
 from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
 from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.execution.simulated import SimulatedTrial
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -50,19 +51,16 @@ def _sweep(folder: Path, trials: int) -> SweepConfig:
     config = formula.sweep_config(trials, MORE, asha={"grace_epochs": 1})
     folder.mkdir()
     header = Header(sweep="benchmark", id="0", seed=config.sweep.seed, trials=trials)
-    with Ledger.create(folder / LEDGER_FILE, header) as ledger:
+
+    def epoch_of(trial: SimulatedTrial, epoch: int) -> dict[str, float]:
+        metrics = formula.simulated(trial, epoch)
+        if epoch == formula.EPOCHS:  # a completed trial keeps its weights
+            at = folder / "trials" / str(trial.record.key)
+            at.mkdir(parents=True)
+            write_checkpoint(at, epoch, metrics, lambda place: (place / "state").write_text("0"))
+        return metrics
+
+    with Ledger.create(folder / LEDGER_FILE, header, is_durable=False) as ledger:
         ledger.append(Driver.here(trials=trials))
-        search = Search(config, ledger)
-        while (record := search.next_trial()) is not None:
-            search.started(record.key)
-            k, lr = record.params["k"], float(record.params["lr"])
-            for epoch in range(1, formula.EPOCHS + 1):
-                metrics = formula.metrics(k, lr, epoch)
-                if (decision := search.reported(record.key, epoch, metrics)) is not Decision.CONTINUE:
-                    break
-            if decision is Decision.COMPLETE:
-                at = folder / "trials" / str(record.key)
-                at.mkdir(parents=True)
-                write_checkpoint(at, epoch, metrics, lambda place: (place / "state").write_text("0"))
-        search.stopped()
+        simulate(Search(config, ledger), epoch_of, at_once=1)
     return config

@@ -1,17 +1,30 @@
-"""The trials of `sweep_overhead` and `mlflow_outage`: a formula, also for plain Ray Tune. The workers import it."""
+"""The trials of benchmarks that train nothing: a formula, also for plain Ray Tune. The workers import it."""
 
 import math
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import config_from
 
+if TYPE_CHECKING:  # the workers need no more than the formula
+    from tune_topkd.execution.simulated import SimulatedTrial
+
 EPOCHS = 9
 OBJECTIVE = "val_top1"
+MORE_AXES = {
+    "scale_top": {"low": 1.0, "high": 4.0},
+    "scale_last": {"low": 1.0, "high": "scale_top"},
+    "scale_gt": {"low": "scale_top", "high": 6.0},
+    "shift": {"low": 0.0, "high": 1.0},
+    "normalize": [True, False],
+    "temperature": {"low": 0.02, "high": 5.0, "log": True},
+}
+"""Ranges that the formula does not look at, with which a space is as large as a real one."""
 
 
 def train(
@@ -28,6 +41,11 @@ def trainable(config: Mapping[str, Any]) -> None:
 
     for epoch in range(1, EPOCHS + 1):
         tune.report(metrics(config["k"], config["lr"], epoch))
+
+
+def simulated(trial: "SimulatedTrial", epoch: int) -> dict[str, float]:
+    """The trial's epoch as `simulate` asks for it."""
+    return metrics(trial.config.loss["k"], trial.config.recipe.lr, epoch)
 
 
 def metrics(k: Any, lr: float, epoch: int) -> dict[str, float]:

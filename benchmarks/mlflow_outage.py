@@ -26,8 +26,9 @@ from benchmarks.ratio import in_turns
 from tests.servers import mlflow_server  # run from the repository's root, as all benchmarks are
 from tests.servers import postgres_binaries
 from tests.servers import postgres_server
+from tune_topkd.execution.simulated import SimulatedTrial
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -171,13 +172,11 @@ class _Disturbance:
 def _drive(search: Search, at: int, disturb: Any) -> None:
     """Run the trials one after the other; before epoch number `at` of all, disturb."""
     epochs = count()
-    while (record := search.next_trial()) is not None:
-        search.started(record.key)
-        decision = Decision.CONTINUE
-        while decision is Decision.CONTINUE:
-            if next(epochs) == at:
-                disturb()
-            time.sleep(EPOCH_SECONDS)
-            epoch, params = record.epoch + 1, record.params
-            decision = search.reported(record.key, epoch, formula.metrics(params["k"], float(params["lr"]), epoch))
-    search.stopped()
+
+    def epoch_of(trial: SimulatedTrial, epoch: int) -> dict[str, float]:
+        if next(epochs) == at:
+            disturb()
+        time.sleep(EPOCH_SECONDS)
+        return formula.simulated(trial, epoch)
+
+    simulate(search, epoch_of, at_once=1)

@@ -44,23 +44,17 @@ from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
 from tune_topkd.execution import Cluster
 from tune_topkd.execution import run_sweep
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import SEARCH
-from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
-from tune_topkd.ledger import End
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
-from tune_topkd.ledger import Report
-from tune_topkd.ledger import Suggest
-from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
-from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
+from tune_topkd.search import RandomSampler
 from tune_topkd.search import Search
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
-from tune_topkd.space import lattice
 from tune_topkd.tracking import EXPERIMENT
 from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import check_uri
@@ -223,28 +217,16 @@ def _proposals(folder: Path, many: int, turns: int) -> list[Ratio]:
 
 
 class _Told:
-    """A `Search` that goes on with a sweep of so many ended trials, as many pruned ones among them as ASHA makes."""
+    """A `Search` that goes on with a sweep of so many trials drawn at random, of which ASHA has stopped the losers."""
 
     def __init__(self, folder: Path, told: int) -> None:
         folder.mkdir()
-        config = _config(trials=told + 1000)
-        header = Header(sweep="told", id=folder.name, seed=0, trials=config.sweep.trials)
-        self.ledger = Ledger.create(folder / LEDGER_FILE, header)
-        space = Space.of(config)
-        for number, proposal in enumerate(lattice(space.axes(), told)):
-            params, key = space.params(proposal), TrialKey(SEARCH, number)
-            last = (1, 1, 1, 1, 1, 1, 3, 3, formula.EPOCHS)[number % 9]
-            rows = [formula.metrics(params["k"], float(params["lr"]), epoch) for epoch in range(1, last + 1)]
-            status = TrialStatus.COMPLETED if last == formula.EPOCHS else TrialStatus.PRUNED
-            self.ledger.append(
-                Suggest(key=key, proposal=proposal, params=params),
-                *(
-                    Report(key=key, epoch=epoch, metrics=row, decision=Decision.CONTINUE)
-                    for epoch, row in enumerate(rows, start=1)
-                ),
-                End(key=key, epoch=last, status=status, reason="", value=rows[-1][formula.OBJECTIVE]),
-            )
-        self.search = Search(config, self.ledger)
+        header = Header(sweep="told", id=folder.name, seed=0, trials=told)
+        with Ledger.create(folder / LEDGER_FILE, header, is_durable=False) as ledger:
+            simulate(Search(_config(told), ledger, sampler=RandomSampler), formula.simulated, at_once=AT_ONCE)
+        self.ledger = Ledger.open(folder / LEDGER_FILE)
+        self.ledger.append(Driver.here(trials=told + 1000))
+        self.search = Search(_config(told + 1000), self.ledger)
         self._running: deque[TrialRecord] = deque()
         for _ in range(AT_ONCE):
             self.propose()
@@ -263,16 +245,9 @@ class _Told:
 
 
 def _config(trials: int) -> SweepConfig:
-    space = {
-        "scale_top": {"low": 1.0, "high": 4.0},
-        "scale_last": {"low": 1.0, "high": "scale_top"},
-        "scale_gt": {"low": "scale_top", "high": 6.0},
-        "shift": {"low": 0.0, "high": 1.0},
-        "normalize": [True, False],
-        "temperature": {"low": 0.02, "high": 5.0, "log": True},
-    }
+    settings = {"max_concurrent": CONCURRENT, "cpus_per_trial": CPUS_PER_TRIAL}
     asha = {"grace_epochs": 1, "reduction_factor": 3}
-    return formula.sweep_config(trials, space, asha=asha, max_concurrent=CONCURRENT, cpus_per_trial=CPUS_PER_TRIAL)
+    return formula.sweep_config(trials, formula.MORE_AXES, asha=asha, **settings)
 
 
 def _distributions(config: SweepConfig) -> dict[str, BaseDistribution]:

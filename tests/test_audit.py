@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from tune_topkd.execution.checkpoints import write_checkpoint
-from tune_topkd.ledger import Decision
+from tune_topkd.execution.simulated import WorkerLostError
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -36,39 +37,26 @@ def drive(folder, config, at_once=2, reports=None, faults=True):
     """Run formula trials beside one another, some of them lost, one diverging; let go after so many reports, if given."""
     path = folder / "ledger.jsonl"
     if path.exists():
-        ledger = Ledger.open(path)
+        ledger = Ledger.open(path, is_durable=False)
     else:
         header = Header(sweep="t", id="i", seed=config.sweep.seed, trials=TRIALS, first=[formulas.DEFAULTS])
-        ledger = Ledger.create(path, header)
+        ledger = Ledger.create(path, header, is_durable=False)
+
+    def formula(trial, epoch):
+        key, retries = trial.record.key, trial.record.retries
+        if faults and key.number % 5 == 3 and not retries:
+            raise WorkerLostError("node" if key.number == 8 else "crash", "it died")
+        if faults and key == ("search", 6) and epoch == 1:
+            raise WorkerLostError("oom", "MemoryError: ", Share(2.0, 0.0) if not retries else None)
+        metrics = {"val_top1": float("nan") if faults and key == ("search", 7) else formulas.value(trial.config, epoch)}
+        place = folder / "trials" / str(key)
+        place.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(place, epoch, metrics, lambda f: (f / "w").write_text("w"))
+        return metrics
+
     with ledger:
         ledger.append(Driver.here(trials=TRIALS))
-        search = Search(config, ledger)
-        live = []
-        while reports is None or reports > 0:
-            while len(live) < at_once and (record := search.next_trial()) is not None:
-                search.started(record.key)
-                live.append(record)
-            if not live:
-                break
-            for record in list(live):
-                epoch, trial = record.epoch + 1, search.trial_config(record)
-                reports = None if reports is None else reports - 1
-                if faults and record.key.number % 5 == 3 and not record.retries:
-                    search.lost(record.key, "node" if record.key.number == 8 else "crash", "it died")
-                    live.remove(record)
-                    continue
-                if faults and record.key == ("search", 6) and epoch == 1:
-                    search.lost(record.key, "oom", "MemoryError: ", Share(2.0, 0.0) if not record.retries else None)
-                    live.remove(record)
-                    continue
-                top1 = float("nan") if faults and record.key == ("search", 7) else formulas.value(trial, epoch)
-                metrics = {"val_top1": top1}
-                place = folder / "trials" / str(record.key)
-                place.mkdir(parents=True, exist_ok=True)
-                write_checkpoint(place, epoch, metrics, lambda f: (f / "w").write_text("w"))
-                if search.reported(record.key, epoch, metrics) is not Decision.CONTINUE:
-                    live.remove(record)
-        search.stopped()
+        simulate(Search(config, ledger), formula, at_once=at_once, reports=reports)
         return ledger.state
 
 
@@ -149,18 +137,19 @@ def test_an_audit_of_four_times_the_trials_makes_about_four_times_the_calls(tmp_
 def test_a_sweep_that_all_trials_of_one_error_ended_is_right_and_one_that_was_given_up_without_is_not(tmp_path, whole):
     path = tmp_path / "ledger.jsonl"
     header = Header(sweep="t", id="i", seed=0, trials=TRIALS, first=[formulas.DEFAULTS])
-    with Ledger.create(path, header) as ledger:
+
+    def absent(trial, epoch):
+        raise OSError(f"/scratch/{trial.record.key} is not there")
+
+    with Ledger.create(path, header, is_durable=False) as ledger:
         for _ in range(2):  # the second driver goes on where the first has given up
             ledger.append(Driver.here(trials=TRIALS))
-            search = Search(config(), ledger)
-            while (record := search.next_trial()) is not None:
-                search.failed(record.key, "error", f"OSError: /scratch/{record.key} is not there")
-            assert search.stopped() == "failed"
+            assert simulate(Search(config(), ledger), absent, at_once=1) == "failed"
     assert audit_sweep(config(), tmp_path) == []
     events = events_of(tmp_path)
     del events[first(events, "stop") : first(events, "stop") + 2]  # as if the first had gone on by itself
     write(tmp_path, events)
-    assert "line 9: trial 0003 is suggested although the newest have all failed alike" in audit_sweep(
+    assert "line 12: trial 0003 is suggested although the newest have all failed alike" in audit_sweep(
         config(), tmp_path
     )
     events = [e for e in events_of(whole) if e[0] != "stop"]
@@ -358,7 +347,10 @@ def test_any_history_cut_at_any_byte_goes_on_from_a_prefix_of_the_truth_to_a_swe
 
 
 def live(path, config, choose, steps):
-    """One driver's life: up to so many things happen to up to three trials at once; `choose` says which."""
+    """One driver's life: up to so many things happen to up to three trials at once; `choose` says which.
+
+    `simulate` has one order in which things happen, here it is any.
+    """
     with Ledger.open(path) as ledger:
         ledger.append(Driver.here(trials=4))
         search = Search(config, ledger)

@@ -91,6 +91,13 @@ def test_the_cost_of_an_audit():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_what_a_simulated_sweep_takes():
+    names = [f"200 trials, 50 at once, by the sampler {name}" for name in ("random", "tpe")]
+    check(benchmarks("--quick", "simulation"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_cost_of_a_step():
     kinds = ("bank", "bfloat16", "plain", "live")
     names = ("bank filled", "bank filled, bfloat16", "the data path alone", *(f"peak memory, {kind}" for kind in kinds))

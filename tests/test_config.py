@@ -94,6 +94,7 @@ def test_dump_writes_every_field_of_every_section():
         {"space.k": [1, 5, 10], "loss": {"normalize": True, "shift": 0, "alpha": 1.0, "mode": "a"}},
         {"recipe.lr": 1e-7, "recipe.weight_decay": 1e-05, "description": "K, α – and\nmore: 'yes' # no"},
         {"sweep": {"asha": None, "max_concurrent": 2, "time_budget": 1.5}, "baselines": None},
+        {"sweep": {"sampler": {"name": "a.b:c", "keep": 1, "of": [1.0, True, {"x": None}]}, "scheduler": "a.b:d"}},
         {"teacher": {"name": "cnn", "checkpoint": "t.pt", "kwargs": {"width": [8, 16], "drop": 1e-3}}},
         {"space": {"top": {"low": 1, "high": 4}, "last": {"low": 1.0, "high": "top", "log": True}}},
     ],
@@ -148,6 +149,32 @@ def test_merge_keys_and_anchors_are_no_duplicate_keys(tmp_path):
         """
     config = load_config(written(tmp_path, text))
     assert (config.recipe.epochs, config.recipe.lr) == (4, 0.25)
+
+
+def test_a_bare_name_chooses_a_sampler_or_a_scheduler(tmp_path):
+    bare = changed({"sweep": {"sampler": "a.b:c", "scheduler": "a.b:d"}})
+    whole = changed({"sweep": {"sampler": {"name": "a.b:c"}, "scheduler": {"name": "a.b:d"}, "asha": None}})
+    config = load_config(written(tmp_path, bare))
+    assert config == load_config(written(tmp_path, whole))
+    assert config.sweep.asha is None
+    assert load_config(written(tmp_path, changed({"sweep": {"scheduler": "asha"}}))) == config_from(MINIMAL, "test")
+    config = load_config(
+        written(tmp_path, bare), [parse_set("sweep.sampler.keep=0.5"), parse_set("sweep.scheduler=asha")]
+    )
+    assert (config.sweep.sampler.name, config.sweep.sampler.options) == ("a.b:c", {"keep": 0.5})
+    assert config.sweep.scheduler.name == "asha"
+
+
+def test_what_a_parent_chooses_is_merged_or_by_a_bare_name_replaced(tmp_path):
+    chosen = {"sampler": {"name": "a.b:c", "keep": 0.5}, "asha": {"grace_epochs": 2}}
+    (tmp_path / "parent.yaml").write_text(yaml.safe_dump(changed({"sweep": chosen})))
+    for own, told in (({"sampler": {"more": 1}}, {"keep": 0.5, "more": 1}), ({"sampler": "a.b:e"}, {})):
+        config = load_config(written(tmp_path, {"extends": "parent.yaml", "sweep": own}))
+        assert config.sweep.sampler.options == told
+    text = refusal(written(tmp_path, {"extends": "parent.yaml", "sweep": {"scheduler": "a.b:f"}}))
+    assert text.startswith("sweep.asha (from ")
+    config = load_config(written(tmp_path, {"extends": "parent.yaml", "sweep": {"scheduler": "a.b:f", "asha": None}}))
+    assert config.sweep.scheduler.name == "a.b:f"
 
 
 def test_milestones_below_one_follow_the_epochs():
@@ -240,6 +267,51 @@ BROKEN = {
         ["teacher.recipe.milestones = [4.0]", "epoch (4)"],
     ),
     "grace beyond the end": ({"sweep.asha": {"grace_epochs": 9}}, ["sweep.asha.grace_epochs = 9", "recipe.epochs = 8"]),
+    "an unknown sampler": (
+        {"sweep": {"sampler": "tep"}},
+        [
+            "sweep.sampler.name = 'tep': did you mean 'tpe'? known: random, tpe; or a factory of your own: package.module:"
+        ],
+    ),
+    "no sampler": ({"sweep": {"sampler": None}}, ["sweep.sampler.name = 'none': known: random, tpe; or a factory of "]),
+    "a library's sampler": (
+        {"sweep": {"sampler": "timm:tpe"}},
+        ["sweep.sampler.name = 'timm:tpe': known: random, tpe"],
+    ),
+    "a sampler without a name": ({"sweep": {"sampler": {"keep": 1}}}, ["sweep.sampler.name: is required but missing"]),
+    "a list for a sampler": ({"sweep": {"sampler": ["tpe"]}}, ["sweep.sampler = ['tpe']: must be a mapping of keys"]),
+    "an unknown scheduler": (
+        {"sweep": {"scheduler": {"name": "median"}}},
+        ["sweep.scheduler.name = 'median': known: asha; or a factory of your own: package.module:factory"],
+    ),
+    "no scheduler": (
+        {"sweep": {"scheduler": "none"}},
+        ["sweep.scheduler.name = 'none': is no scheduler; to let every trial run to the end, set sweep.asha to null"],
+    ),
+    "null for a scheduler": (
+        {"sweep": {"scheduler": None}},
+        ["sweep.scheduler.name = 'none': is no scheduler; to let every trial run to the end, set sweep.asha to null"],
+    ),
+    "ASHA beside another scheduler": (
+        {"sweep": {"scheduler": "a.b:c", "asha": {"grace_epochs": 2}}},
+        ["sweep.asha: is of the scheduler asha, but sweep.scheduler is a.b:c: set it to null"],
+    ),
+    "an option of TPE": (
+        {"sweep": {"sampler": {"name": "tpe", "startup_trials": 5}}},
+        ["sweep.sampler.startup_trials = 5: tpe takes no options here; its random proposals are sweep.startup_trials"],
+    ),
+    "an option of the random sampler": (
+        {"sweep": {"sampler": {"name": "random", "n": 5}}},
+        ["sweep.sampler.n = 5: random takes no options here; leave it out"],
+    ),
+    "an option of ASHA": (
+        {"sweep": {"scheduler": {"name": "asha", "grace_epochs": 2}}},
+        ["sweep.scheduler.grace_epochs = 2: asha takes no options here; its rungs are set under sweep.asha"],
+    ),
+    "an infinite option": (
+        {"sweep": {"sampler": {"name": "a:b", "keep": math.inf}}},
+        ["sweep.sampler.keep = inf: must be a finite number"],
+    ),
     "a warm-up that never ends": (
         {"recipe.warmup_epochs": 8},
         ["recipe.warmup_epochs = 8: must be below the epochs, 8"],

@@ -753,6 +753,17 @@ def test_every_append_is_synced(ledger, monkeypatch):
     assert (len(synced), synced[-1]) == (2, ledger.path.stat().st_size)
 
 
+def test_a_simulations_appends_have_its_clock_and_wait_for_no_disk(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    with Ledger.create(path, HEADER, clock=lambda: 7.0, is_durable=False) as ledger:
+        ledger.append(suggest(0))
+    with Ledger.open(path, clock=lambda: 8.0, is_durable=False) as ledger:
+        ledger.append(report(0, 1))
+    assert [event.time for event in read_events(path)[0]] == [7.0, 7.0, 8.0]
+    assert str(path) not in synced
+
+
 # --- events that cannot follow --------------------------------------------------------------------------------------
 
 

@@ -385,7 +385,7 @@ class TestLearningCurves:
         assert legend(figure) == [
             "best, trial 1: K = 3, 96.0 %",
             "completed (5)",
-            "stopped by ASHA (3)",
+            "stopped early (3)",
             "failed (1)",
             "ASHA decides",
         ]

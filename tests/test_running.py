@@ -77,6 +77,25 @@ class Bright(Source):
         return Parts(Split(images, labels))
 """
 
+SEARCH = """
+from tune_topkd.ledger import Decision
+from tune_topkd.search import RandomSampler
+
+class Shifted(RandomSampler):
+    def __init__(self, axes, seed):
+        super().__init__(axes, seed + {shift})
+
+class Patient:
+    def __init__(self, config):
+        self.patience = {shift}
+
+    def decide(self, key, epoch, value):
+        return Decision.CONTINUE
+
+    def replay(self, state):
+        pass
+"""
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
@@ -100,6 +119,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(NETWORK.format(bias=True, comment="once"))
     (tmp_path / "my_losses.py").write_text(LOSS.format(factor=1))
     (tmp_path / "my_data.py").write_text(DATASET.format(factor=100))
+    (tmp_path / "my_search.py").write_text(SEARCH.format(shift=1))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
@@ -109,7 +129,7 @@ def here(tmp_path, monkeypatch):
 def forget():
     """As a new process would begin."""
     datasets._loaded.cache_clear()
-    for name in ("my_nets", "my_losses", "my_data"):
+    for name in ("my_nets", "my_losses", "my_data", "my_search"):
         sys.modules.pop(name, None)
     for left in Path.cwd().glob("__pycache__"):
         shutil.rmtree(left)
@@ -213,6 +233,10 @@ def edited_dataset(here):
     (here / "my_data.py").write_text(DATASET.format(factor=90))
 
 
+def edited_search(here):
+    (here / "my_search.py").write_text(SEARCH.format(shift=2))
+
+
 def other_images(here):
     folder_of_images(here / "images", shade=1)
 
@@ -252,6 +276,12 @@ CHANGES = {
         edited_dataset,
         "code my_data",
     ),
+    "sampler": (
+        {"sweep": {"trials": 2, "asha": None, "sampler": "my_search:Shifted"}},
+        edited_search,
+        "code my_search",
+    ),
+    "scheduler": ({"sweep": {"trials": 2, "scheduler": "my_search:Patient"}}, edited_search, "code my_search"),
 }
 
 

@@ -1,5 +1,6 @@
 """The decisions of a sweep, without Ray: proposals, ASHA, failures, resuming."""
 
+import itertools
 import math
 import random
 
@@ -13,6 +14,8 @@ from optuna.trial import TrialState
 
 from tune_topkd.config import METHODS
 from tune_topkd.config import SharedFiles
+from tune_topkd.execution.simulated import WorkerLostError
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
@@ -30,7 +33,8 @@ from tune_topkd.search.search import UndecidedError
 
 def begin(path, config, first=(DEFAULTS,)):
     settings = config.sweep
-    return Ledger.create(path, Header(sweep="t", id="i", seed=settings.seed, trials=settings.trials, first=list(first)))
+    header = Header(sweep="t", id="i", seed=settings.seed, trials=settings.trials, first=list(first))
+    return Ledger.create(path, header, is_durable=False)
 
 
 @pytest.fixture
@@ -48,16 +52,9 @@ def make(tmp_path):
         ledger.close()
 
 
-def run(search, metric=value):
-    """Drive a search to its end, one trial at a time, as a train function would."""
-    while (record := search.next_trial()) is not None:
-        search.started(record.key)
-        config = search.trial_config(record)
-        for epoch in range(record.epoch + 1, EPOCHS + 1):
-            reported = metric(config, epoch)
-            if search.reported(record.key, epoch, {"val_top1": reported}) is not Decision.CONTINUE:
-                break
-    search.stopped()
+def run(search, at_once=1):
+    """Run a search to its end with trials that do as they should."""
+    simulate(search, lambda trial, epoch: {"val_top1": value(trial.config, epoch)}, at_once=at_once)
     return search.state
 
 
@@ -157,26 +154,27 @@ def test_a_number_that_is_none_ends_the_trial_at_once(make, bad, name):
 FAILURES = ("error", "diverged", "oom")
 
 
-def fail(search, record, way):
-    """End a trial without an answer, at its next epoch."""
-    if way == "diverged":
-        search.reported(record.key, record.epoch + 1, {"val_top1": math.nan})
-    elif way == "oom":
-        while search.lost(record.key, "oom", f"MemoryError: k = {record.params['k']}", Share(2.0, 0.0)):
-            assert search.next_trial() is record
-    else:
-        search.failed(record.key, "error", f"ValueError: k = {record.params['k']}")
+def fail(way, k):
+    """The formula of a trial that ends without an answer."""
+    if way == "oom":
+        raise WorkerLostError("oom", f"MemoryError: k = {k}", Share(2.0, 0.0))
+    if way == "error":
+        raise ValueError(f"k = {k}")
+    return {"val_top1": math.nan}
 
 
 def half_failing(make, seed, trials, way):
     """A search in whose space half of k fails, `way(record)` saying how, and the rest completes after one epoch."""
     sections = {"space": {"k": {"low": 1, "high": 20}}, "baselines": None, "recipe": {"epochs": 1}}
     search = make(sweep_config(sweep={"trials": trials, "seed": seed, "asha": None}, **sections), first=())
-    while (record := search.next_trial()) is not None:
-        if record.params["k"] > 10:
-            fail(search, record, way(record))
-        else:
-            search.reported(record.key, 1, {"val_top1": 50.0 + record.params["scale_top"]})
+
+    def formula(trial, epoch):
+        k = trial.record.params["k"]
+        return fail(way(trial.record), k) if k > 10 else {"val_top1": 50.0 + trial.record.params["scale_top"]}
+
+    simulate(search, formula, at_once=1)
+    for event, following in itertools.pairwise(read_events(search.ledger.path)[0]):
+        assert event.name != "retry" or (following.name, following.key) == ("start", event.key)
     return search
 
 
@@ -271,7 +269,7 @@ OWN = [
 
 
 def fail_alike(search, count, text="OSError: no data"):
-    """End so many trials with an error, each with its own number and label in it."""
+    """End the next so many trials with an error, each with its own number and label in it; the sweep goes on from there."""
     for n in range(count):
         record = search.next_trial()
         if record is None:
@@ -341,25 +339,28 @@ def test_the_ends_of_all_arms_count_in_their_order(make):
 
 def test_trials_that_all_diverge_end_the_sweep_too_but_only_after_many(make):
     search = make(sweep_config(sweep={"trials": 100, "startup_trials": 100}))
-    count = 0
-    while (record := search.next_trial()) is not None:
-        search.reported(record.key, 1 + count % 3, {"val_top1": math.nan})
-        count += 1
-    assert count == failing.SAME_ERRORS_AFTER_A_SUCCESS
-    assert search.stopped() == "failed"
+
+    def formula(trial, epoch):
+        return {"val_top1": math.nan if epoch == 1 + trial.record.key.number % 3 else 50.0}
+
+    assert simulate(search, formula, at_once=1) == "failed"
+    assert len(search.state.ended) == failing.SAME_ERRORS_AFTER_A_SUCCESS
+    assert {record.reason for record in search.state.ended} == {"diverged"}
 
 
 def test_half_a_space_that_fails_alike_does_not_end_a_sweep_that_began_well(make):
     """All failures have one cause, with and without the parameter in it; the first trial is the published default."""
+
+    def formula(trial, epoch):
+        if trial.record.params["k"] > 10:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return {"val_top1": 50.0 + trial.record.params["scale_top"]}
+
     for seed in range(4):
         sections = {"space": {"k": {"low": 1, "high": 20}}, "baselines": None, "recipe": {"epochs": 1}}
         settings = {"trials": 60, "seed": seed, "asha": None}
         search = make(sweep_config(sweep=settings, **sections))
-        while (record := search.next_trial()) is not None:
-            if record.params["k"] > 10:
-                search.failed(record.key, "error", "RuntimeError: CUDA error: an illegal memory access")
-            else:
-                search.reported(record.key, 1, {"val_top1": 50.0 + record.params["scale_top"]})
+        simulate(search, formula, at_once=1)
         assert (search.fatal, search.state.size()) == ("", 60), seed
 
 
@@ -367,18 +368,14 @@ def test_half_a_space_that_fails_alike_does_not_end_a_sweep_that_began_well(make
 def test_a_sweep_of_the_same_error_cut_after_any_line_stops_where_an_uninterrupted_one_does(tmp_path, successes):
     config = sweep_config(sweep={"trials": 60, "startup_trials": 60})
 
+    def formula(trial, epoch):
+        if trial.record.key.number >= successes:
+            raise OSError(f"/scratch/{trial.record.key}/data is not there")
+        return {"val_top1": 50.0}
+
     def driven(ledger):
         ledger.append(Driver(host="h", pid=1, trials=60))
-        search = Search(config, ledger)
-        while (record := search.next_trial()) is not None:
-            search.started(record.key)
-            if record.key.number < successes:
-                for epoch in range(record.epoch + 1, EPOCHS + 1):
-                    if search.reported(record.key, epoch, {"val_top1": 50.0}) is not Decision.CONTINUE:
-                        break
-            else:
-                search.failed(record.key, "error", f"OSError: /scratch/{record.key}/data is not there")
-        return search.stopped()
+        return simulate(Search(config, ledger), formula, at_once=1)
 
     path = tmp_path / "whole.jsonl"
     with begin(path, config) as ledger:
@@ -439,34 +436,19 @@ def test_a_sweep_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, at_once):
     config = sweep_config()
     path = tmp_path / "whole.jsonl"
     with begin(path, config) as ledger:
-        interleaved(Search(config, ledger), at_once)
+        run(Search(config, ledger), at_once)
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) > 60
     for cut in random.Random(0).sample(range(1, len(lines)), 12):
         part = tmp_path / f"cut{cut}.jsonl"
         part.write_bytes(b"".join(lines[:cut]) + lines[cut][: len(lines[cut]) // 2])
-        with Ledger.open(part) as ledger:
-            interleaved(Search(config, ledger), at_once)
+        with Ledger.open(part, is_durable=False) as ledger:
+            run(Search(config, ledger), at_once)
         if at_once == 1:
             assert told(part) == told(path), cut
         with Ledger.open(part) as ledger:
             assert len(ledger.state.arm("search")) == 12
             assert ledger.state.running() == []
-
-
-def interleaved(search, at_once):
-    """Drive a search with several trials at once, an epoch of each in turn."""
-    live = []
-    while True:
-        while len(live) < at_once and (record := search.next_trial()) is not None:
-            live.append(record)
-        if not live:
-            return
-        for record in list(live):
-            config = search.trial_config(record)
-            search.reported(record.key, record.epoch + 1, {"val_top1": value(config, record.epoch + 1)})
-            if record.status.is_end:
-                live.remove(record)
 
 
 def test_an_end_that_a_kill_left_out_is_written_at_the_next_start(tmp_path):
@@ -489,19 +471,13 @@ def test_one_trial_in_ten_that_turns_to_nan_costs_no_epoch_more_and_no_place_in_
     chance = random.Random(0)
     spoiled = {number: chance.randint(1, EPOCHS) for number in chance.sample(range(60), 6)}
     search = make(sweep_config(sweep={"trials": 60, "asha": {"grace_epochs": 3}}, baselines=None))
-    live = []
-    while True:
-        while len(live) < 3 and (record := search.next_trial()) is not None:
-            live.append(record)
-        if not live:
-            break
-        for record in list(live):
-            epoch = record.epoch + 1
-            is_bad = epoch == spoiled.get(record.key.number)
-            reported = 10 * value(search.trial_config(record), epoch) if record.key.number in spoiled else 1.0
-            search.reported(record.key, epoch, {"val_top1": math.nan if is_bad else reported + record.key.number})
-            if record.status.is_end:
-                live.remove(record)
+
+    def formula(trial, epoch):
+        number = trial.record.key.number
+        reported = 10 * value(trial.config, epoch) if number in spoiled else 1.0
+        return {"val_top1": math.nan if epoch == spoiled.get(number) else reported + number}
+
+    simulate(search, formula, at_once=3)
     records = search.state.arm("search")
     diverged = {r.key.number: r.epoch for r in records if r.reason == "diverged"}
     assert diverged
@@ -664,27 +640,32 @@ def test_a_trial_lost_after_the_time_budget_is_left_to_the_next_driver(make):
     search.ledger.close()
 
 
+class Noting(Search):
+    """Keeps what it gives out: the trial, how often it has been retried, its epoch."""
+
+    def __init__(self, config, ledger):
+        super().__init__(config, ledger)
+        self.given = []
+
+    def next_trial(self):
+        record = super().next_trial()
+        if record is not None:
+            self.given.append((record.key, len(record.retries), record.epoch))
+        return record
+
+
 def faulty(search, at_once):
-    """Drive a search whose workers are lost in every way, as a function of the ledger alone."""
-    live, given = [], []
-    while True:
-        while len(live) < at_once and (record := search.next_trial()) is not None:
-            live.append(record)
-            given.append((record.key, len(record.retries), record.epoch))
-            search.started(record.key)
-        if not live:
-            search.stopped()
-            return given
-        for record in list(live):
-            loss = LOSSES.get((record.key, len(record.retries)))
-            if loss is not None and record.epoch == loss[0]:
-                search.lost(record.key, loss[1], f"{loss[1]} of {record.key}", WIDE)
-                live.remove(record)
-                continue
-            config = search.trial_config(record)
-            search.reported(record.key, record.epoch + 1, {"val_top1": value(config, record.epoch + 1)})
-            if record.status.is_end:
-                live.remove(record)
+    """Run a search whose workers are lost in every way, as a function of the ledger alone; the trials as given out."""
+
+    def formula(trial, epoch):
+        record = trial.record
+        after, reason = LOSSES.get((record.key, len(record.retries)), (None, ""))
+        if epoch - 1 == after:
+            raise WorkerLostError(reason, f"{reason} of {record.key}", WIDE)
+        return {"val_top1": value(trial.config, epoch)}
+
+    simulate(search, formula, at_once=at_once)
+    return search.given
 
 
 LOSSES = {
@@ -708,7 +689,7 @@ def test_a_sweep_that_lost_workers_and_is_cut_anywhere_ends_with_the_same_trials
     config = sweep_config(sweep={"trials": 6, "max_failures": 2}, recipe={"epochs": 5})
     path = tmp_path / "whole.jsonl"
     with begin(path, config) as ledger:
-        faulty(Search(config, ledger), at_once)
+        faulty(Noting(config, ledger), at_once)
         whole = ledger.state
     reasons = {(r.key.number, r.reason) for r in whole.arm("search") if r.status is TrialStatus.FAILED}
     assert reasons == {(2, "oom"), (3, "crash")}
@@ -722,8 +703,8 @@ def test_a_sweep_that_lost_workers_and_is_cut_anywhere_ends_with_the_same_trials
     for cut in range(1, len(lines)):
         part = tmp_path / "cut.jsonl"
         part.write_bytes(b"".join(lines[:cut]))
-        with Ledger.open(part) as ledger:
-            search = Search(config, ledger)
+        with Ledger.open(part, is_durable=False) as ledger:
+            search = Noting(config, ledger)
             running = [r.key for r in ledger.state.running()]
             given = faulty(search, at_once)
             assert sorted(key for key, *_ in given[: len(running)]) == sorted(running), cut

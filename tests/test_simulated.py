@@ -13,7 +13,6 @@ from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
-from tune_topkd.search import RandomSampler
 from tune_topkd.search import Search
 from tune_topkd.search import audit_decisions
 
@@ -29,7 +28,7 @@ def rising(trial, epoch):
     return {"val_top1": formulas.value(trial.config, epoch)}
 
 
-def sweep_of(path, formula=rising, *, at_once=4, sampler=None, seconds=lambda trial, epoch: 1.0, reports=None, **sweep):
+def sweep_of(path, formula=rising, *, at_once=4, seconds=lambda trial, epoch: 1.0, reports=None, **sweep):
     """Simulate a sweep, or what is left of it: its clock, the state, why it stopped."""
     clock, settings = VirtualClock(), config(**sweep)
     if path.exists():
@@ -39,7 +38,7 @@ def sweep_of(path, formula=rising, *, at_once=4, sampler=None, seconds=lambda tr
         ledger = Ledger.create(path, header, clock=clock, is_durable=False)
     with ledger:
         ledger.append(Driver.here(trials=settings.sweep.trials))
-        search = Search(settings, ledger, clock=clock, sampler=sampler)
+        search = Search(settings, ledger, clock=clock)
         reason = simulate(search, formula, at_once=at_once, clock=clock, seconds=seconds, reports=reports)
     return clock.now, ledger.state, reason
 
@@ -127,11 +126,12 @@ def test_cut_after_any_report_it_goes_on_to_the_same_end(tmp_path):
         assert [r.reports for r in state.arm("search")] == [r.reports for r in whole.arm("search")]
 
 
-def test_thousands_of_trials_many_at_once(tmp_path):
+@pytest.mark.parametrize(("sampler", "trials", "at_once"), [("random", 500, 100), ("tpe", 150, 50)])
+def test_many_trials_many_at_once_give_the_same_ledger_twice(tmp_path, sampler, trials, at_once):
     for name in ("one", "other"):
-        now, state, _ = sweep_of(tmp_path / name, at_once=100, trials=500, sampler=RandomSampler)
-        assert len(state.arm("search")) == 500
-        assert now < 500 * formulas.EPOCHS / 100
+        now, state, reason = sweep_of(tmp_path / name, at_once=at_once, trials=trials, sampler=sampler)
+        assert (reason, len(state.arm("search"))) == ("finished", trials)
+        assert now < trials * formulas.EPOCHS / at_once
     assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
 
 

@@ -1,6 +1,7 @@
 """MLflow follows the ledger: the same runs however often, however it fails, never in the sweep's way."""
 
 import contextlib
+import itertools
 import logging
 import shutil
 import socket
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from servers import free_port
 
 from tune_topkd import tracking
-from tune_topkd.ledger import Decision
+from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -50,23 +51,25 @@ def begin(path, config):
     return Ledger.create(path, Header(sweep="t", id="abc", seed=0, trials=config.sweep.trials, dataset="digits"))
 
 
+class Killed(BaseException):
+    """The driver dies."""
+
+
 def drive(search, ends=None, *, stops=True, pause=0.0):
     """Run formula trials; after `ends` reports the driver lets go in the middle, or dies if it does not stop."""
-    reports = 0
-    while (record := search.next_trial()) is not None:
-        search.started(record.key)
-        config = search.trial_config(record)
-        decision = Decision.CONTINUE
-        while decision is Decision.CONTINUE:
-            if reports == ends:
-                return search.stopped() if stops else None
-            reports += 1
-            time.sleep(pause)
-            epoch = record.epoch + 1
-            bad = record.key == TrialKey("search", 2) and epoch == 2
-            reported = float("nan") if bad else formulas.value(config, epoch)
-            decision = search.reported(record.key, epoch, {"val_top1": reported, "train_loss": 1 / epoch})
-    return search.stopped()
+    reports = itertools.count()
+
+    def formula(trial, epoch):
+        if not stops and next(reports) == ends:
+            raise Killed
+        time.sleep(pause)
+        is_bad = trial.record.key == TrialKey("search", 2) and epoch == 2
+        return {"val_top1": float("nan") if is_bad else formulas.value(trial.config, epoch), "train_loss": 1 / epoch}
+
+    try:
+        return simulate(search, formula, at_once=1, reports=ends if stops else None)
+    except Killed:
+        return None
 
 
 def drive_on(ledger, *trackers, ends=None, stops=True):

@@ -18,6 +18,7 @@ Each class lives in the room that raises it:
     ├── CheckpointError           train: a checkpoint is missing or damaged
     ├── ResourceError             execution: the cluster cannot run the trials
     ├── NoScratchError            execution: no folder for temporary files
+    ├── ChoiceError               search: a sampler or scheduler that a config names cannot be used
     ├── UndecidedError            search: what comes next cannot be decided
     ├── SweepTroubleError         execution: a running sweep cannot go on
     ├── ChangedFileError          execution: a file that results depend on has changed

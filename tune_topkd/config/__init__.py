@@ -3,10 +3,17 @@
 A YAML is read by `load_config`, which reports every problem it finds at once: file, key, value, rule, known choices.
 What needs a look at data, networks or losses (class counts, model names) is checked by the command line's preflight.
 
-Inside: `sections` are the models, `rules` what holds between their fields, `validation` turns both into `ConfigError`,
-`files` reads and writes YAML, with `extends:` and `--set`.
+Inside: `sections` are the models, `choices` what they choose by name, `rules` what holds between their fields, `validation`
+turns all into `ConfigError`, `files` reads and writes YAML, with `extends:` and `--set`.
 """
 
+from tune_topkd.config.choices import METHODS
+from tune_topkd.config.choices import SAMPLERS
+from tune_topkd.config.choices import SCHEDULERS
+from tune_topkd.config.choices import ChoiceConfig
+from tune_topkd.config.choices import Method
+from tune_topkd.config.choices import SamplerConfig
+from tune_topkd.config.choices import SchedulerConfig
 from tune_topkd.config.errors import ConfigError
 from tune_topkd.config.errors import Override
 from tune_topkd.config.errors import Problem
@@ -24,7 +31,6 @@ from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
 from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import INTEGER_PARAMETERS
-from tune_topkd.config.sections import METHODS
 from tune_topkd.config.sections import NO_FILES
 from tune_topkd.config.sections import OBJECTIVE
 from tune_topkd.config.sections import RECIPE_PARAMETERS
@@ -33,7 +39,6 @@ from tune_topkd.config.sections import AshaConfig
 from tune_topkd.config.sections import AugmentConfig
 from tune_topkd.config.sections import BaselinesConfig
 from tune_topkd.config.sections import DataConfig
-from tune_topkd.config.sections import Method
 from tune_topkd.config.sections import ModelConfig
 from tune_topkd.config.sections import PairConfig
 from tune_topkd.config.sections import ParameterRange
@@ -58,10 +63,13 @@ __all__ = [
     "NO_FILES",
     "OBJECTIVE",
     "RECIPE_PARAMETERS",
+    "SAMPLERS",
+    "SCHEDULERS",
     "SWEEP_NAME",
     "AshaConfig",
     "AugmentConfig",
     "BaselinesConfig",
+    "ChoiceConfig",
     "ConfigError",
     "DataConfig",
     "Method",
@@ -73,7 +81,9 @@ __all__ = [
     "RandAugmentConfig",
     "RecipeConfig",
     "RelativeConfig",
+    "SamplerConfig",
     "Scalar",
+    "SchedulerConfig",
     "SharedFiles",
     "StudentConfig",
     "SweepConfig",

@@ -289,6 +289,10 @@ def _leaves(raw: Mapping[str, Any], parent: str = "") -> Iterator[str]:
             yield f"{parent}{name}"
 
 
+_BY_BARE_NAME = ("student", "sweep.sampler", "sweep.scheduler")
+"""Sections that a bare name may stand for."""
+
+
 def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
     *parents, last = override.key.split(".")
     target: Any = raw
@@ -296,7 +300,7 @@ def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
         section = target.get(parent)
         if section is None:
             section = target[parent] = {}
-        elif isinstance(section, str) and parents[:depth] == ["student"]:  # a bare name stands for the section
+        elif isinstance(section, str) and ".".join(parents[:depth]) in _BY_BARE_NAME:
             section = target[parent] = {"name": section}
         if not isinstance(section, dict):
             key = ".".join(parents[:depth])

@@ -1,7 +1,11 @@
 """What must hold between the fields of a `SweepConfig`."""
 
+from collections.abc import Iterator
 from collections.abc import Mapping
 
+from tune_topkd.config.choices import ASHA
+from tune_topkd.config.choices import SAMPLERS
+from tune_topkd.config.choices import SCHEDULERS
 from tune_topkd.config.errors import Problem
 from tune_topkd.config.errors import unknown_choice
 from tune_topkd.config.sections import INTEGER_PARAMETERS
@@ -129,7 +133,20 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
             f"must be at most recipe.epochs = {config.recipe.epochs}; sweep.asha: null lets every trial run to the end"
         )
         problems.append(Problem(key="sweep.asha.grace_epochs", rule=rule, value=asha.grace_epochs, has_value=True))
-    return problems
+    return [*problems, *_choice_problems(config)]
+
+
+def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
+    """Settings that the sampler or the scheduler does not take: those that have names are set elsewhere."""
+    sampler, scheduler = config.sweep.sampler, config.sweep.scheduler
+    if config.sweep.asha is not None and scheduler.name != ASHA:
+        rule = f"is of the scheduler asha, but sweep.scheduler is {scheduler.name}: set it to null, or leave one of them out"
+        yield Problem(key="sweep.asha", rule=rule)
+    cures = {"tpe": "its random proposals are sweep.startup_trials", ASHA: "its rungs are set under sweep.asha"}
+    for key, chosen, known in (("sampler", sampler, SAMPLERS), ("scheduler", scheduler, SCHEDULERS)):
+        for option, value in chosen.options.items() if chosen.name in known else ():
+            rule = f"{chosen.name} takes no options here; {cures.get(chosen.name, 'leave it out')}"
+            yield Problem(key=f"sweep.{key}.{option}", rule=rule, value=value, has_value=True)
 
 
 def _method_problems(config: PairConfig) -> list[Problem]:

@@ -16,15 +16,16 @@ from pydantic import Field
 from pydantic import field_validator
 from pydantic import model_validator
 
-from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.choices import ASHA
+from tune_topkd.config.choices import Method
+from tune_topkd.config.choices import SamplerConfig
+from tune_topkd.config.choices import SchedulerConfig
 from tune_topkd.config.placement import FILE
 from tune_topkd.config.placement import PATH
 from tune_topkd.config.placement import WHERE
 
 Scalar: TypeAlias = bool | int | float | str
 """A value that a parameter of a loss or a recipe can take."""
-
-METHODS: tuple[str, ...] = ("topkd", "kd", "dkd", "lskd", "kd+topkd", "dkd+topkd", "lskd+topkd", "ce")
 
 INTEGER_PARAMETERS = frozenset({"k", "batch_size"})
 """Parameters whose range is of integers without saying `type: int`; every other range is of floats."""
@@ -33,18 +34,6 @@ OBJECTIVE = "val_top1"
 """The metric that a sweep maximises, at the last epoch of the full budget."""
 
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-_USER_METHOD = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*(\+topkd)?")
-
-
-def _known_method(value: str) -> str:
-    if value not in METHODS and not _USER_METHOD.fullmatch(value):
-        raise ValueError(f"{unknown_choice(value, METHODS)}; or a callable of your own: package.module:loss")
-    return value
-
-
-Method = Annotated[str, AfterValidator(_known_method)]
-"""One of `METHODS`, or `package.module:loss`, a callable of the user's; `+topkd` makes either the base of the plug-in."""
 
 _ListT = TypeVar("_ListT", bound=list[Any])
 
@@ -369,8 +358,10 @@ class SweepSettings(_Section):
 
     trials: int = Field(32, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
+    sampler: SamplerConfig = SamplerConfig(name="tpe")
+    scheduler: SchedulerConfig = SchedulerConfig(name=ASHA)
     asha: AshaConfig | None = AshaConfig()
-    """`null` lets every trial run to the end."""
+    """Of the scheduler `asha`; `null` lets every trial run to the end. With another scheduler it is `null`."""
     startup_trials: int = Field(10, ge=1)
     """Random proposals before Optuna's TPE takes over; the first one of all is the defaults."""
     max_concurrent: int | None = Field(None, ge=1)
@@ -386,6 +377,15 @@ class SweepSettings(_Section):
     """Seconds without a report after which a trial counts as hung and is ended; more than the longest epoch."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds after which no trial goes on; the sweep can be resumed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_asha_by_default_with_another_scheduler(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "asha" in value or "scheduler" not in value:
+            return value
+        chosen = value["scheduler"]
+        name = chosen.get("name") if isinstance(chosen, dict) else getattr(chosen, "name", chosen)
+        return value if name == ASHA else value | {"asha": None}
 
 
 class PairConfig(_Section):

@@ -58,7 +58,7 @@ class TrialStatus(enum.StrEnum):
     COMPLETED = "completed"
     """Reached the full budget of epochs."""
     PRUNED = "pruned"
-    """Stopped early by ASHA."""
+    """Stopped early by the scheduler."""
     FAILED = "failed"
     """Ended without an answer; the reason says why."""
 
@@ -444,7 +444,14 @@ def decode(line: bytes, place: str) -> Event:
         raise LedgerError(f"line {seq + 1}: `{name}` is incomplete: {error!r}") from error
 
 
+_AS_THEY_ARE = frozenset({str, int, bool, type(None)})
+
+
 def _plain(value: Any) -> Any:
+    if type(value) in _AS_THEY_ARE:  # most values, and to ask whether they are mappings takes longer than all else
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

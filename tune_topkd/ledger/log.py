@@ -48,13 +48,13 @@ class Ledger:
         state: SweepState,
         stream: Any,
         clock: Callable[[], float] = lambda: time.time(),
-        sync_lines: Callable[[Any], None] = sync_stream,
+        is_durable: bool = True,
     ) -> None:
         self.path = path
         self.state = state
         self._stream = stream
         self._clock = clock
-        self._sync_lines = sync_lines
+        self._sync_lines = sync_stream if is_durable else lambda stream: None
         self._unfinished: tuple[Callable[[], None], int] | None = None
         """While events are written: what undoes them in the state, and where the file ended before."""
 
@@ -96,7 +96,7 @@ class Ledger:
                 before()
                 stream.truncate(0)
                 stream.seek(0)
-                ledger = cls(path, SweepState(), stream, clock, sync_stream if is_durable else lambda stream: None)
+                ledger = cls(path, SweepState(), stream, clock, is_durable)
                 ledger.append(header)
                 sync(path.parent)
             except BaseException:
@@ -116,8 +116,13 @@ class Ledger:
         self.close()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, *, clock: Callable[[], float] = lambda: time.time(), is_durable: bool = True) -> Self:
         """Open an existing ledger, dropping a last line that a kill has torn.
+
+        Args:
+            path: the file.
+            clock: the time of each line, as for `create`.
+            is_durable: whether `append` waits for the disk, as for `create`.
 
         Raises:
             LedgerError: missing, damaged, of another version, or driven by another process.
@@ -138,7 +143,7 @@ class Ledger:
         except BaseException:
             stream.close()
             raise
-        return cls(path, state, stream)
+        return cls(path, state, stream, clock, is_durable)
 
     def append(self, *contents: Content) -> list[Event]:
         """Write events, in one piece, and return them, as readers see them, when they are on the disk.

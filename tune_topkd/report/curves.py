@@ -31,7 +31,7 @@ from tune_topkd.report.table import floats
 
 _CURVE_LOOKS: Mapping[str, tuple[str, str, float, str, float]] = {
     TrialStatus.COMPLETED: ("completed", COMPLETED_COLOUR, 0.5, "o", 12),
-    TrialStatus.PRUNED: ("stopped by ASHA", PRUNED_COLOUR, 0.5, "o", 22),
+    TrialStatus.PRUNED: ("stopped early", PRUNED_COLOUR, 0.5, "o", 22),
     TrialStatus.FAILED: ("failed", FAILED_COLOUR, 0.8, "x", 34),
     TrialStatus.RUNNING: ("running", RUNNING_COLOUR, 0.9, ">", 16),
     "interrupted": ("interrupted", RUNNING_COLOUR, 0.9, "s", 16),

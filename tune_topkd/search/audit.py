@@ -1,7 +1,7 @@
 """Does a sweep's ledger hold together? Every decision in it is taken again from what lay before it.
 
-What is checked is what a user trusts: no trial lost, doubled or run again, no stop that ASHA would not take, no proposal
-that the sampler would not make, Optuna told what happened, and checkpoints that can be gone on from.
+What is checked is what a user trusts: no trial lost, doubled or run again, no stop that the scheduler would not take, no
+proposal that the sampler would not make, Optuna told what happened, and checkpoints that can be gone on from.
 """
 
 import math
@@ -29,10 +29,12 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.search.choosing import ChoiceError
+from tune_topkd.search.choosing import sampler_of
+from tune_topkd.search.choosing import scheduler_of
 from tune_topkd.search.failing import CommonError
 from tune_topkd.search.samplers import TpeSampler
 from tune_topkd.search.samplers import optuna_state
-from tune_topkd.search.schedulers import Asha
 from tune_topkd.search.search import NODES_LOST_WITHOUT_AN_EPOCH
 from tune_topkd.space import Space
 
@@ -61,6 +63,7 @@ def audit_decisions(config: SweepConfig, events: Sequence[Event]) -> tuple[list[
         What is wrong, a line each, empty if nothing is; and what the events tell.
 
     Raises:
+        ChoiceError: the sampler or the scheduler that the config names cannot be had.
         LedgerError: one event contradicts another.
     """
     audit = _Audit(config, events)
@@ -76,8 +79,8 @@ class _Audit:
         self._events = events
         self._space = Space.of(config)
         self._recipe_space = Space.of_recipe(config)
-        self._asha = Asha(config)
-        self._sampler = TpeSampler(self._space.axes(), config.sweep.seed, config.sweep.startup_trials)
+        self._scheduler = scheduler_of(config)
+        self._sampler = sampler_of(config)(self._space.axes(), config.sweep.seed)
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
@@ -85,6 +88,13 @@ class _Audit:
         self._stride = max(1, math.ceil(suggested / PROPOSALS_DRAWN_AGAIN))
 
     def findings(self) -> Iterator[str]:
+        """What is wrong, in the order of the events."""
+        try:
+            yield from self._told_again()
+        except ChoiceError as error:
+            yield f"{error}; no more is checked"
+
+    def _told_again(self) -> Iterator[str]:
         for event in self._events:
             is_suggest = isinstance(event.content, Suggest)
             if is_suggest and event.key.number != (expected := self.state.size(event.key.arm)):
@@ -177,7 +187,9 @@ class _Audit:
         elif epoch >= self._config.recipe.epochs:
             expected = Decision.COMPLETE
         else:
-            expected = self._asha.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
+            expected = (
+                self._scheduler.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
+            )
         if decision is not expected:
             yield f"trial {key} was decided {decision} at epoch {epoch}, where {expected} is right"
 
@@ -205,15 +217,19 @@ class _Audit:
             yield f"trial {key} ends with {end.value}, but its last {OBJECTIVE} is {expected}"
 
     def _whole_findings(self) -> Iterator[str]:
-        in_optuna = self._sampler.study.get_trials(deepcopy=False)
-        for record, trial in zip(self.state.arm(SEARCH), in_optuna, strict=True):
+        if isinstance(self._sampler, TpeSampler):
+            yield from self._study_findings(self._sampler)
+        for arm, number in Counter(key.arm for key in self.state.trials).items():
+            if arm == SEARCH and number > self.state.target:
+                yield f"there are {number} trials, more than the {self.state.target} asked for"
+
+    def _study_findings(self, sampler: TpeSampler) -> Iterator[str]:
+        """Whether Optuna was told what happened."""
+        for record, trial in zip(self.state.arm(SEARCH), sampler.study.get_trials(deepcopy=False), strict=True):
             if trial.state is not optuna_state(record.status):
                 yield f"trial {record.key} is {record.status}, but {trial.state.name} in Optuna"
             if record.status is TrialStatus.COMPLETED and trial.value != record.value:
                 yield f"trial {record.key} has {record.value}, but {trial.value} in Optuna"
-        for arm, number in Counter(key.arm for key in self.state.trials).items():
-            if arm == SEARCH and number > self.state.target:
-                yield f"there are {number} trials, more than the {self.state.target} asked for"
 
 
 def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from collections.abc import Container
 from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 from typing import Protocol
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
@@ -56,6 +59,25 @@ SamplerFactory = Callable[[Sequence[Axis], int], Sampler]
 """Makes a sampler for these axes and this seed."""
 
 
+def proposal_problem(proposal: object, axes: Sequence[Axis]) -> str:
+    """Which rule a proposal breaks; empty if it has a value of the right type and range for each axis."""
+    if not isinstance(proposal, Mapping) or set(proposal) != {axis.name for axis in axes}:
+        return f"a proposal must name every axis once, not {set(proposal) if isinstance(proposal, Mapping) else proposal!r}"
+    return next(filter(None, (_value_problem(axis, proposal[axis.name]) for axis in axes)), "")
+
+
+def _value_problem(axis: Axis, value: object) -> str:
+    if axis.kind == "choice":
+        is_one = any(value == choice and type(value) is type(choice) for choice in axis.choices)
+        return "" if is_one else f"{axis.name} must be one of {axis.choices}, not {value!r}"
+    kind = int if axis.kind == "int" else float
+    if type(value) is not kind:
+        return f"{axis.name} must be of type {kind.__name__}, not {type(value).__name__}"
+    return (
+        "" if axis.low <= value <= axis.high else f"{axis.name} must be from {axis.low:g} to {axis.high:g}, not {value}"
+    )
+
+
 class TpeSampler:
     """Optuna's TPE, its random numbers a function of (seed, trial number)."""
 
@@ -63,6 +85,8 @@ class TpeSampler:
         self._seed = seed
         self._startup_trials = startup_trials
         self.distributions = {axis.name: _distribution(axis) for axis in axes}
+        self._coordinates: dict[int, list[float]] = {}
+        """What each trial's values are as numbers, by the number that `_beside` shows it under."""
         self.study = optuna.create_study(direction="maximize", sampler=self._sampler(0))
         self._asked: dict[int, optuna.Trial] = {}
         self._best: list[tuple[float, int]] = []
@@ -74,7 +98,8 @@ class TpeSampler:
 
     def _beside(self, trials: Sequence[FrozenTrial], number: int) -> dict[str, Scalar]:
         """What the sampler proposes after these trials."""
-        study = optuna.create_study(direction="maximize", sampler=self._sampler(number), storage=_Borrowed(trials))
+        sampler = self._sampler(number, self._coordinates)
+        study = optuna.create_study(direction="maximize", sampler=sampler, storage=_Borrowed(trials))
         return dict(study.ask(self.distributions).params)
 
     def _history(self) -> list[FrozenTrial]:
@@ -112,11 +137,11 @@ class TpeSampler:
             if len(self._best) > LONGEST_HISTORY // 5:
                 heapq.heappop(self._best)
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, number: int, coordinates: dict[int, list[float]] | None = None) -> optuna.samplers.BaseSampler:
         seed = _seed(self._seed, number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate, before Optuna 5
-            return _Tpe(self.distributions, seed, self._startup_trials)
+            return _Tpe(self.distributions, seed, self._startup_trials, coordinates)
 
 
 class RandomSampler:
@@ -144,16 +169,40 @@ def _seed(seed: int, number: int) -> int:
 
 
 class _Tpe(optuna.samplers.TPESampler):
-    """Optuna's sampler, told the space: to compare all trials' ranges takes it a third of a late proposal's time."""
+    """Optuna's sampler, told the space: to compare all trials' ranges takes it a third of a late proposal's time.
 
-    def __init__(self, distributions: Mapping[str, BaseDistribution], seed: int, startup_trials: int) -> None:
+    Another quarter goes into making numbers of all trials' values anew at each proposal. Where they are given, they are
+    kept in `coordinates`, by the number of a trial that this sampler is shown.
+    """
+
+    def __init__(
+        self,
+        distributions: Mapping[str, BaseDistribution],
+        seed: int,
+        startup_trials: int,
+        coordinates: dict[int, list[float]] | None,
+    ) -> None:
         super().__init__(seed=seed, n_startup_trials=startup_trials, multivariate=True, constant_liar=True)
         self._searched = {name: d for name, d in sorted(distributions.items()) if not d.single()}
+        self._coordinates = coordinates
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Every trial has every axis, so the first that has ended shows them all."""
         trials = study.get_trials(deepcopy=False)
         return self._searched if any(t.state.is_finished() for t in trials) else {}
+
+    def _get_internal_repr(  # its other arguments are not the same in all versions
+        self, trials: list[FrozenTrial], search_space: dict[str, BaseDistribution], *others: Any
+    ) -> dict[str, NDArray[np.float64]]:
+        """The trials' values as numbers, by parameter."""
+        kept = self._coordinates
+        if kept is None or search_space != self._searched:
+            return super()._get_internal_repr(trials, search_space, *others)
+        for trial in trials:
+            if trial.number not in kept:
+                kept[trial.number] = [d.to_internal_repr(trial.params[name]) for name, d in search_space.items()]
+        rows = np.array([kept[trial.number] for trial in trials]).reshape(len(trials), len(search_space))
+        return dict(zip(search_space, rows.T, strict=True))
 
 
 def optuna_state(status: TrialStatus) -> TrialState:

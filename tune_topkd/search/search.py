@@ -40,10 +40,10 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import tell_all
+from tune_topkd.search.choosing import sampler_of
+from tune_topkd.search.choosing import scheduler_of
 from tune_topkd.search.failing import CommonError
 from tune_topkd.search.samplers import SamplerFactory
-from tune_topkd.search.samplers import TpeSampler
-from tune_topkd.search.schedulers import Asha
 from tune_topkd.search.schedulers import Scheduler
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
@@ -60,9 +60,10 @@ class UndecidedError(TuneTopKDError):
     @classmethod
     def of(cls, error: Exception) -> "UndecidedError":
         """The one line to tell of an exception that came out of a decision."""
-        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        while isinstance(error.__cause__, Exception) and not isinstance(error, TuneTopKDError):
             error = error.__cause__
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = "" if isinstance(error, TuneTopKDError) else f"{type(error).__name__}: "
+        text = " ".join(f"{kind}{error}".split())
         return cls(f"what comes next cannot be decided: {text[:500]}")
 
 
@@ -77,10 +78,11 @@ class Search:
         ledger: the sweep's, opened by this process.
         trackers: are told of each event once it is on the disk.
         clock: seconds, for the time budget.
-        sampler: makes what proposes; TPE by default.
-        scheduler: stops trials early; by default ASHA as the config says. It has seen nothing yet.
+        sampler: makes what proposes; by default the one that the config names.
+        scheduler: stops trials early; by default the one that the config names. It has seen nothing yet.
 
     Raises:
+        ChoiceError: the sampler or the scheduler that the config names cannot be had.
         UndecidedError: the ledger's trials are not such as this sampler and this space take.
     """
 
@@ -97,9 +99,9 @@ class Search:
         self.ledger = ledger
         self._trackers = list(trackers)
         self._space = Space.of(config)
-        make = sampler or (lambda axes, seed: TpeSampler(axes, seed, config.sweep.startup_trials))
-        self.sampler = make(self._space.axes(), config.sweep.seed)
-        self._scheduler = scheduler or Asha(config)
+        self.sampler = (sampler or sampler_of(config))(self._space.axes(), config.sweep.seed)
+        self._scheduler = scheduler or scheduler_of(config)
+        self._stopped_by = type(scheduler).__name__ if scheduler else config.sweep.scheduler.name
         self._clock = clock
         budget = config.sweep.time_budget
         self._deadline = None if budget is None else clock() + budget
@@ -167,7 +169,7 @@ class Search:
         decision = self._decide(key, epoch, metrics)
         contents: list[Content] = [Report(key=key, epoch=epoch, metrics=metrics, decision=decision)]
         if decision is not Decision.CONTINUE:
-            contents.append(_end(key, decision, epoch, metrics[OBJECTIVE]))
+            contents.append(self._end(key, decision, epoch, metrics[OBJECTIVE]))
         self._write(*contents)
         if decision is not Decision.CONTINUE:
             self._over(record)
@@ -294,24 +296,29 @@ class Search:
         for record in self.state.running():
             if record.decision not in (None, Decision.CONTINUE):
                 value = record.reports[record.epoch][OBJECTIVE]
-                self._write(_end(record.key, record.decision, record.epoch, value))
+                self._write(self._end(record.key, record.decision, record.epoch, value))
         for record in self.state.arm(SEARCH):
             self.sampler.take(record.key.number, record.proposal)
             if record.status.is_end:
                 self.sampler.tell(record)
         self._scheduler.replay(self.state)
 
-
-def _end(key: TrialKey, decision: Decision | None, epoch: int, value: float) -> End:
-    """What a decision brings about."""
-    match decision:
-        case Decision.COMPLETE:
-            return End(key=key, epoch=epoch, status=TrialStatus.COMPLETED, reason="full budget", value=value)
-        case Decision.PRUNE:
-            return End(key=key, epoch=epoch, status=TrialStatus.PRUNED, reason=f"asha at epoch {epoch}", value=value)
-        case Decision.DIVERGED:
-            error = f"a metric is NaN or infinite at epoch {epoch}"
-            reason = Decision.DIVERGED.value
-            return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
-        case _:
-            raise AssertionError(f"should not end on {decision}")
+    def _end(self, key: TrialKey, decision: Decision | None, epoch: int, value: float) -> End:
+        """What a decision brings about."""
+        match decision:
+            case Decision.COMPLETE:
+                return End(key=key, epoch=epoch, status=TrialStatus.COMPLETED, reason="full budget", value=value)
+            case Decision.PRUNE:
+                return End(
+                    key=key,
+                    epoch=epoch,
+                    status=TrialStatus.PRUNED,
+                    reason=f"{self._stopped_by} at epoch {epoch}",
+                    value=value,
+                )
+            case Decision.DIVERGED:
+                error = f"a metric is NaN or infinite at epoch {epoch}"
+                reason = Decision.DIVERGED.value
+                return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
+            case _:
+                raise AssertionError(f"should not end on {decision}")

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
+from tune_topkd.config import SweepConfig
 from tune_topkd.storage import file_hash
 from tune_topkd.user_code import code_hash
+from tune_topkd.user_code import is_users
+from tune_topkd.user_code import resolve
 from tune_topkd.user_code import user_modules
 
 VERSION = 1
@@ -56,9 +59,20 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
         found[TEACHER] = file_hash(teacher_file)
     loss_parameters(config.method)  # imports it
     names = [config.method.removesuffix("+topkd"), config.data.name, *(network.name for network in networks.values())]
+    names += _choices(config)
     for name in names:
         found |= {f"{CODE} {module}": code_hash(path) for module, path in user_modules(name).items()}
     return found
+
+
+def _choices(config: PairConfig) -> list[str]:
+    """The sampler and the scheduler of a sweep that are the user's, imported."""
+    if not isinstance(config, SweepConfig):
+        return []
+    names = [name for name in (config.sweep.sampler.name, config.sweep.scheduler.name) if is_users(name)]
+    for name in names:
+        resolve(name)
+    return names
 
 
 def file_hashes(config: PairConfig, found: Mapping[str, str], teacher_file: Path | None) -> dict[str, str]:

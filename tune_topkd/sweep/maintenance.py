@@ -90,11 +90,12 @@ def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
         What is wrong, a line each; empty if nothing is.
     """
     from tune_topkd.execution.checkpoints import checkpoint_findings
+    from tune_topkd.search import ChoiceError
     from tune_topkd.search import audit_decisions
 
     try:
         findings, state = audit_decisions(config, read_events(folder / LEDGER_FILE)[0])
-    except LedgerError as error:
+    except (ChoiceError, LedgerError) as error:
         return [str(error)]
     return findings + list(checkpoint_findings(state, folder))
 

@@ -41,6 +41,7 @@ from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.sweep.spaces import space_folders
 from tune_topkd.sweep.spaces import space_path
+from tune_topkd.user_code import is_users
 
 GIVEN = "the search space"
 """Names a space that came from no file."""
@@ -242,6 +243,7 @@ def _problem(key: str, rule: str, *value: object) -> Problem:
 
 def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[Problem]:
     """Every problem of a sweep's config; what is no problem but should be known is added to the notes."""
+    yield from _choice_problems(config)
     problems = list(_pair_problems(config, notes))
     yield from problems
     if problems:
@@ -249,6 +251,14 @@ def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[P
     num_classes = _num_classes(config)
     names = list(_space_name_problems(config))
     yield from names or _range_problems(config, num_classes)
+
+
+def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
+    """Problems of a sampler and a scheduler of the user's; ours have none, and take Optuna and Ray to import."""
+    if is_users(config.sweep.sampler.name) or is_users(config.sweep.scheduler.name):
+        from tune_topkd.search import choice_problems
+
+        yield from choice_problems(config)
 
 
 def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:

@@ -41,7 +41,7 @@ SWEEP_NOTE = """One sweep; its trials are the nested runs.
 
 - `best_val_top1`, `best_trial`: the best trial so far that reached the full budget of epochs. The step is the ledger's line.
 - `baseline_<method>_…`: the best run so far of a baseline. `grid_<method>_…`: each of its runs; the step is its number.
-- `trial_status` of a trial: completed (full budget), pruned (stopped early by ASHA), failed, interrupted, running.
+- `trial_status` of a trial: completed (full budget), pruned (stopped early), failed, interrupted, running.
 """
 
 
