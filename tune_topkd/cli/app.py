@@ -70,7 +70,7 @@ def _sweeps() -> list[str]:
 
 
 RunsDir = Annotated[
-    Path, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="Where sweeps, teachers and mlflow.db lie.")
+    Path, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="Folder of the sweeps, the teachers and mlflow.db.")
 ]
 MlflowUri = Annotated[
     str | None,
@@ -94,7 +94,7 @@ Spaces = Annotated[
 ]
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
-TimeBudget = Annotated[float | None, typer.Option(help="Seconds after which no trial goes on.")]
+TimeBudget = Annotated[float | None, typer.Option(help="Stop all trials after so many seconds.")]
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def run(
     name: Annotated[str | None, typer.Option(help="The sweep's name [default: the YAML's].")] = None,
     trials: Trials = None,
     epochs: Epochs = None,
-    seed: Annotated[int | None, typer.Option(help="Of the proposals and of every trial.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the proposals and of every trial.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Trials at once [default: what fits].")] = None,
     cpus_per_trial: Annotated[str | None, typer.Option(metavar="N|auto", help="auto: measured.")] = None,
     gpus_per_trial: Annotated[
@@ -168,7 +168,7 @@ def run(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
-    warm_start: Annotated[str | None, typer.Option(metavar="SWEEP", help="Try that sweep's best first.")] = None,
+    warm_start: Annotated[str | None, typer.Option(metavar="SWEEP", help="Try that sweep's best trials first.")] = None,
     set_: Sets = None,
 ) -> None:
     """Search each SPACE.yaml and export its tuned config."""
@@ -254,7 +254,7 @@ def resume(
         typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
     ] = None,
 ) -> None:
-    """Go on with a sweep after any interruption; finished trials are not run again."""
+    """Resume a sweep after any interruption; finished trials are not run again."""
     moved = [parse_set(text) for text in set_ or []]
     found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri, address)), Console()
     result = _shown(found.resume, found, console, trials=trials, time_budget=time_budget, moved=moved)
@@ -267,7 +267,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Show how sweeps stand."""
+    """Show the state of each sweep."""
     workspace = _workspace(runs_dir)
     every = workspace.sweeps() if sweep is None else []
     found = [standing(sweep, workspace)] if sweep else [standing_or_damage(name, workspace) for name in every]
@@ -287,7 +287,7 @@ def track(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
-    """Write into MLflow what it lacks of a sweep; any number of times gives the same."""
+    """Send MLflow what it lacks of a sweep; a second time changes nothing."""
     from tune_topkd.sweep import track as write
 
     write(sweep, _workspace(runs_dir, mlflow_uri))
@@ -301,7 +301,7 @@ def audit(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
-    """Check every decision of a sweep and all that is told of it against its ledger; exit 1 with a list of what is wrong."""
+    """Check a sweep's decisions, files and MLflow runs against its ledger; exit 1 with a list of what is wrong."""
     from tune_topkd.sweep import audit as findings_of
 
     findings = findings_of(sweep, _workspace(runs_dir, mlflow_uri), mlflow)
@@ -334,15 +334,15 @@ def teacher(
     space: Annotated[str | None, typer.Argument(metavar="SPACE.yaml")] = None,
     set_: Sets = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure it on the validation split again, though it took long before.")
+        bool, typer.Option("--measure", help="Measure its validation top-1 again, even if it is known.")
     ] = False,
     fill_bank: Annotated[
-        bool, typer.Option("--fill-bank", help="Ask it ahead for all logits that trials need.")
+        bool, typer.Option("--fill-bank", help="Compute all the logits that trials need, ahead of a sweep.")
     ] = False,
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove the banks of logits that no sweep in the runs dir names.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the trials, where their views are drawn anew in each epoch.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the trials, where each epoch draws new views.")] = 0,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
@@ -382,8 +382,8 @@ def train(
     space: Annotated[str, typer.Argument(metavar="SPACE.yaml")],
     set_: Sets = None,
     name: Annotated[str | None, typer.Option(help="[default: the YAML's]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Of the training.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of the training.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:

@@ -217,7 +217,7 @@ class Bridge:
         self._let_go(key)
 
     def check(self) -> None:
-        """Look for what would otherwise be waited for without a word: called often, does its work now and then."""
+        """Detect silent stalls: called often, it looks every few seconds."""
         now = time.monotonic()
         if now - self._checked < _SECONDS_BETWEEN_CHECKS or self.trouble:
             return

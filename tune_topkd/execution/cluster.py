@@ -72,7 +72,7 @@ class Cluster:
         Args:
             address: HOST:PORT of a Ray head.
             on_loss: called on a thread, with what happened, when Ray's head is gone: every call of Ray then blocks, and
-                after a minute it ends this process without a word, so this has to end it. By default the message goes
+                after a minute it ends this process silently, so this has to end it. By default the message goes
                 to stderr, and the exit code is 2.
 
         Raises:

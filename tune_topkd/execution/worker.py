@@ -224,7 +224,7 @@ def _ends_when_hung(
     """End this process when the training says nothing for `timeout` seconds, even if it holds the interpreter's lock.
 
     Yields:
-        A context for the times that the training is not to blame for.
+        A context that pauses the watchdog.
     """
     path = folder / HANG_FILE
     with contextlib.ExitStack() as stack:
