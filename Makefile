@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUNS ?= $(or $(TUNE_TOPKD_RUNS_DIR),runs)
 SWEEP ?= digits
 
-.PHONY: sweep test test-slow torture check format bench analysis clean
+.PHONY: sweep test test-slow test-lowest coverage torture check format bench analysis clean
 
 sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
 	@if [ -f $(RUNS)/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits --runs-dir $(RUNS); \
@@ -17,6 +17,15 @@ test: $(STAMP)  ## the tests, those marked slow left out
 
 test-slow: $(STAMP)  ## the tests marked slow
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+coverage: $(STAMP)  ## the tests, and which lines of the package they run in their own processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov tune_topkd --cov-report term:skip-covered $(ARGS)
+
+test-lowest:  ## the tests with the oldest versions that pyproject.toml allows, in an environment of their own
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[sweep,dev]'
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: $(STAMP)  ## a hundred kills of whole sweeps, and of workers, nodes and heads (25 minutes); test-slow has a short form
 	TUNE_TOPKD_TORTURE_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_torture.py $(ARGS)
@@ -40,7 +49,7 @@ analysis: $(STAMP)  ## the notebook over a sweep as a page: make analysis SWEEP=
 	@echo "the page: $(RUNS)/$(SWEEP)/sweep.html"
 
 clean:  ## remove what can be made again, but never the sweeps in runs/
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .coverage build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
