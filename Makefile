@@ -25,7 +25,7 @@ test-lowest:  ## the tests with the oldest versions that pyproject.toml allows, 
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) tests/lowest.py > .venv-lowest/lowest.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[sweep,dev]'
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv-lowest/bin/python -m pytest -W default -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)  # old libraries warn of new ones
 
 torture: $(STAMP)  ## a hundred kills of whole sweeps, and of workers, nodes and heads (25 minutes); test-slow has a short form
 	TUNE_TOPKD_TORTURE_KILLS=100 $(BIN)/python -m pytest -m slow tests/test_torture.py $(ARGS)
