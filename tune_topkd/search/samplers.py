@@ -171,7 +171,7 @@ def _seed(seed: int, number: int) -> int:
 class _Tpe(optuna.samplers.TPESampler):
     """Optuna's sampler, told the space: to compare all trials' ranges takes it a third of a late proposal's time.
 
-    Another quarter goes into making numbers of all trials' values anew at each proposal. Where they are given, they are
+    Another eighth goes into making numbers of all trials' values anew at each proposal. Where they are given, they are
     kept in `coordinates`, by the number of a trial that this sampler is shown.
     """
 
