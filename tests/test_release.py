@@ -12,9 +12,7 @@ from tune_topkd import __version__
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ASKED = [r for part in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for r in part]
-PINNED = dict(
-    line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().splitlines() if "==" in line
-)
+PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().splitlines() if "==" in line)
 
 
 def test_the_changelog_has_the_version_or_what_comes_after_it():
