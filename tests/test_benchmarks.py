@@ -97,6 +97,7 @@ def test_what_a_simulated_sweep_takes():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_cost_of_a_step():
     kinds = ("bank", "bfloat16", "plain", "live")
@@ -106,6 +107,7 @@ def test_the_cost_of_a_step():
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_trials_train_together():
     check(benchmarks("--quick", "packing"), ("at once", "its memory"))
@@ -113,6 +115,7 @@ def test_what_trials_train_together():
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_what_the_bank_is_worth_to_a_sweep():
     check(benchmarks("--quick", "bank"), ("glyphs, 4 trials", "the same", "its peak memory"))
@@ -134,6 +137,7 @@ def test_an_unknown_benchmark_is_refused(inside):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_parts_of_topkd_on_glyphs():
     before = set(RESULTS.glob("*"))

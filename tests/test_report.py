@@ -136,7 +136,9 @@ class TestTrialsTable:
     def test_restores_mixed_and_missing_values(self, texts, dtype, values):
         table = report.trials_table(self.runs(**{"params.x": [None, *texts]}).iloc[[0, 1, 2]])
         column = table.sort_values("number", ascending=False)["x"]
-        assert str(column.dtype) == dtype
+        assert column.dtype == (pd.Series(["a"]).dtype if dtype == "str" else dtype), (
+            "text has its own type from pandas 3 on"
+        )
         for value, expected in zip(column, values, strict=True):
             assert value is expected or value == expected or (pd.isna(value) and pd.isna(expected))
 

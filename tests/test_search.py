@@ -788,7 +788,7 @@ def test_a_ledger_whose_proposals_do_not_fit_the_space_is_told_in_one_line(tmp_p
     narrow = sweep_config(space={"scale_top": {"low": 3.0, "high": 3.5}})
     with (
         Ledger.open(path) as ledger,
-        pytest.raises(UndecidedError, match=r"^what comes next cannot be decided: .+") as told,
+        pytest.raises(UndecidedError, match=r"trial 0000 does not fit the space: scale_top must be .+") as told,
     ):
         Search(narrow, ledger)
     assert "\n" not in str(told.value)

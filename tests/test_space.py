@@ -61,7 +61,10 @@ def valid_ranges(draw):
             bound = draw(st.sampled_from(bounds))
             least, most, _ = reach[bound]
             if kind == "below" and (not log or math.floor(least) > 0 or not whole):
-                given |= {"low": math.floor(least) if whole else least / 2 if least > 0 else least - 1, "high": bound}
+                given |= {
+                    "low": math.floor(least) if whole else least / 2 or least if least > 0 else least - 1,
+                    "high": bound,
+                }
                 low, high = given["low"], most
             else:
                 given |= {"low": bound, "high": math.ceil(most) + draw(st.integers(0, 9))}
@@ -69,6 +72,12 @@ def valid_ranges(draw):
             exact = whole
         ranges[name], reach[name] = given, (low, high, exact)
     return ranges
+
+
+def test_a_log_range_over_all_numbers_gives_back_what_it_is_made_from():
+    wide = space(a={"low": 5e-324, "high": 1e300, "log": True})
+    for value in (5e-324, 1e-200, 1.0, 1e300):
+        assert wide.params(wide.proposal({"a": value}))["a"] == pytest.approx(value, rel=1e-9)
 
 
 # --- what holds in every proposal -----------------------------------------------------------------------------------

@@ -574,7 +574,7 @@ def trial_workers(sweep):
     return [pid for pid, title in processes(sweep.marks[-1]).items() if title.startswith("ray::ImplicitFunc")]
 
 
-@pytest.mark.parametrize("concurrent", [1, 2])
+@pytest.mark.parametrize("concurrent", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_trials_whose_workers_are_killed_go_on_and_no_kill_counts_twice(program, uninterrupted, concurrent):
     expected = uninterrupted(program, 0)
     sweep = program("workers", concurrent=concurrent, max_failures=50, pause=0.1)
@@ -640,7 +640,7 @@ def works_on(sweep, node):
     return any(note["pid"] in workers for note in sweep.work())
 
 
-@pytest.mark.parametrize("lost", ["raylet and workers", "raylet"])
+@pytest.mark.parametrize("lost", [pytest.param("raylet and workers", marks=pytest.mark.long), "raylet"])
 def test_trials_of_a_lost_node_go_on_on_another_and_a_new_node_gets_trials(program, cluster, lost):
     nodes = cluster(cpus=1)
     second = nodes.add_node(num_cpus=2)

@@ -267,6 +267,8 @@ def _nearest(value: Scalar, choices: Sequence[Scalar]) -> Scalar:
 def _share(low: float, high: float, value: float, *, log: bool) -> float:
     if high == low:
         return 0.5
+    if log and math.isinf(high / low):  # bounds further apart than a number can say
+        return (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
     if log:
         return math.log(value / low) / math.log(high / low)
     return (value - low) / (high - low)

@@ -44,6 +44,7 @@ from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
 from tune_topkd.search.failing import CommonError
 from tune_topkd.search.samplers import SamplerFactory
+from tune_topkd.search.samplers import proposal_problem
 from tune_topkd.search.schedulers import Scheduler
 from tune_topkd.space import Space
 from tune_topkd.space import lattice
@@ -297,7 +298,10 @@ class Search:
             if record.decision not in (None, Decision.CONTINUE):
                 value = record.reports[record.epoch][OBJECTIVE]
                 self._write(self._end(record.key, record.decision, record.epoch, value))
+        axes = self._space.axes()
         for record in self.state.arm(SEARCH):
+            if problem := proposal_problem(record.proposal, axes):
+                raise ValueError(f"trial {record.key} does not fit the space: {problem}")
             self.sampler.take(record.key.number, record.proposal)
             if record.status.is_end:
                 self.sampler.tell(record)
