@@ -137,6 +137,25 @@ def test_an_unknown_benchmark_is_refused(inside):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_which_trainings_fall_apart_and_how_early_good_ones_show():
+    before = set(RESULTS.glob("*"))
+    command = [sys.executable, "-m", "benchmarks.stability", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=800)
+    assert done.returncode == 0, done.stderr
+    assert set(RESULTS.glob("*")) == before
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    clipped = {(cells[0], cells[1]): cells[2:] for cells in lines if len(cells) == 5 and "±" in cells[2]}
+    assert clipped.keys() == {(m, c) for m in ("cross-entropy", "KD, T = 4", "TopKD, defaults") for c in ("–", "1")}
+    for cells in clipped.values():
+        means = [float(cell.partition(" ")[0]) for cell in cells[:-1]]
+        assert float(cells[-1]) == max(means)
+    told = [cells for cells in lines if cells[1:2] == ["6"]]
+    assert [cells[2] for cells in told] == ["1 of 4", "2 of 4", "3 of 4"] * 2
+    assert all(-1 <= float(value) <= 1 for cells in told for value in cells[3:])
+
+
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_parts_of_topkd_on_glyphs():

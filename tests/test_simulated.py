@@ -19,9 +19,9 @@ from tune_topkd.search import audit_decisions
 TRIALS = 30
 
 
-def config(**sweep):
+def config(recipe=None, **sweep):
     settings = {"trials": TRIALS, "startup_trials": 4, "asha": {"grace_epochs": 1}}
-    return formulas.sweep_config(sweep=settings | sweep, baselines=None)
+    return formulas.sweep_config(sweep=settings | sweep, baselines=None, recipe=recipe or {})
 
 
 def rising(trial, epoch):

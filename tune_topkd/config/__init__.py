@@ -33,12 +33,14 @@ from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import NO_FILES
 from tune_topkd.config.sections import OBJECTIVE
+from tune_topkd.config.sections import OBJECTIVE_EMA
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import SWEEP_NAME
 from tune_topkd.config.sections import AshaConfig
 from tune_topkd.config.sections import AugmentConfig
 from tune_topkd.config.sections import BaselinesConfig
 from tune_topkd.config.sections import DataConfig
+from tune_topkd.config.sections import EmaConfig
 from tune_topkd.config.sections import ModelConfig
 from tune_topkd.config.sections import PairConfig
 from tune_topkd.config.sections import ParameterRange
@@ -62,6 +64,7 @@ __all__ = [
     "METHODS",
     "NO_FILES",
     "OBJECTIVE",
+    "OBJECTIVE_EMA",
     "RECIPE_PARAMETERS",
     "SAMPLERS",
     "SCHEDULERS",
@@ -72,6 +75,7 @@ __all__ = [
     "ChoiceConfig",
     "ConfigError",
     "DataConfig",
+    "EmaConfig",
     "Method",
     "ModelConfig",
     "Override",

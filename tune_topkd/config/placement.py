@@ -23,19 +23,25 @@ class Placement:
     """Whether it is a path that a trial needs."""
 
 
+@dataclass(frozen=True)
+class Later:
+    """Marks a field that came after files were named by their configs: None gives the results of the versions before."""
+
+
+LATER = Later()
 WHERE = Placement()
 PATH = Placement(must_exist=True)
 FILE = Placement(has_content=True, must_exist=True)
 
 
 def placements(section: type[BaseModel]) -> dict[str, Placement]:
-    """The marked fields of a section and those within it, by dotted key, in the order they are declared."""
-    return dict(_marked(section, ""))
+    """The fields of a section and those within it that say where, by dotted key, in the order they are declared."""
+    return {key: mark for key, mark in _marked(section, "") if isinstance(mark, Placement)}
 
 
-def _marked(section: type[BaseModel], parent: str) -> Iterator[tuple[str, Placement]]:
+def _marked(section: type[BaseModel], parent: str) -> Iterator[tuple[str, Placement | Later]]:
     for name, field in section.model_fields.items():
-        yield from ((f"{parent}{name}", mark) for mark in field.metadata if isinstance(mark, Placement))
+        yield from ((f"{parent}{name}", mark) for mark in field.metadata if isinstance(mark, Placement | Later))
         for kind in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from _marked(kind, f"{parent}{name}.")
@@ -43,7 +49,9 @@ def _marked(section: type[BaseModel], parent: str) -> Iterator[tuple[str, Placem
 
 def what(section: BaseModel) -> dict[str, Any]:
     """A section as JSON can hold it, without the keys that change no result; a file's content is for the caller to add."""
-    return without(section.model_dump(mode="json"), placements(type(section)))
+    content, marked = section.model_dump(mode="json"), _marked(type(section), "")
+    left_out = (key for key, mark in marked if isinstance(mark, Placement) or value_at(content, key) is None)
+    return without(content, left_out)
 
 
 def without(content: Mapping[str, Any], keys: typing.Iterable[str]) -> dict[str, Any]:

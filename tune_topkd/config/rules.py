@@ -9,6 +9,7 @@ from tune_topkd.config.choices import SCHEDULERS
 from tune_topkd.config.errors import Problem
 from tune_topkd.config.errors import unknown_choice
 from tune_topkd.config.sections import INTEGER_PARAMETERS
+from tune_topkd.config.sections import OBJECTIVE_EMA
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import PairConfig
 from tune_topkd.config.sections import ParameterRange
@@ -133,6 +134,9 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
             f"must be at most recipe.epochs = {config.recipe.epochs}; sweep.asha: null lets every trial run to the end"
         )
         problems.append(Problem(key="sweep.asha.grace_epochs", rule=rule, value=asha.grace_epochs, has_value=True))
+    if config.sweep.rung_metric == OBJECTIVE_EMA and config.recipe.ema is None:
+        rule = "needs recipe.ema, such as {decay_epochs: 0.4}"
+        problems.append(Problem(key="sweep.rung_metric", rule=rule, value=config.sweep.rung_metric, has_value=True))
     return [*problems, *_choice_problems(config)]
 
 

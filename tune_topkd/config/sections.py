@@ -21,6 +21,7 @@ from tune_topkd.config.choices import Method
 from tune_topkd.config.choices import SamplerConfig
 from tune_topkd.config.choices import SchedulerConfig
 from tune_topkd.config.placement import FILE
+from tune_topkd.config.placement import LATER
 from tune_topkd.config.placement import PATH
 from tune_topkd.config.placement import WHERE
 
@@ -32,6 +33,9 @@ INTEGER_PARAMETERS = frozenset({"k", "batch_size"})
 
 OBJECTIVE = "val_top1"
 """The metric that a sweep maximises, at the last epoch of the full budget."""
+
+OBJECTIVE_EMA = "val_top1_ema"
+"""The same of the moving average of the weights, where `recipe.ema` is set."""
 
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -169,6 +173,13 @@ class StudentConfig(ModelConfig):
         return self
 
 
+class EmaConfig(_Section):
+    """An exponential moving average of the student's weights, which tells good trainings from bad ones earlier."""
+
+    decay_epochs: float = Field(0.4, gt=0)
+    """After so many epochs a step counts 1/e of what the newest counts."""
+
+
 class RecipeConfig(_Section):
     """How a network is trained: an optimiser with a learning-rate schedule by epoch."""
 
@@ -194,6 +205,10 @@ class RecipeConfig(_Section):
     warmup_start: float = Field(0.001, gt=0, le=1)
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's layers, where it is safe (torch's autocast); weights, loss and the teacher's logits stay float32."""
+    clip_grad: Annotated[float | None, LATER] = Field(None, gt=0)
+    """Scale the gradient of all trained weights down to this norm where it is longer."""
+    ema: Annotated[EmaConfig | None, LATER] = None
+    """Also measure a moving average of the weights, as `val_top1_ema`; the training is the same with it and without."""
     distill_warmup: int | None = Field(None, ge=0)
     """Epochs in which the weight of all terms but the cross-entropy rises linearly: min(epoch / distill_warmup, 1).
     By default that of the method: for DKD the field's 20 of 240 epochs, as a share of `epochs`; for the others 0."""
@@ -362,6 +377,8 @@ class SweepSettings(_Section):
     scheduler: SchedulerConfig = SchedulerConfig(name=ASHA)
     asha: AshaConfig | None = AshaConfig()
     """Of the scheduler `asha`; `null` lets every trial run to the end. With another scheduler it is `null`."""
+    rung_metric: Literal["val_top1", "val_top1_ema"] | None = None
+    """What trials are compared by before their last epoch; by default `val_top1_ema` where `recipe.ema` is set."""
     startup_trials: int = Field(10, ge=1)
     """Random proposals before Optuna's TPE takes over; the first one of all is the defaults."""
     max_concurrent: int | None = Field(None, ge=1)
@@ -410,6 +427,11 @@ class SweepConfig(PairConfig):
     sweep: SweepSettings = SweepSettings()
     baselines: BaselinesConfig | None = BaselinesConfig()
 
+    @property
+    def rung_metric(self) -> str:
+        """The metric that trials are compared by before their last epoch; at the last one it is `val_top1`."""
+        return self.sweep.rung_metric or (OBJECTIVE if self.recipe.ema is None else OBJECTIVE_EMA)
+
 
 class SharedFiles(_Section):
     """What the trainings of a pair share: absolute paths."""
@@ -442,7 +464,7 @@ class TrialConfig(SharedFiles):
     the GPU, if there is one, what it needs."""
 
 
-RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma")
+RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma", "clip_grad")
 """The fields of a recipe that a space may search."""
 
 

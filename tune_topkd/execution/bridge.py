@@ -96,6 +96,7 @@ class Bridge:
         self._folder = folder
         self._files = files
         self._hashes = dict(hashes)
+        self._needed = {OBJECTIVE, search.config.rung_metric}
         self._interruption = interruption
         self._nodes = nodes
         self._room = nodes.cluster.room(search.config)
@@ -168,8 +169,9 @@ class Bridge:
                 case "failed":
                     what = message["reason"], message["error"], message["traceback"]
                     self._failed_or_moved(key, *what, message["node"], is_surroundings=message["is_surroundings"])
-                case "report" if OBJECTIVE not in message["metrics"]:
-                    self._failed(key, "error", f"KeyError: the train function reported no {OBJECTIVE}", "")
+                case "report" if lacking := self._needed - message["metrics"].keys():
+                    told = ", ".join(sorted(lacking))
+                    self._failed(key, "error", f"KeyError: the train function reported no {told}", "")
                 case "report":
                     self._nodes.reported(message["node"])
                     decision = self.search.reported(key, message["epoch"], message["metrics"])

@@ -187,9 +187,8 @@ class _Audit:
         elif epoch >= self._config.recipe.epochs:
             expected = Decision.COMPLETE
         else:
-            expected = (
-                self._scheduler.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
-            )
+            value = metrics.get(self._config.rung_metric, math.nan)
+            expected = self._scheduler.decide(key, epoch, value) if key.arm == SEARCH else Decision.CONTINUE
         if decision is not expected:
             yield f"trial {key} was decided {decision} at epoch {epoch}, where {expected} is right"
 

@@ -53,7 +53,7 @@ def sampler_of(config: SweepConfig) -> SamplerFactory:
     chosen = config.sweep.sampler
     ours: dict[str, SamplerFactory] = {
         "random": RandomSampler,
-        "tpe": partial(TpeSampler, startup_trials=config.sweep.startup_trials),
+        "tpe": partial(TpeSampler, startup_trials=config.sweep.startup_trials, rung_metric=config.rung_metric),
     }
     return ours[chosen.name] if chosen.name in ours else partial(_CheckedSampler, chosen)
 

@@ -81,8 +81,9 @@ def _value_problem(axis: Axis, value: object) -> str:
 class TpeSampler:
     """Optuna's TPE, its random numbers a function of (seed, trial number)."""
 
-    def __init__(self, axes: Sequence[Axis], seed: int, startup_trials: int) -> None:
+    def __init__(self, axes: Sequence[Axis], seed: int, startup_trials: int, rung_metric: str = OBJECTIVE) -> None:
         self._seed = seed
+        self._rung_metric = rung_metric
         self._startup_trials = startup_trials
         self.distributions = {axis.name: _distribution(axis) for axis in axes}
         self._coordinates: dict[int, list[float]] = {}
@@ -128,7 +129,7 @@ class TpeSampler:
         trial = self._asked.pop(record.key.number)
         if record.status is not TrialStatus.FAILED:
             for epoch, metrics in record.reports.items():
-                trial.report(metrics[OBJECTIVE], epoch)
+                trial.report(metrics[self._rung_metric], epoch)
         state = optuna_state(record.status)
         value = record.value if state is TrialState.COMPLETE else None
         self.study.tell(trial, value, state=state)

@@ -24,7 +24,7 @@ class Scheduler(Protocol):
     """
 
     def decide(self, key: TrialKey, epoch: int, value: float) -> Decision:
-        """Enter a trial's value, which is finite, at an epoch before its last: `Decision.CONTINUE` or `PRUNE`."""
+        """Enter a trial's `rung_metric`, which is finite, at an epoch before its last: `Decision.CONTINUE` or `PRUNE`."""
 
     def replay(self, state: SweepState) -> None:
         """Enter all that a ledger tells, into a scheduler that has seen nothing."""
@@ -45,6 +45,7 @@ class Asha:
                 grace_period=asha.grace_epochs,
                 reduction_factor=asha.reduction_factor,
             )
+        self._metric = config.rung_metric
         self._known: set[TrialKey] = set()
 
     def decide(self, key: TrialKey, epoch: int, value: float) -> Decision:
@@ -63,4 +64,4 @@ class Asha:
         for record in state.arm(SEARCH):
             for epoch, metrics in record.reports.items():
                 if all(map(math.isfinite, metrics.values())):
-                    self.decide(record.key, epoch, metrics[OBJECTIVE])
+                    self.decide(record.key, epoch, metrics[self._metric])

@@ -284,7 +284,9 @@ class Search:
             return Decision.DIVERGED
         if epoch >= self.config.recipe.epochs:
             return Decision.COMPLETE
-        return self._scheduler.decide(key, epoch, metrics[OBJECTIVE]) if key.arm == SEARCH else Decision.CONTINUE
+        if key.arm != SEARCH:
+            return Decision.CONTINUE
+        return self._scheduler.decide(key, epoch, metrics[self.config.rung_metric])
 
     def _over(self, record: TrialRecord) -> None:
         """The trial's end is written: tell the sampler, and look whether all trials end so."""

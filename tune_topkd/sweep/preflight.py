@@ -233,7 +233,8 @@ def usable_parameters(config: PairConfig) -> dict[str, Scalar] | None:
 
 def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
     """The proposals that a search begins with: the defaults, if all searched parameters have one."""
-    defaults = loss_defaults(config) | config.recipe.model_dump(include=set(RECIPE_PARAMETERS))
+    recipe = config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
+    defaults = loss_defaults(config) | recipe
     return [{name: defaults[name] for name in config.space}] if set(config.space) <= set(defaults) else []
 
 

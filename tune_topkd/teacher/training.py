@@ -219,7 +219,8 @@ def _inputs(config: PairConfig) -> dict[str, Any]:
 
 def _settings(config: PairConfig) -> dict[str, Any]:
     """What a trained teacher depends on as far as the config says it."""
-    teacher = _given(config).model_dump(mode="json", include={"name", "kwargs", "image_size", "recipe", "seed"})
+    given = what(_given(config))
+    teacher = {key: given[key] for key in ("name", "kwargs", "image_size", "recipe", "seed")}
     return {"data": what(_data(config)), "teacher": teacher}
 
 

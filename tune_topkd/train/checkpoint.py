@@ -31,6 +31,8 @@ from tune_topkd.user_code import is_users
 CHECKPOINT_NAME = "checkpoint.pt"
 CODE_KEY = "code"
 """In the config of a checkpoint: what the user's code that it names computes."""
+EMA_KEY = "ema"
+"""In a checkpoint: the moving average of the weights, where `recipe.ema` is set."""
 LOSS_KEY = "loss"
 """In a checkpoint: the state of the loss, where it has any."""
 _KEYS = {WEIGHTS_KEY, "optimizer", "scheduler", "rng", "epoch", "metrics", "config"}

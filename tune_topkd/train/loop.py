@@ -28,6 +28,7 @@ from tune_topkd.data import FileSplit
 from tune_topkd.data import batches_of
 from tune_topkd.data import load_dataset
 from tune_topkd.data import load_saved
+from tune_topkd.evaluate import Evaluation
 from tune_topkd.evaluate import evaluate
 from tune_topkd.loss import CELoss
 from tune_topkd.loss import LossState
@@ -39,6 +40,7 @@ from tune_topkd.models import load_backbone
 from tune_topkd.models import to_channels_last
 from tune_topkd.teacher import TeacherLogits
 from tune_topkd.train.checkpoint import CHECKPOINT_NAME
+from tune_topkd.train.checkpoint import EMA_KEY
 from tune_topkd.train.checkpoint import LOSS_KEY
 from tune_topkd.train.checkpoint import check_same_config
 from tune_topkd.train.checkpoint import config_identity
@@ -47,8 +49,10 @@ from tune_topkd.train.checkpoint import write_checkpoint
 from tune_topkd.train.device import device_of
 from tune_topkd.train.device import in_share
 from tune_topkd.train.device import preserved_rng
+from tune_topkd.train.optim import averaged
 from tune_topkd.train.optim import build_optimizer
 from tune_topkd.train.optim import build_scheduler
+from tune_topkd.train.optim import trained_weights
 
 TRAIN_PREFIX = "train_"
 """Before the name of each unweighted term of the loss: `train_ce`, `train_tdl`, …"""
@@ -63,6 +67,8 @@ TEST_TOP1 = "test_top1"
 TEST_TOP5 = "test_top5"
 BEST_TEST_TOP1 = "best_epoch_test_top1"
 """The highest `test_top1` of the epochs so far: selected on the test set, comparable only with rows that are too."""
+EMA_SUFFIX = "_ema"
+"""After `val_top1` or `test_top1`: of the moving average of the weights, where `recipe.ema` is set."""
 LEARNING_RATE = "lr"
 """The learning rate of the epoch."""
 EPOCH_SECONDS = "epoch_seconds"
@@ -163,6 +169,8 @@ class Training:
         self.identity = config_identity(config, self.dataset)
         self.optimizer = build_optimizer([self.model, self.loss], config.recipe, device)
         self.scheduler = build_scheduler(self.optimizer, config.recipe)
+        steps = math.ceil(len(self.train_split) / config.recipe.batch_size)
+        self.ema = None if config.recipe.ema is None else averaged(self.model, config.recipe.ema, steps)
         self.epoch = 0
         self.metrics: dict[str, float] = {}
         self.rng: dict[str, Tensor] = {}
@@ -191,11 +199,17 @@ class Training:
 
     def _validate(self) -> dict[str, float]:
         """The accuracies on the validation split, in percent, under the names of what that split is."""
-        with self._autocast():
-            found = evaluate(self.model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
+        found = self._evaluated(self.model)
         on_test = self.config.data.selection == "best_test_epoch"
         top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
-        return {top1: found.top1} | ({} if found.top5 is None else {top5: found.top5})
+        accuracies = {top1: found.top1} | ({} if found.top5 is None else {top5: found.top5})
+        if self.ema is not None:
+            accuracies[f"{top1}{EMA_SUFFIX}"] = self._evaluated(self.ema).top1
+        return accuracies
+
+    def _evaluated(self, model: nn.Module) -> Evaluation:
+        with self._autocast():
+            return evaluate(model, self.val_split, mean=self.dataset.mean, std=self.dataset.std)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into `folder`, which is made if need be; the one in it is replaced in one step."""
@@ -210,6 +224,8 @@ class Training:
         }
         if loss := self.loss_state.state():
             content[LOSS_KEY] = loss
+        if self.ema is not None:
+            content[EMA_KEY] = self.ema.state_dict()
         write_checkpoint(folder, content)
 
     def restore(self, folder: Path) -> None:
@@ -226,6 +242,8 @@ class Training:
             self.loss_state.restore(content.get(LOSS_KEY, {}))
         except ValueError as error:
             raise ValueError(f"{folder / CHECKPOINT_NAME}: cannot be resumed from: {error}") from error
+        if self.ema is not None:
+            self.ema.load_state_dict(content[EMA_KEY])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         self.epoch, self.metrics, self.rng = content["epoch"], content["metrics"], content["rng"]
@@ -276,7 +294,11 @@ class Training:
         torch.autograd.backward(total)
         if number == 0 and all(weight.grad is None for weight in self.model.parameters()):
             raise ValueError(f"method {self.config.method!r}: its loss has no gradient for the student")
+        if self.config.recipe.clip_grad is not None:
+            nn.utils.clip_grad_norm_(trained_weights([self.model, self.loss]), self.config.recipe.clip_grad)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
         return total, terms
 
     def _batch_terms(self, batch: Batch, number: int) -> dict[str, Tensor]:

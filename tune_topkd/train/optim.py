@@ -15,7 +15,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.lr_scheduler import MultiStepLR
+from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tune_topkd.config import EmaConfig
 from tune_topkd.config import RecipeConfig
 
 _TOKENS = ("cls_token", "class_token", "dist_token", "distill_token", "reg_token")
@@ -31,7 +34,7 @@ def build_optimizer(modules: Sequence[nn.Module], recipe: RecipeConfig, device: 
         device: on a GPU the optimiser is fused.
     """
     fused = device.type == "cuda"  # one kernel for all weights; on the CPU it gains nothing
-    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    weights = trained_weights(modules)
     if recipe.optimizer == "adamw":
         spared = {id(weight) for module in modules for weight in _without_decay(module)}
         groups = [
@@ -47,6 +50,27 @@ def build_optimizer(modules: Sequence[nn.Module], recipe: RecipeConfig, device: 
         weight_decay=recipe.weight_decay,
         fused=fused,
     )
+
+
+def trained_weights(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The weights of some modules that are trained."""
+    return [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+
+
+def averaged(model: nn.Module, ema: EmaConfig, steps: int) -> AveragedModel:
+    """A network whose weights and buffers are an exponential moving average of another's.
+
+    After the step t it has w_t = d · w_(t-1) + (1 - d) · model_t with d = exp(-1 / (decay_epochs · steps)); the first step
+    counts in full.
+
+    Args:
+        model: the one that is trained; `update_parameters(model)` after each step.
+        ema: how fast older steps are forgotten.
+        steps: of an epoch.
+    """
+    decay = math.exp(-1 / (ema.decay_epochs * steps))
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
 
 
 def _without_decay(module: nn.Module) -> Iterator[Tensor]:
