@@ -157,10 +157,16 @@ def test_a_crash_that_every_trial_makes_ends_the_sweep_with_its_one_cause(sweep)
 # --- disks --------------------------------------------------------------------------------------------------------
 
 COMMAND_LINE = """
-import formulas, tune_topkd.execution
+import dataclasses
+import formulas
+from tune_topkd import execution
 from tune_topkd.cli import main
-run_sweep = tune_topkd.execution.run_sweep
-tune_topkd.execution.run_sweep = lambda search, **given: run_sweep(search, **given | {"train": formulas.heavy})
+
+class OfFormulas(execution.RayExecutor):
+    def run(self, search, work):
+        return super().run(search, dataclasses.replace(work, train=formulas.heavy))
+
+execution.RayExecutor = OfFormulas
 main()
 """
 
