@@ -76,6 +76,7 @@ def test_the_cost_of_the_losses():
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_overhead_of_a_sweep():
     done = benchmarks("--quick", "sweep_overhead")

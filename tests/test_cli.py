@@ -833,6 +833,7 @@ def test_a_training_that_is_killed_leaves_files_that_say_so(monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_space_without_a_teacher_trains_and_sweeps(space, runs, inside, tmp_path):
     alone = tmp_path / "alone.yaml"
     content = yaml.safe_load(SPACE)

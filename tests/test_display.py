@@ -359,7 +359,10 @@ def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty, process):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize(("before", "reader"), [("true", "head -3"), ("head -c 65536 /dev/zero", "sleep 1000")])
+@pytest.mark.parametrize(
+    ("before", "reader"),
+    [pytest.param("true", "head -3", marks=pytest.mark.long), ("head -c 65536 /dev/zero", "sleep 1000")],
+)
 def test_a_real_sweep_whose_reader_is_gone_or_asleep_ends_as_ever(tmp_path, before, reader):
     """A pipe holds 65536 bytes: with so many before, the first word of the sweep waits for the reader."""
     (tmp_path / "small.yaml").write_text(

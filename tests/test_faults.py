@@ -517,6 +517,7 @@ sweep()
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_begins_just_after_a_node_has_died(tmp_path):
     told = on_nodes(tmp_path / "s", JUST_AFTER_A_DEATH)
     state = read_state(tmp_path / "s" / "ledger.jsonl")

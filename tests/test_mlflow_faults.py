@@ -241,6 +241,7 @@ def test_a_locked_database_is_caught_up_when_it_is_free(ledger, new_store, store
     check(ledger, new_store, store)
 
 
+@pytest.mark.long
 def test_the_benchmark_of_an_outage(inside, monkeypatch):
     from benchmarks import mlflow_outage
 

@@ -564,6 +564,7 @@ def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_measures_once_and_keeps_the_number(tmp_path):
     options = ["--runs-dir", tmp_path, "--set", "baselines=null", "--set", "sweep.asha=null"]
     options += ["--set", "teacher.recipe.epochs=2", "--trials", 2, "--epochs", 1]

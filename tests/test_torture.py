@@ -508,7 +508,9 @@ def kill_at(moments, sweep):
     return left
 
 
-@pytest.mark.parametrize(("seed", "concurrent"), SWEEPS)
+@pytest.mark.parametrize(
+    ("seed", "concurrent"), [pytest.param(*s, marks=pytest.mark.long if s == SWEEPS[1] else ()) for s in SWEEPS]
+)
 def test_a_sweep_killed_at_random_instants_ends_as_if_it_had_not_been(program, uninterrupted, table, seed, concurrent):
     expected = uninterrupted(program, seed)
     sweep = program("killed", concurrent=concurrent, seed=seed)
@@ -661,6 +663,7 @@ def test_trials_of_a_lost_node_go_on_on_another_and_a_new_node_gets_trials(progr
     assert {line["reason"] for line in sweep.lines() if line["event"] == "retry"} <= {"node"}
 
 
+@pytest.mark.long
 def test_a_cluster_that_lives_on_takes_the_next_driver_beside_what_the_killed_one_left(program, cluster):
     nodes = cluster(cpus=2)
     sweep = program("address", concurrent=2, pause=0.1, address=nodes.address)
