@@ -662,6 +662,15 @@ def test_a_printed_command_carries_what_the_runs_need(tmp_path, monkeypatch):
     assert command("resume", "s", runs="my runs") == "tune_topkd resume s"
 
 
+@pytest.mark.parametrize("command", [["status"], ["teacher", "--prune"]], ids=" ".join)
+def test_what_needs_no_mlflow_does_not_look_at_its_uri(tmp_path, inside, monkeypatch, command):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://nowhere")
+    assert inside(*command, "--runs-dir", tmp_path).returncode == 0
+    refused = inside("track", "s", "--runs-dir", tmp_path)
+    assert refused.returncode == 2
+    assert "gopher" in refused.stderr
+
+
 def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(tmp_path):
     params = formulas.DEFAULTS | {"k": 7}
     proposal = formulas.DEFAULTS | {"scale_last": 0.0, "scale_gt": 0.25}

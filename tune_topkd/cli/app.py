@@ -46,6 +46,7 @@ from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
+from tune_topkd.sweep.workspace import NO_MLFLOW
 from tune_topkd.sweep.workspace import PRIVATE
 from tune_topkd.sweep.workspace import RAY_VARIABLE
 from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
@@ -66,7 +67,7 @@ app = typer.Typer(
 
 def _sweeps() -> list[str]:
     """For the shell's completion: the sweeps of the runs folder that is meant if none is given."""
-    return Workspace.at(address=PRIVATE).sweeps()
+    return Workspace.at(mlflow_uri=NO_MLFLOW, address=PRIVATE).sweeps()
 
 
 RunsDir = Annotated[
@@ -182,7 +183,7 @@ def run(
         gpus_per_trial=_number(gpus_per_trial),
         time_budget=time_budget,
     )
-    workspace, console = _workspace(runs_dir, mlflow_uri, address), Console()
+    workspace, console = _workspace(runs_dir, mlflow_uri or None, address), Console()
     with console.phase("checking what is to run"):
         sources = spaces or [DEFAULT_SPACE]
         named = zip(sources, _names(sources, name), strict=True)
@@ -256,7 +257,7 @@ def resume(
 ) -> None:
     """Resume a sweep after any interruption; finished trials are not run again."""
     moved = [parse_set(text) for text in set_ or []]
-    found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri, address)), Console()
+    found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
     result = _shown(found.resume, found, console, trials=trials, time_budget=time_budget, moved=moved)
     _conclude({sweep: result}, found.workspace, console)
 
@@ -290,7 +291,7 @@ def track(
     """Send MLflow what it lacks of a sweep; a second time changes nothing."""
     from tune_topkd.sweep import track as write
 
-    write(sweep, _workspace(runs_dir, mlflow_uri))
+    write(sweep, _workspace(runs_dir, mlflow_uri or None))
     Console().print(f"MLflow has all of {sweep}")
 
 
@@ -304,7 +305,7 @@ def audit(
     """Check a sweep's decisions, files and MLflow runs against its ledger; exit 1 with a list of what is wrong."""
     from tune_topkd.sweep import audit as findings_of
 
-    findings = findings_of(sweep, _workspace(runs_dir, mlflow_uri), mlflow)
+    findings = findings_of(sweep, _workspace(runs_dir, mlflow_uri or None), mlflow)
     for finding in findings:
         terminal.result(f"{finding}\n")
     if findings:
@@ -397,7 +398,7 @@ def train(
     if not SWEEP_NAME.fullmatch(label):
         rule = "must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
         raise ConfigError("--name", [Problem(key=label, rule=rule)])
-    workspace = _workspace(runs_dir, mlflow_uri)
+    workspace = _workspace(runs_dir, mlflow_uri or None)
     preflight.check_writable(workspace.runs)
     result = train_one(config, label, seed, workspace, _on_console(workspace))
     terminal.result(json.dumps(result, indent=2) + "\n", is_document=True)
@@ -411,7 +412,7 @@ def doctor(runs_dir: RunsDir = Path(DEFAULT_RUNS), mlflow_uri: MlflowUri = None,
     from tune_topkd.cli.display import progress_of
     from tune_topkd.sweep.doctor import examine
 
-    workspace = dataclasses.replace(_workspace(runs_dir, mlflow_uri), address=_cluster_of(address))
+    workspace = dataclasses.replace(_workspace(runs_dir, mlflow_uri or None), address=_cluster_of(address))
     is_well = True
     for finding in examine(workspace, progress_of(Console())):
         mark = "ok " if finding.is_well else "BAD"
@@ -479,8 +480,8 @@ def _number(text: str | None) -> float | str | None:
         return text
 
 
-def _workspace(runs_dir: Path, mlflow_uri: str | None = None, address: str | None = None) -> Workspace:
-    return Workspace.at(runs_dir, mlflow_uri or None, _cluster_of(address) or PRIVATE)
+def _workspace(runs_dir: Path, mlflow_uri: str | None = NO_MLFLOW, address: str | None = None) -> Workspace:
+    return Workspace.at(runs_dir, mlflow_uri, _cluster_of(address) or PRIVATE)
 
 
 def _cluster_of(address: str | None) -> str | None:

@@ -30,6 +30,8 @@ RUNS_DIR_VARIABLE = "TUNE_TOPKD_RUNS_DIR"
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 RAY_VARIABLE = "RAY_ADDRESS"
 DEFAULT_RUNS = "runs"
+NO_MLFLOW = ""
+"""The URI that means no MLflow, whatever the environment says."""
 PRIVATE = "local"
 """The address that means a private Ray on this machine, whatever the environment says."""
 
