@@ -32,14 +32,15 @@ from torch.nn import functional
 from benchmarks.__main__ import RESULTS
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import PairConfig
-from tune_topkd.config import StudentConfig
-from tune_topkd.config import TrialConfig
+from tune_topkd.config import SharedFiles
 from tune_topkd.config import load_pair
 from tune_topkd.data import load_dataset
 from tune_topkd.evaluate import evaluate
 from tune_topkd.export import load_tuned_config
 from tune_topkd.loss import TopKDLoss
+from tune_topkd.sweep.prepare import trial_with
 from tune_topkd.teacher import Teacher
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.train import train
@@ -98,18 +99,10 @@ def rows(tuned: Mapping[str, Any]) -> dict[str, tuple[str, Mapping[str, Any]]]:
 def run(pair: PairConfig, teacher: Teacher, job: Job) -> Result:
     """Train once, in a process of its own with one thread."""
     torch.set_num_threads(1)
-    assert pair.teacher is not None, "the glyphs space has a teacher"
-    needs_teacher = job.method != "ce"
-    config = TrialConfig(
-        data=pair.data,
-        student=StudentConfig.model_validate(pair.student),
-        teacher=pair.teacher.model if needs_teacher else None,
-        teacher_checkpoint=str(teacher.path) if needs_teacher else None,
-        method=job.method,
-        loss=dict(job.loss),
-        recipe=pair.recipe.model_copy(update={"lr": job.lr}),
-        seed=job.seed,
-    )
+    files = SharedFiles(teacher_checkpoint=str(teacher.path)) if job.method != "ce" else NO_FILES
+    recipe = pair.recipe.model_copy(update={"lr": job.lr})
+    of_job = pair.model_copy(update={"method": job.method, "loss": dict(job.loss), "recipe": recipe})
+    config = trial_with(of_job, files, job.seed)
     started = time.perf_counter()
     result = train(config)
     seconds = time.perf_counter() - started

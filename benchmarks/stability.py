@@ -32,18 +32,19 @@ import torch
 from benchmarks.__main__ import RESULTS
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import OBJECTIVE_EMA
 from tune_topkd.config import EmaConfig
 from tune_topkd.config import Scalar
-from tune_topkd.config import StudentConfig
+from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
-from tune_topkd.config import TrialConfig
 from tune_topkd.config import load_config
 from tune_topkd.config import loss_part
 from tune_topkd.config import recipe_part
 from tune_topkd.search import RandomSampler
 from tune_topkd.space import Space
+from tune_topkd.sweep.prepare import trial_with
 from tune_topkd.teacher import Teacher
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.train import train
@@ -81,21 +82,13 @@ class Curve:
 def run(config: SweepConfig, teacher: Teacher, job: Job) -> Curve:
     """Train once, in a process of its own with one thread."""
     torch.set_num_threads(1)
-    assert config.teacher is not None, "the space has a teacher"
-    needs_teacher, params = job.method != "ce", dict(job.params)
+    params = dict(job.params)
     ema = EmaConfig() if job.has_ema else None
     recipe = config.recipe.model_copy(update={**recipe_part(params), "clip_grad": job.clip, "ema": ema})
     reports: list[Mapping[str, float]] = []
-    trial = TrialConfig(
-        data=config.data,
-        student=StudentConfig.model_validate(config.student),
-        teacher=config.teacher.model if needs_teacher else None,
-        teacher_checkpoint=str(teacher.path) if needs_teacher else None,
-        method=job.method,
-        loss=loss_part(params),
-        recipe=recipe,
-        seed=job.seed,
-    )
+    files = SharedFiles(teacher_checkpoint=str(teacher.path)) if job.method != "ce" else NO_FILES
+    pair = config.model_copy(update={"method": job.method, "loss": loss_part(params), "recipe": recipe})
+    trial = trial_with(pair, files, job.seed)
     train(trial, lambda epoch, metrics, save: reports.append(metrics))
     lost = [0.0] * (recipe.epochs - len(reports))
     return Curve(*(tuple([r.get(name, 0.0) for r in reports] + lost) for name in (OBJECTIVE, OBJECTIVE_EMA)))

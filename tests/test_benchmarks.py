@@ -137,15 +137,21 @@ def test_an_unknown_benchmark_is_refused(inside):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_which_trainings_fall_apart_and_how_early_good_ones_show():
+def quick_page(module):
+    """What a benchmark with a page of its own prints in its quick form, and the cells of its tables; it writes nothing."""
     before = set(RESULTS.glob("*"))
-    command = [sys.executable, "-m", "benchmarks.stability", "--quick"]
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=800)
     assert done.returncode == 0, done.stderr
     assert set(RESULTS.glob("*")) == before
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    tables = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "|" in line]
+    return done.stdout, [[cell.strip() for cell in cells] for cells in tables]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_which_trainings_fall_apart_and_how_early_good_ones_show():
+    _, lines = quick_page("stability")
     clipped = {(cells[0], cells[1]): cells[2:] for cells in lines if len(cells) == 5 and "±" in cells[2]}
     assert clipped.keys() == {(m, c) for m in ("cross-entropy", "KD, T = 4", "TopKD, defaults") for c in ("–", "1")}
     for cells in clipped.values():
@@ -160,12 +166,7 @@ def test_which_trainings_fall_apart_and_how_early_good_ones_show():
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_parts_of_topkd_on_glyphs():
-    before = set(RESULTS.glob("*"))
-    command = [sys.executable, "-m", "benchmarks.glyphs", "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=800)
-    assert done.returncode == 0, done.stderr
-    assert set(RESULTS.glob("*")) == before
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    page, lines = quick_page("glyphs")
     table = {cells[0]: cells[1:] for cells in lines}
     for row in ("cross-entropy", "KD, T = 4", "TopKD, defaults", "TopKD, tuned"):
         lr, val, test, over_kd, seeds, others = table[row]
@@ -175,4 +176,4 @@ def test_the_parts_of_topkd_on_glyphs():
         assert seeds == "1"
     assert sum(name.startswith("– ") for name in table) == 4
     assert {"1", "20"} <= table.keys(), "the table of K"
-    assert re.search(r"^- 13 trainings of 2 epochs, \d+ at once: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^- 13 trainings of 2 epochs, \d+ at once: ", page, re.MULTILINE)
