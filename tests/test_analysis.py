@@ -30,9 +30,6 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.tracking import catch_up
 
-# MLflow's use of SQLAlchemy, not ours.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning")
-
 NOTEBOOK = Path(__file__).parents[1] / "analysis" / "sweep.ipynb"
 TRIALS, EPOCHS, RUNGS = 40, 12, (2, 6)
 HEADER = {

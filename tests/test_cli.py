@@ -66,9 +66,6 @@ from tune_topkd.train import train
 
 ROOT = Path(__file__).parents[1]
 
-# MLflow's own use of SQLAlchemy
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:sqlalchemy.exc.SADeprecationWarning")
-
 of_ray_itself = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
