@@ -363,6 +363,38 @@ BROKEN = {
         {"relative.of": ["a", "b"], "space": {"a": RANGE, "b": RANGE, "c": {"low": 1, "high": "a"}}},
         ["space.c = 'a': a bound cannot lead into or out of relative.of"],
     ),
+    "the effect of another method's weights": (
+        {
+            "method": "kd",
+            "loss": {},
+            "space": {"a": RANGE, "b": RANGE},
+            "relative": {"of": ["a", "b"], "units": "effect"},
+        },
+        ["relative.units = 'effect': is defined for topkd and what it is plugged into", "method is kd"],
+    ),
+    "an unknown unit": (
+        {"space": {"a": RANGE, "b": RANGE}, "relative": {"of": ["a", "b"], "units": "points"}},
+        ["relative.units = 'points'", "effect"],
+    ),
+    "an effect as another's bound": (
+        {"space": {"a": RANGE, "b": {"low": 1, "high": "a"}}, "relative": {"of": ["a", "b"], "units": "effect"}},
+        ["space.b = 'a': a weight drawn by its effect has no bound"],
+    ),
+    "an effect that depends on a text": (
+        {
+            "loss": {"alpha": "much"},
+            "space": {"tdl_weight": RANGE, "b": RANGE},
+            "relative": {"of": ["tdl_weight", "b"], "units": "effect"},
+        },
+        ["loss.alpha = 'much': must be a number, at least 0"],
+    ),
+    "an effect that depends on choices of a text": (
+        {
+            "space": {"tdl_weight": RANGE, "b": RANGE, "beta": ["low", 1.0]},
+            "relative": {"of": ["tdl_weight", "b"], "units": "effect"},
+        },
+        ["space.beta = 'low': must be a number, at least 0"],
+    ),
 }
 
 

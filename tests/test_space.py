@@ -9,9 +9,12 @@ from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from tune_topkd.config import EFFECTS
 from tune_topkd.config import ParameterRange
 from tune_topkd.config import RelativeConfig
 from tune_topkd.config import config_from
+from tune_topkd.config import weight_of_effect
+from tune_topkd.loss import loss_parameters
 from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.space import digest
@@ -233,6 +236,58 @@ def test_the_default_weights_are_proposed_as_they_are():
     assert of.params(ones) == ones
 
 
+# --- weights by their effect ----------------------------------------------------------------------------------------
+
+TOPKD = dict.fromkeys(("ce_weight", "tdl_weight", "contrastive_weight"), WEIGHTS["ce"])
+WITHIN = {name: {"low": 0.1, "high": 10, "log": True} for name in ("alpha", "beta", "temperature")}
+BY_EFFECT = {"sum": 3.0, "of": list(TOPKD), "units": "effect"}
+
+
+def gradient_factors(params):
+    """What each term's gradient grows with, of the terms at their defaults, as docs/design.md has it."""
+    return (
+        params["ce_weight"],
+        params["tdl_weight"] * (1 + params["alpha"] + params["beta"]) / 3,
+        params["contrastive_weight"] / params["temperature"] * 0.1,
+    )
+
+
+@unhurried
+@given(shares=st.tuples(*[SHARES] * 6))
+def test_effects_sum_up_and_keep_their_ratios_whatever_else_is_drawn(shares):
+    of = space(BY_EFFECT, **TOPKD, **WITHIN)
+    drawn = proposed(of, shares)
+    effects = gradient_factors(of.params(drawn))
+    assert math.fsum(effects) == pytest.approx(3.0)
+    for (one, name), (other, name2) in itertools.combinations(zip(effects, TOPKD, strict=True), 2):
+        assert one / other == pytest.approx(drawn[name] / drawn[name2])
+
+
+@unhurried
+@given(shares=st.tuples(*[SHARES] * 6))
+def test_a_proposal_gives_back_weights_by_their_effect(shares):
+    of = space(BY_EFFECT, **TOPKD, **WITHIN)
+    params = of.params(proposed(of, shares))
+    assert of.params(of.proposal(params)) == pytest.approx(params)
+
+
+def test_a_parameter_that_is_not_searched_counts_with_its_fixed_value_or_its_default():
+    made = {name: ParameterRange.model_validate(given) for name, given in TOPKD.items()}
+    ones = dict.fromkeys(TOPKD, 1.0)
+    by_default = Space(made, RelativeConfig(**BY_EFFECT))
+    assert by_default.params(ones) == ones
+    fixed = Space(made, RelativeConfig(**BY_EFFECT), {"temperature": 0.5, "alpha": 4.0, "k": 3})
+    assert fixed.params(ones) == pytest.approx({"ce_weight": 1.0, "tdl_weight": 0.5, "contrastive_weight": 5.0})
+
+
+def test_the_defaults_of_effects_are_those_of_the_loss():
+    known = loss_parameters("topkd")
+    for name, others in EFFECTS.items():
+        assert name in known
+        assert others == {other: known[other] for other in others}
+        assert weight_of_effect(name, known) == pytest.approx(1.0)
+
+
 # --- parameters from elsewhere --------------------------------------------------------------------------------------
 
 
@@ -382,13 +437,20 @@ def test_the_digest_changes_with_any_range(other):
 
 def test_the_digest_changes_with_the_relative_weights():
     digests = {
-        space(relative, **BASE).digest() for relative in (None, {"of": ["a", "b"]}, {"of": ["a", "b"], "sum": 2.0})
+        space(relative, **BASE).digest()
+        for relative in (
+            None,
+            {"of": ["a", "b"]},
+            {"of": ["a", "b"], "sum": 2.0},
+            {"of": ["a", "b"], "units": "effect"},
+        )
     }
-    assert len(digests) == 3
+    assert len(digests) == 4
 
 
 def test_the_digest_is_the_same_tomorrow():  # else sweeps begun before the change could not be resumed
     assert space(**BASE).digest() == "c5a9d4baff1bb355"
+    assert space({"of": ["a", "b"]}, **BASE).digest() == "450a22703fc13159"
     assert digest({"b": 1, "a": [1.0, "é"]}) == digest({"a": [1.0, "é"], "b": 1}) == "fb66f45f3d258fc2"
 
 

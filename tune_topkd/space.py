@@ -22,6 +22,8 @@ from tune_topkd.config import ParameterRange
 from tune_topkd.config import RelativeConfig
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.config import weight_of_effect
+from tune_topkd.config import what
 
 _WITHIN = (0.618, 0.2763)
 """Shares of an axis that make no integer of its ends, but by a rare chance, and hardly both."""
@@ -50,14 +52,21 @@ class Axis:
 class Space:
     """The ranges of a `SweepConfig`, with their order, their conditional bounds and their relative weights."""
 
-    def __init__(self, ranges: Mapping[str, ParameterRange], relative: RelativeConfig | None = None) -> None:
+    def __init__(
+        self,
+        ranges: Mapping[str, ParameterRange],
+        relative: RelativeConfig | None = None,
+        fixed: Mapping[str, Scalar] | None = None,
+    ) -> None:
         self._ranges = {name: ranges[name] for name in _bounds_first(ranges)}
         self._relative = relative
+        self._fixed = fixed or {}
+        """Parameters of the loss that are not searched, which an effect may depend on."""
 
     @classmethod
     def of(cls, config: SweepConfig) -> "Space":
         """The whole space of a sweep."""
-        return cls(config.space, config.relative)
+        return cls(config.space, config.relative, config.loss)
 
     @classmethod
     def of_recipe(cls, config: SweepConfig) -> "Space":
@@ -143,7 +152,7 @@ class Space:
     def digest(self) -> str:
         """A short name of this space that changes with any range, but not with the order they are written in."""
         content = {name: r.model_dump(mode="json") for name, r in self._ranges.items()}
-        relative = self._relative.model_dump(mode="json") if self._relative else None
+        relative = what(self._relative) if self._relative else None
         return digest({"ranges": content, "relative": relative})
 
     def _scaled(self, params: dict[str, Scalar]) -> dict[str, Scalar]:
@@ -151,19 +160,28 @@ class Space:
             return params
         total = math.fsum(float(params[name]) for name in self._relative.of)
         scaled = {name: float(params[name]) * self._relative.sum / total for name in self._relative.of}
-        return params | scaled
+        units = self._units(params)
+        return params | {name: value * units[name] if name in units else value for name, value in scaled.items()}
 
     def _unscaled(self, params: Mapping[str, Scalar]) -> Mapping[str, Scalar]:
         """The relative weights times what brings all of them into those of their bounds that are numbers."""
-        weights = self._relative.of if self._relative else []
-        if not all(float(params[name]) > 0 for name in weights):
+        names = self._relative.of if self._relative else []
+        units = self._units(params)
+        if not all(float(params[name]) > 0 and units.get(name, 1.0) > 0 for name in names):
             return params
-        lows = [(self._ranges[name].low, float(params[name])) for name in weights]
-        highs = [(self._ranges[name].high, float(params[name])) for name in weights]
+        weights = {name: float(params[name]) / units.get(name, 1.0) for name in names}
+        lows = [(self._ranges[name].low, value) for name, value in weights.items()]
+        highs = [(self._ranges[name].high, value) for name, value in weights.items()]
         least = max((low / value for low, value in lows if isinstance(low, float)), default=0.0)
         most = min((high / value for high, value in highs if isinstance(high, float)), default=math.inf)
         factor = min(max(1.0, least), most)
-        return {**params, **{name: float(params[name]) * factor for name in weights}}
+        return {**params, **{name: value * factor for name, value in weights.items()}}
+
+    def _units(self, params: Mapping[str, Scalar]) -> dict[str, float]:
+        """What the relative weights are multiplied by to have their effect; empty where the weights themselves are drawn."""
+        if self._relative is None or self._relative.units is None:
+            return {}
+        return {name: weight_of_effect(name, {**self._fixed, **params}) for name in self._relative.of}
 
 
 def digest(content: object) -> str:

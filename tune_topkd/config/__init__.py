@@ -30,6 +30,7 @@ from tune_topkd.config.placement import value_at
 from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
 from tune_topkd.config.sections import AUTO
+from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import NO_FILES
 from tune_topkd.config.sections import OBJECTIVE
@@ -56,10 +57,12 @@ from tune_topkd.config.sections import TeacherConfig
 from tune_topkd.config.sections import TrialConfig
 from tune_topkd.config.sections import loss_part
 from tune_topkd.config.sections import recipe_part
+from tune_topkd.config.sections import weight_of_effect
 from tune_topkd.config.validation import validated
 
 __all__ = [
     "AUTO",
+    "EFFECTS",
     "INTEGER_PARAMETERS",
     "METHODS",
     "NO_FILES",
@@ -107,6 +110,7 @@ __all__ = [
     "unknown_choice",
     "validated",
     "value_at",
+    "weight_of_effect",
     "what",
     "without",
 ]

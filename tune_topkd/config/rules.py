@@ -8,6 +8,7 @@ from tune_topkd.config.choices import SAMPLERS
 from tune_topkd.config.choices import SCHEDULERS
 from tune_topkd.config.errors import Problem
 from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import OBJECTIVE_EMA
 from tune_topkd.config.sections import RECIPE_PARAMETERS
@@ -102,7 +103,28 @@ def _relative_problems(config: SweepConfig, relative: RelativeConfig) -> list[Pr
             if (name in relative.of) != (bound in relative.of):
                 rule = "a bound cannot lead into or out of relative.of: scaling would break it"
                 problems.append(Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True))
-    return problems
+    return [*problems, *_effect_problems(config, relative)] if relative.units else problems
+
+
+def _effect_problems(config: SweepConfig, relative: RelativeConfig) -> Iterator[Problem]:
+    """What `units: effect` cannot be had with."""
+    if "topkd" not in config.method.split("+"):
+        rule = f"is defined for topkd and what it is plugged into, and the method is {config.method}: leave it out"
+        yield Problem(key="relative.units", rule=rule, value=relative.units, has_value=True)
+        return
+    for name in relative.of:
+        for bound in config.space[name].bound_names() if name in config.space else ():
+            rule = "a weight drawn by its effect has no bound that is another one: their units differ"
+            yield Problem(key=f"space.{name}", rule=rule, value=bound, has_value=True)
+    for name in sorted({of for weight in relative.of for of in EFFECTS.get(weight, {})}):
+        values = config.space[name].choices or [] if name in config.space else [config.loss.get(name, 1.0)]
+        for value in values:
+            if isinstance(value, bool | str) or value < 0:
+                key = f"space.{name}" if name in config.space else f"loss.{name}"
+                rule = (
+                    "must be a number, at least 0: relative.units asks for the effect of the weights that it is part of"
+                )
+                yield Problem(key=key, rule=rule, value=value, has_value=True)
 
 
 def _recipe_problems(config: PairConfig) -> list[Problem]:

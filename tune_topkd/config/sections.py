@@ -324,6 +324,32 @@ class RelativeConfig(_Section):
 
     sum: float = Field(3.0, gt=0)
     of: Annotated[list[str], AfterValidator(_each_once)] = Field(min_length=2)
+    units: Annotated[Literal["effect"] | None, LATER] = None
+    """`effect` draws what a term does to the student, in that of the term at its defaults and weight 1: see `EFFECTS`.
+    By default the weights themselves are drawn."""
+
+
+EFFECTS: Mapping[str, Mapping[str, float]] = {
+    "tdl_weight": {"alpha": 1.0, "beta": 1.0},
+    "contrastive_weight": {"temperature": 0.1},
+}
+"""The parameters of TopKD that a term's gradient grows or shrinks with, besides its weight, and their defaults.
+
+That of the decoupled loss grows with 1 + α + β, the sum of its groups' weights; that of the contrastive loss with 1 / τ.
+"""
+
+
+def weight_of_effect(name: str, values: Mapping[str, Scalar]) -> float:
+    """The weight that gives a term the effect that it has at its defaults and weight 1; 1 for terms not in `EFFECTS`.
+
+    Args:
+        name: of the weight.
+        values: of the loss's parameters; one that is left out has its default.
+    """
+    given = {other: float(values.get(other, default)) for other, default in EFFECTS.get(name, {}).items()}
+    if name == "tdl_weight":
+        return 3.0 / (1.0 + given["alpha"] + given["beta"])
+    return given["temperature"] / 0.1 if name == "contrastive_weight" else 1.0
 
 
 class AshaConfig(_Section):
