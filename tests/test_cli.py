@@ -14,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import formulas
 import numpy as np
 import pytest
 import torch
@@ -36,16 +35,12 @@ from tune_topkd.data import load_dataset
 from tune_topkd.evaluate import evaluate
 from tune_topkd.export import load_tuned_config
 from tune_topkd.ledger import Driver
-from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import Prepared
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import Stop
-from tune_topkd.ledger import Suggest
-from tune_topkd.ledger import TrialKey
-from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.ledger.events import encode
@@ -59,7 +54,6 @@ from tune_topkd.sweep import cost
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.callbacks import SILENT
 from tune_topkd.sweep.single import train_one
-from tune_topkd.sweep.warm_start import warm_starts
 from tune_topkd.tracking import sqlite_uri
 from tune_topkd.train import TrainResult
 from tune_topkd.train import train
@@ -666,26 +660,6 @@ def test_what_needs_no_mlflow_does_not_look_at_its_uri(tmp_path, inside, monkeyp
     refused = inside("track", "s", "--runs-dir", tmp_path)
     assert refused.returncode == 2
     assert "gopher" in refused.stderr
-
-
-def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(tmp_path):
-    params = formulas.DEFAULTS | {"k": 7}
-    proposal = formulas.DEFAULTS | {"scale_last": 0.0, "scale_gt": 0.25}
-
-    def trial(number, value, **changes):
-        key = TrialKey("search", number)
-        suggest = Suggest(key=key, proposal=proposal, params=params | changes)
-        return suggest, End(key=key, epoch=9, status=TrialStatus.COMPLETED, reason="budget", value=value)
-
-    begun(tmp_path / "s", *trial(0, 90.0), *trial(1, 80.0, k=5), *trial(2, 70.0, k=8), *trial(3, 60.0, lr=0.5))
-    config = formulas.sweep_config(space={"k": [3, 5, 9]})
-    told = []
-    found = warm_starts("s", Workspace(tmp_path, ""), config, told.append)
-    assert [(f["k"], f["lr"]) for f in found] == [(9, 0.1), (5, 0.5)], "the others are the defaults, which come first"
-    assert told == [
-        "--warm-start s: trial 2: k = 8 becomes 9, the nearest in this space",
-        "--warm-start s: trial 3: k = 7 becomes 5, the nearest in this space",
-    ]
 
 
 def test_help_says_every_default_and_choice(inside):

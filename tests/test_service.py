@@ -248,3 +248,66 @@ def test_messages_have_a_kind():
     watchers.note("b")
     watchers.error("c")
     assert watch.heard == [(Kind.INFO, "a"), (Kind.NOTE, "b"), (Kind.ERROR, "c")]
+
+
+# --- begun with what others found -----------------------------------------------------------------------------------
+
+TOPKD = {
+    **SPACE,
+    "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}},
+    "method": "topkd",
+    "loss": {"temperature": 0.3},
+    "space": {**SPACE["space"], "k": {"low": 1, "high": 9}, "scale_top": {"low": 1.0, "high": 3.0}},
+}
+
+
+def of_k(trial, epoch):
+    """Best at K = 7."""
+    return {"val_top1": 90.0 - abs(trial.config.loss["k"] - 7) - trial.config.recipe.lr}
+
+
+def first_of(sweep):
+    """The parameters that its ledger begins with."""
+    return [dict(p) for p in sweep.run(executor=SimulatedExecutor(of_k)).state.header.first]
+
+
+def test_a_warm_start_takes_the_nearest_values_says_so_and_tries_nothing_twice(create):
+    source = create(TOPKD, "source", overrides={"sweep.trials": 8}).run(executor=SimulatedExecutor(of_k)).state
+    best = [record.params for record in source.ranked()]
+    space = {**SPACE["space"], "k": [3, 5], "temperature": {"low": 0.5, "high": 1.0}}
+    sweep = create({**TOPKD, "loss": {"scale_top": 2.5}, "space": space}, "next", warm_start="source")
+    nearest = [min((3, 5), key=lambda choice: abs(choice - params["k"])) for params in best]
+    expected = [{"lr": p["lr"], "k": k, "temperature": 0.5} for p, k in zip(best, nearest, strict=True)][:3]
+    of_first = [f"--warm-start source: trial {source.best().key.number}: {told}" for told in (
+        f"k = {best[0]['k']} becomes {nearest[0]}, the nearest in this space",
+        "temperature = 0.3 becomes 0.5, the nearest in this space",
+        f"scale_top = {best[0]['scale_top']:.3g} becomes 2.5, as it is not searched here",
+    )]  # fmt: skip
+    assert best[0]["k"] not in (3, 5), "else the test shows less"
+    assert [note for note in sweep.notes if note.startswith("--warm-start")][:3] == of_first
+    defaults, *warm = first_of(sweep)
+    assert defaults == {"lr": 0.1, "k": 5, "temperature": 0.1}
+    assert warm == expected
+
+
+def test_a_sweep_begins_with_what_several_others_found_each_only_once(create):
+    best = {}
+    for name, seed in (("one", 0), ("other", 1)):
+        done = create(TOPKD, name, overrides={"sweep.seed": seed}).run(executor=SimulatedExecutor(of_k))
+        best[name] = [record.params for record in done.state.ranked()]
+    both = create(TOPKD, "both", overrides={"sweep.trials": 8}, warm_start=["one", "other", "one"])
+    defaults, *warm = first_of(both)
+    assert defaults == {"lr": 0.1, "k": 5, "scale_top": 2.0}
+    known = [defaults]
+    for name in ("one", "other", "one"):
+        known += [params for params in best[name] if params not in known][:3]
+    assert warm == known[1:]
+    assert len(warm) == 6
+
+
+def test_a_warm_start_needs_trials_that_have_every_parameter_of_the_space(create):
+    create(name="ce").run(executor=SimulatedExecutor(measured))
+    with pytest.raises(ConfigError, match="ce: its trials lack k, scale_top"):
+        create(TOPKD, "next", warm_start="ce")
+    with pytest.raises(ConfigError, match="nothing"):
+        create(name="next", warm_start=["ce", "nothing"])

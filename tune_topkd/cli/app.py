@@ -169,7 +169,9 @@ def run(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
-    warm_start: Annotated[str | None, typer.Option(metavar="SWEEP", help="Try that sweep's best trials first.")] = None,
+    warm_start: Annotated[
+        list[str] | None, typer.Option(metavar="SWEEP", help="Try that sweep's best trials first; may be repeated.")
+    ] = None,
     set_: Sets = None,
 ) -> None:
     """Search each SPACE.yaml and export its tuned config."""
@@ -187,7 +189,7 @@ def run(
     with console.phase("checking what is to run"):
         sources = spaces or [DEFAULT_SPACE]
         named = zip(sources, _names(sources, name), strict=True)
-        sweeps = all_of([functools.partial(Sweep.new, s, n, workspace, overrides, warm_start) for s, n in named])
+        sweeps = all_of([functools.partial(Sweep.new, s, n, workspace, overrides, warm_start or ()) for s, n in named])
     _conclude(_each_run(sweeps, workspace, console), workspace, console)
 
 

@@ -92,7 +92,7 @@ class Sweep:
         overrides: Overrides = (),
         mlflow_uri: str | None = None,
         address: str | None = None,
-        warm_start: str | None = None,
+        warm_start: str | Sequence[str] = (),
     ) -> "Sweep":
         """A new sweep, checked as far as can be before anything is spent; nothing is written before it is run.
 
@@ -103,7 +103,7 @@ class Sweep:
             overrides: values that replace the space's.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
-            warm_start: a sweep of the runs folder whose best trials are tried first.
+            warm_start: a sweep of the runs folder, or several, whose best trials are tried first.
 
         Raises:
             ConfigError: with every problem of the config, the name and this machine.
@@ -118,7 +118,7 @@ class Sweep:
         name: str | None,
         workspace: Workspace,
         overrides: Sequence[Override] = (),
-        warm_start: str | None = None,
+        warm_start: str | Sequence[str] = (),
     ) -> "Sweep":
         """As `create`, in a workspace that there is."""
         name = name or default_name(space)
@@ -132,7 +132,8 @@ class Sweep:
         found, _ = all_of([checked, lambda: workspace.check_free(name)])
         assert isinstance(found, preflight.Checked), "the first of the two"
         notes = [] if found.is_reviewed else list(found.warnings)
-        first = warm_starts(warm_start, workspace, found.config, notes.append) if warm_start else []
+        others = [warm_start] if isinstance(warm_start, str) else warm_start
+        first = warm_starts(others, workspace, found.config, notes.append)
         return cls(name, workspace, tuple(notes), found, tuple(first))
 
     @classmethod
