@@ -15,6 +15,7 @@ from tune_topkd.execution.simulated import WorkerLostError
 from tune_topkd.export import NoAnswerError
 from tune_topkd.export import load_tuned_config
 from tune_topkd.ledger import read_events
+from tune_topkd.ledger import read_state
 from tune_topkd.sweep import Callback
 from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Sweep
@@ -311,3 +312,52 @@ def test_a_warm_start_needs_trials_that_have_every_parameter_of_the_space(create
         create(TOPKD, "next", warm_start="ce")
     with pytest.raises(ConfigError, match="nothing"):
         create(name="next", warm_start=["ce", "nothing"])
+
+
+def test_the_users_points_come_after_the_defaults_completed_by_them_and_none_twice(create):
+    points = [{"k": 9, "lr": 0.02}, {"k": 5}, {"scale_top": 3}, {"k": 9, "lr": 0.02, "scale_top": 2.0}]
+    sweep = create({**TOPKD, "sweep": {**TOPKD["sweep"], "points": points}})
+    assert first_of(sweep) == [
+        {"lr": 0.1, "k": 5, "scale_top": 2.0},
+        {"lr": 0.02, "k": 9, "scale_top": 2.0},
+        {"lr": 0.1, "k": 5, "scale_top": 3.0},
+    ]
+    tried = [record.params for record in read_state(sweep.folder / "ledger.jsonl").arm("search")]
+    assert [(params["k"], params["scale_top"]) for params in tried[:3]] == [(5, 2.0), (9, 2.0), (5, 3.0)]
+
+
+WEIGHED = {
+    "space": {name: {"low": 0.1, "high": 10.0} for name in ("ce_weight", "tdl_weight")},
+    "relative": {"of": ["ce_weight", "tdl_weight"], "sum": 2.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "point", "told"),
+    [
+        ({}, {"k": 12}, "sweep.points.1.k = 12: is no value of its range; the nearest is 9"),
+        ({}, {"k": "five"}, "sweep.points.1.k = 'five': must be a number"),
+        ({}, {"kk": 5}, "sweep.points.1.kk = 5: is not searched; did you mean 'k'?"),
+        ({"space": {"k": [1, 5]}}, {"k": 3}, "sweep.points.1.k = 3: is no value of its range; the nearest is 1"),
+        (WEIGHED, {"tdl_weight": 0}, "sweep.points.1.tdl_weight = 0: a relative weight must be above 0"),
+        (
+            {"space": {"clip_grad": {"low": 0.5, "high": 2.0}}},
+            {},
+            "sweep.points.1: must give clip_grad: searched here, and without a default",
+        ),
+    ],
+)
+def test_a_point_that_the_space_does_not_have_is_told(create, changed, point, told):
+    good = {"clip_grad": 1.0} if "clip_grad" in changed.get("space", {}) else {}
+    with pytest.raises(ConfigError) as caught:
+        create({**TOPKD, **changed, "sweep": {**TOPKD["sweep"], "points": [good, point]}})
+    assert told in str(caught.value)
+    assert "points.0" not in str(caught.value)
+
+
+def test_of_a_points_relative_weights_only_the_ratios_matter(create):
+    sweep = create(
+        {**TOPKD, **WEIGHED, "sweep": {**TOPKD["sweep"], "points": [{"ce_weight": 30.0, "tdl_weight": 10.0}]}}
+    )
+    state = sweep.run(executor=SimulatedExecutor(lambda trial, epoch: {"val_top1": 50.0})).state
+    assert state.arm("search")[1].params == pytest.approx({"ce_weight": 1.5, "tdl_weight": 0.5})

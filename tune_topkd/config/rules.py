@@ -159,6 +159,11 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
     if config.sweep.rung_metric == OBJECTIVE_EMA and config.recipe.ema is None:
         rule = "needs recipe.ema, such as {decay_epochs: 0.4}"
         problems.append(Problem(key="sweep.rung_metric", rule=rule, value=config.sweep.rung_metric, has_value=True))
+    for number, point in enumerate(config.sweep.points or ()):
+        for name in sorted(set(point) - set(config.space)):
+            rule = f"is not searched; {unknown_choice(name, config.space)}"
+            key = f"sweep.points.{number}.{name}"
+            problems.append(Problem(key=key, rule=rule, value=point[name], has_value=True))
     return [*problems, *_choice_problems(config)]
 
 

@@ -407,6 +407,9 @@ class SweepSettings(_Section):
     """What trials are compared by before their last epoch; by default `val_top1_ema` where `recipe.ema` is set."""
     startup_trials: int = Field(10, ge=1)
     """Random proposals before Optuna's TPE takes over; the first one of all is the defaults."""
+    points: list[dict[str, Scalar]] | None = None
+    """Parameters that are tried after the defaults, before anything is proposed; what a point leaves out is the default.
+    Of relative weights only the ratios matter."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; by default as many as the cluster has room for."""
     cpus_per_trial: Annotated[float | str, AfterValidator(_cpus)] = 1.0

@@ -41,6 +41,9 @@ from tune_topkd.space import Axis
 from tune_topkd.space import Space
 from tune_topkd.sweep.spaces import space_folders
 from tune_topkd.sweep.spaces import space_path
+from tune_topkd.sweep.wording import changes
+from tune_topkd.sweep.wording import is_same
+from tune_topkd.sweep.wording import short
 from tune_topkd.user_code import is_users
 
 GIVEN = "the search space"
@@ -232,10 +235,48 @@ def usable_parameters(config: PairConfig) -> dict[str, Scalar] | None:
 
 
 def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
-    """The proposals that a search begins with: the defaults, if all searched parameters have one."""
+    """The parameters that a search begins with: the defaults, if all searched parameters have one, and the user's points.
+
+    A point that is there already is left out.
+    """
+    space, defaults = Space.of(config), _defaults(config)
+    first = [defaults] if set(defaults) == set(config.space) else []
+    for point in config.sweep.points or ():
+        params = space.params(space.proposal(defaults | point))
+        if not any(is_same(params, space.params(space.proposal(other))) for other in first):
+            first.append(params)
+    return first
+
+
+def _defaults(config: SweepConfig) -> dict[str, Scalar]:
+    """The defaults of the searched parameters that have one, in the order of the space."""
     recipe = config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
-    defaults = loss_defaults(config) | recipe
-    return [{name: defaults[name] for name in config.space}] if set(config.space) <= set(defaults) else []
+    known = loss_defaults(config) | recipe
+    return {name: known[name] for name in config.space if name in known}
+
+
+def _point_problems(config: SweepConfig, space: Space) -> Iterator[Problem]:
+    """What is wrong with the points that the user wants tried first."""
+    kinds = {axis.name: axis.kind for axis in space.axes()}
+    weights = config.relative.of if config.relative else []
+    for number, point in enumerate(config.sweep.points or ()):
+        key, complete = f"sweep.points.{number}", _defaults(config) | point
+        if missing := [name for name in config.space if name not in complete]:
+            yield _problem(key, f"must give {', '.join(missing)}: searched here, and without a default")
+            continue
+        if texts := [n for n, v in point.items() if kinds[n] != "choice" and isinstance(v, bool | str)]:
+            yield from (_problem(f"{key}.{name}", "must be a number", point[name]) for name in texts)
+            continue
+        yield from (
+            _problem(f"{key}.{name}", "a relative weight must be above 0", point[name])
+            for name in weights
+            if name in point and float(point[name]) <= 0
+        )
+        here = space.params(space.proposal(complete))
+        for name in (name for name in point if name not in weights):
+            if list(changes({name: point[name]}, {name: here[name]})):
+                rule = f"is no value of its range; the nearest is {short(here[name])}"
+                yield _problem(f"{key}.{name}", rule, point[name])
 
 
 def _problem(key: str, rule: str, *value: object) -> Problem:
@@ -388,6 +429,7 @@ def _range_problems(config: SweepConfig, num_classes: int) -> Iterator[Problem]:
                 seen.add(rule)
                 shown = {n: v for n, v in corner.items() if n in rule}
                 yield _problem("space" if set(corner) & set(re.findall(r"\w+", rule)) else "loss", rule, shown)
+        yield from _point_problems(config, space)
     except ValueError as error:  # a conditional range that is empty at some corner
         key, _, rule = str(error).partition(": ")
         yield _problem(key, rule)
