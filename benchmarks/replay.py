@@ -1,0 +1,249 @@
+"""`python -m benchmarks.replay [--seeds N] [--quick] [--write]`: what sweeps of glyphs find, by the hundred.
+
+Every sweep is a real one (sampler, ASHA, ledger, what TPE is told) on the simulated executor, four trials at once; its
+trainings are drawn from recorded ones (`benchmarks/record.py`, `benchmarks/surrogate.py`). The budget is that of so many
+trainings to the end. **Regret** is what the best expected value of both spaces, over 20,000 points of each, is above the
+expected value of the config that the sweep ends with: what a user would lose, in points of validation top-1. **Optimism** is
+by how much the value that the sweep tells is above that expected value: its luck. Both are means ± standard errors over the
+sweeps' seeds.
+
+`unclipped` is the space without clipped gradients, moving averages and units of effect (`recorded/glyphs-unclipped.yaml`),
+compared at its rungs by the weights' own accuracy; `default` is `search_spaces/glyphs.yaml`.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from dataclasses import field
+from datetime import date
+from functools import cache
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks.__main__ import RESULTS
+from benchmarks.__main__ import cores
+from benchmarks.__main__ import machine
+from benchmarks.surrogate import DEFAULTS
+from benchmarks.surrogate import RECORDED
+from benchmarks.surrogate import Surrogate
+from benchmarks.surrogate import recorded
+from tune_topkd.config import OBJECTIVE
+from tune_topkd.config import OBJECTIVE_EMA
+from tune_topkd.config import Override
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import load_config
+from tune_topkd.execution.simulated import SimulatedTrial
+from tune_topkd.execution.simulated import VirtualClock
+from tune_topkd.execution.simulated import simulate
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.search import RandomSampler
+from tune_topkd.search import Search
+from tune_topkd.space import Space
+from tune_topkd.sweep.preflight import first_proposals
+
+SPACES = {
+    "unclipped": RECORDED / "glyphs-unclipped.yaml",
+    "default": Path(__file__).parents[1] / "search_spaces" / "glyphs.yaml",
+}
+AT_ONCE = 4
+SEEDS = 100
+SEED_NOISE = 1.0
+"""Standard deviation of a good config's validation top-1 over training seeds, in points, as recorded repeats have it."""
+POINTS = 20_000
+"""Of each space, among which the best is looked for."""
+WARM = 3
+"""Of another sweep's trials, tried first."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to search."""
+
+    name: str
+    space: str
+    budget: int
+    """In trainings to the end."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Of the space's YAML, by dotted key."""
+    warm: "Variant | None" = None
+    """The sweep whose three best trials are tried first."""
+
+
+_COLD = Variant("unclipped", "unclipped", 40)
+VARIANTS = (
+    *(Variant("unclipped", "unclipped", budget) for budget in (20, 40, 80)),
+    Variant("unclipped, every trial to the end", "unclipped", 40, {"sweep.asha": None}),
+    *(Variant("default", "default", budget) for budget in (20, 40, 80)),
+    Variant("default, rungs by the weights' own accuracy", "default", 40, {"sweep.rung_metric": OBJECTIVE}),
+    Variant("default, every trial to the end", "default", 40, {"sweep.asha": None}),
+    Variant("random, every trial to the end", "default", 40, {"sweep.sampler": "random", "sweep.asha": None}),
+    Variant("random, every trial to the end", "default", 300, {"sweep.sampler": "random", "sweep.asha": None}),
+    Variant("default, warm from `unclipped` at 40", "default", 10, warm=_COLD),
+    Variant("default, warm from `unclipped` at 40", "default", 20, warm=_COLD),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one sweep ended with."""
+
+    params: Mapping[str, Scalar]
+    value: float
+    """As the sweep tells it."""
+    expected: float
+    """As the model of the trainings has it."""
+
+
+@cache
+def surrogate() -> Surrogate:
+    """The model of all recorded trainings, made once in a process."""
+    return Surrogate(recorded("glyphs-unclipped", "glyphs-clip", "glyphs"), SEED_NOISE)
+
+
+def config_of(variant: Variant, seed: int) -> SweepConfig:
+    """The sweep of a variant, with more trials than its budget allows."""
+    changes = {"sweep.trials": 100 * variant.budget, "sweep.seed": seed, "baselines": None, **variant.changes}
+    return load_config(SPACES[variant.space], [Override(key, value, variant.name) for key, value in changes.items()])
+
+
+def sweep(variant: Variant, seed: int) -> Found:
+    """Run one sweep of a variant."""
+    config = config_of(variant, seed)
+    first = first_proposals(config)
+    if variant.warm is not None:
+        space, defaults = Space.of(config), first[0]
+        for record in _run(config_of(variant.warm, seed), variant.warm, [], seed)[:WARM]:
+            known = {**DEFAULTS, **record.params}  # what the space did not search had its default
+            wanted = {name: known.get(name, default) for name, default in defaults.items()}
+            first.append(space.params(space.proposal(wanted)))
+    ranked = _run(config, variant, first, seed)
+    if not ranked:
+        return Found({}, 0.0, 0.0)
+    best = ranked[0]
+    return Found(best.params, best.value or 0.0, float(surrogate().mean([best.params])[0]))
+
+
+def _run(config: SweepConfig, variant: Variant, first: Sequence[Mapping[str, Scalar]], seed: int) -> list[TrialRecord]:
+    """Its trials that reached the full budget, best first."""
+    fixed = {**recipe_fixed(config), **config.loss}
+    curves: dict[int, tuple[Any, Any]] = {}
+
+    def formula(trial: SimulatedTrial, epoch: int) -> Mapping[str, float]:
+        number = trial.record.key.number
+        if number not in curves:
+            curves[number] = surrogate().curve({**fixed, **trial.record.params}, 100_003 * seed + number)
+        raw, ema = curves[number]
+        return {OBJECTIVE: float(raw[epoch - 1]), OBJECTIVE_EMA: float(ema[epoch - 1])}
+
+    header = Header(
+        sweep="replay", id="0", seed=seed, trials=config.sweep.trials, first=first or first_proposals(config)
+    )
+    clock = VirtualClock()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Ledger.create(Path(folder) / "ledger.jsonl", header, clock=clock, is_durable=False) as ledger,
+    ):
+        ledger.append(Driver.here(trials=config.sweep.trials))
+        reports = variant.budget * config.recipe.epochs
+        simulate(Search(config, ledger, clock=clock), formula, at_once=AT_ONCE, clock=clock, reports=reports)
+        return ledger.state.ranked()
+
+
+def recipe_fixed(config: SweepConfig) -> dict[str, Scalar]:
+    """What the recipe says of the parameters that a training is modelled by."""
+    return {} if config.recipe.clip_grad is None else {"clip_grad": config.recipe.clip_grad}
+
+
+def best_expected() -> tuple[float, Mapping[str, Scalar]]:
+    """The best expected value there is in either space, and where."""
+    points: list[Mapping[str, Scalar]] = []
+    for name in SPACES:
+        space = Space.of(config_of(Variant(name, name, 1), 0))
+        sampler = RandomSampler(space.axes(), seed=1)
+        points += [space.params(sampler.ask(number)) for number in range(POINTS)]
+    values = surrogate().mean(points)
+    return float(values.max()), points[int(values.argmax())]
+
+
+def row(variant: Variant, found: Sequence[Found], best: float) -> str:
+    """A line of the table."""
+    regrets = [best - f.expected for f in found]
+    cells = [
+        spread(regrets),
+        f"{sorted(regrets)[int(0.9 * len(regrets))]:.2f}",
+        spread([f.value - f.expected for f in found]),
+    ]
+    return f"| {variant.name} | {variant.budget} | {' | '.join(cells)} | {len(found)} |"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard error."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
+
+
+def model_lines() -> list[str]:
+    """How far the model of the trainings can be trusted."""
+    known, expected = surrogate().known, surrogate().expected[:, -1]
+    shown = pd.DataFrame({"end": known.raw[:, -1], "expected": expected})
+    better = shown[shown["end"] >= shown["end"].median()]
+    ranks = [of["end"].corr(of["expected"], method="spearman") for of in (shown, better)]
+    return [
+        f"- {len(shown)} recorded trainings; Spearman between a training's end and what the trees without it expect: "
+        f"{ranks[0]:.2f}, {ranks[1]:.2f} among the better half",
+        f"- the residuals are scaled by {surrogate().noise_scale:.2f}, to a seed noise of {SEED_NOISE:g} points",
+    ]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="benchmarks.replay", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="sweeps of each variant")
+    parser.add_argument("--only", default="", help="variants whose name has this")
+    parser.add_argument("--at-once", type=int, default=cores())
+    parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
+    parser.add_argument("--write", action="store_true", help=f"write the table to {RESULTS}")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    seeds = range(2 if args.quick else args.seeds)
+    variants = [v for v in VARIANTS if args.only in v.name and (not args.quick or v.budget <= 20)]
+    best, where = best_expected()
+    table = ["| search | budget | regret | its 90 % point | optimism | sweeps |", "|---|---|---|---|---|---|"]
+    with ProcessPoolExecutor(args.at_once, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        for variant in variants:
+            found = list(pool.map(partial(sweep, variant), seeds, chunksize=max(1, len(seeds) // (4 * args.at_once))))
+            table.append(row(variant, found, best))
+            print(table[-1], file=sys.stderr, flush=True)
+    minutes = (time.perf_counter() - started) / 60
+    shown = ", ".join(f"{name} {value:.3g}" for name, value in where.items())
+    lines = [f"# Replay of glyphs, {date.today()}", "", *machine()[:2], *model_lines()]
+    lines += [f"- the best expected value: {best:.1f}, at {shown}", f"- {minutes:.1f} min in all", ""]
+    lines += [*(__doc__ or "").strip().splitlines()[2:], "", *table, ""]
+    if not args.write:
+        print("\n".join(lines))
+        return
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{date.today()}-replay-glyphs.md"
+    path.write_text("\n".join(lines))
+    print(path)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
