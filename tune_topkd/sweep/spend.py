@@ -1,0 +1,120 @@
+"""What a sweep's trainings have cost, and what stopping some of them early has saved, by its ledger."""
+
+import math
+import statistics
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tune_topkd.config import OBJECTIVE
+from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.sweep.wording import duration
+
+EPOCH_SECONDS = "epoch_seconds"
+"""The metric that says how long an epoch took in its worker, in seconds."""
+FEWEST = 8
+"""Trials of the full budget below which a rank correlation says nothing."""
+WEAK = 0.5
+"""A rank correlation below which a rung stops trials nearly at random."""
+
+
+@dataclass(frozen=True)
+class Spend:
+    """Seconds in which trials trained, in their workers: trials beside one another count each."""
+
+    search: float
+    """Of all trials of the search."""
+    others: float
+    """Of the baselines, and of whatever else is not the search's."""
+    stopped: float
+    """Of the search's trials that were stopped early."""
+    failed: float
+    """Of those that failed."""
+    saved: float
+    """What the stopped trials would have taken to the full budget, at the pace of their own epochs."""
+
+    @property
+    def total(self) -> float:
+        """Of all trials."""
+        return self.search + self.others
+
+    def sentence(self) -> str:
+        """In words; empty before anything was reported."""
+        if not self.total:
+            return ""
+        saved = f"; stopping trials early has saved {duration(self.saved)}" if self.saved else ""
+        failed = f", {duration(self.failed)} of it in trials that failed" if self.failed else ""
+        return f"{duration(self.total)} of training in all, one trial at a time{failed}{saved}"
+
+
+def spend(config: SweepConfig, state: SweepState) -> Spend:
+    """What the trainings of a sweep have cost so far; an epoch that a trial trained twice counts once.
+
+    Args:
+        config: the sweep's.
+        state: the sweep.
+    """
+    search = state.arm(SEARCH)
+    stopped = [record for record in search if record.status is TrialStatus.PRUNED]
+    epochs = config.recipe.epochs
+    return Spend(
+        search=_seconds(search),
+        others=_seconds(record for record in state.trials.values() if record.key.arm != SEARCH),
+        stopped=_seconds(stopped),
+        failed=_seconds(record for record in search if record.status is TrialStatus.FAILED),
+        saved=math.fsum(_seconds([r]) / r.epoch * (epochs - r.epoch) for r in stopped if r.epoch),
+    )
+
+
+def _seconds(records: Iterable[TrialRecord]) -> float:
+    return math.fsum(report.get(EPOCH_SECONDS, 0.0) for record in records for report in record.reports.values())
+
+
+@dataclass(frozen=True)
+class RungRank:
+    """How well a rung foresaw the end."""
+
+    epoch: int
+    trials: int
+    """That reached the full budget, over which the correlation is."""
+    spearman: float
+    """Between what trials are compared by at the rung, and their value at the end."""
+
+    def sentence(self) -> str:
+        """In words."""
+        weak = ": it foresees little, later rungs or none may find more" if self.spearman < WEAK else ""
+        return (
+            f"rung at epoch {self.epoch}: rank correlation {self.spearman:.2f} with the end, {self.trials} trials{weak}"
+        )
+
+
+def rung_ranks(config: SweepConfig, state: SweepState, rungs: Sequence[int]) -> list[RungRank]:
+    """How well each rung foresaw the end, by the trials that reached it; none where these are few.
+
+    They are the ones that the rungs let pass, so among all trials the correlation is higher.
+
+    Args:
+        config: the sweep's.
+        state: the sweep.
+        rungs: epochs at which trials are compared.
+    """
+    done = state.ranked()
+    found = []
+    for epoch in rungs:
+        pairs = [
+            (r.reports[epoch][config.rung_metric], r.reports[r.epoch][OBJECTIVE]) for r in done if epoch in r.reports
+        ]
+        if len(pairs) >= FEWEST and all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
+            earlier, last = (_ranks(values) for values in zip(*pairs, strict=True))
+            found.append(RungRank(epoch, len(pairs), statistics.correlation(earlier, last)))
+    return found
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; of equals their mean."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
