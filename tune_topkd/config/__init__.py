@@ -42,6 +42,7 @@ from tune_topkd.config.sections import AugmentConfig
 from tune_topkd.config.sections import BaselinesConfig
 from tune_topkd.config.sections import DataConfig
 from tune_topkd.config.sections import EmaConfig
+from tune_topkd.config.sections import FinalistsConfig
 from tune_topkd.config.sections import ModelConfig
 from tune_topkd.config.sections import PairConfig
 from tune_topkd.config.sections import ParameterRange
@@ -79,6 +80,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EmaConfig",
+    "FinalistsConfig",
     "Method",
     "ModelConfig",
     "Override",

@@ -17,6 +17,8 @@ from tune_topkd.config.sections import ParameterRange
 from tune_topkd.config.sections import RelativeConfig
 from tune_topkd.config.sections import SweepConfig
 
+LARGEST_SEED = 2**63 - 1
+
 
 def problems_of_sweep(config: SweepConfig) -> list[Problem]:
     """Every rule between sections that a config of valid sections breaks."""
@@ -164,6 +166,10 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
             rule = f"is not searched; {unknown_choice(name, config.space)}"
             key = f"sweep.points.{number}.{name}"
             problems.append(Problem(key=key, rule=rule, value=point[name], has_value=True))
+    finalists = config.sweep.finalists
+    if finalists and config.sweep.seed + finalists.seeds > LARGEST_SEED:
+        rule = f"the seeds up to sweep.seed + {finalists.seeds} must be at most {LARGEST_SEED:,}"
+        problems.append(Problem(key="sweep.seed", rule=rule, value=config.sweep.seed, has_value=True))
     return [*problems, *_choice_problems(config)]
 
 

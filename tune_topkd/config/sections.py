@@ -394,6 +394,18 @@ def _gpus(value: float | str) -> float | str:
     return value
 
 
+class FinalistsConfig(_Section):
+    """The end of a sweep: its best trials, and the best of each baseline, are trained again on fresh seeds.
+
+    The answer is then the one with the best mean over these, not the luckiest of one seed.
+    """
+
+    count: int = Field(3, ge=1)
+    """Of the search's trials."""
+    seeds: int = Field(2, ge=2)
+    """Trainings of each, on the seeds that follow the sweep's own."""
+
+
 class SweepSettings(_Section):
     """How the search is run."""
 
@@ -423,6 +435,8 @@ class SweepSettings(_Section):
     """Seconds without a report after which a trial counts as hung and is ended; more than the longest epoch."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds after which no trial goes on; the sweep can be resumed."""
+    finalists: Annotated[FinalistsConfig | None, LATER] = None
+    """`null` leaves the answer to the search's own values, of one seed."""
 
     @model_validator(mode="before")
     @classmethod

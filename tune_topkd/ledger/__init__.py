@@ -3,19 +3,23 @@
 Every suggestion, report, decision and end is one line of `ledger.jsonl`, on the disk before it is acted on. All else
 (Optuna's study, ASHA's rungs, the MLflow runs, the tables) is a view that can be rebuilt from it.
 
-Inside: `events` are the lines, `state` is what they tell, `log` is the file, `trackers` is who watches.
+Inside: `events` are the lines, `state` is what they tell, `finalists` is which trial is the answer, `log` is the file,
+`trackers` is who watches.
 """
 
 from tune_topkd.ledger.events import LEDGER_VERSION
+from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import SEARCH
 from tune_topkd.ledger.events import Content
 from tune_topkd.ledger.events import Decision
 from tune_topkd.ledger.events import Driver
 from tune_topkd.ledger.events import End
 from tune_topkd.ledger.events import Event
+from tune_topkd.ledger.events import Finalists
 from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
 from tune_topkd.ledger.events import Prepared
+from tune_topkd.ledger.events import Repeat
 from tune_topkd.ledger.events import Report
 from tune_topkd.ledger.events import Retry
 from tune_topkd.ledger.events import Share
@@ -26,6 +30,18 @@ from tune_topkd.ledger.events import TeacherFile
 from tune_topkd.ledger.events import TrialContent
 from tune_topkd.ledger.events import TrialKey
 from tune_topkd.ledger.events import TrialStatus
+from tune_topkd.ledger.finalists import Difference
+from tune_topkd.ledger.finalists import Finalist
+from tune_topkd.ledger.finalists import Winner
+from tune_topkd.ledger.finalists import difference
+from tune_topkd.ledger.finalists import finalist_trials
+from tune_topkd.ledger.finalists import finalists
+from tune_topkd.ledger.finalists import finalists_done
+from tune_topkd.ledger.finalists import finalists_to_repeat
+from tune_topkd.ledger.finalists import fresh_seeds
+from tune_topkd.ledger.finalists import standings
+from tune_topkd.ledger.finalists import unrepeated
+from tune_topkd.ledger.finalists import winner_of
 from tune_topkd.ledger.log import LEDGER_FILE
 from tune_topkd.ledger.log import Ledger
 from tune_topkd.ledger.log import is_driven
@@ -40,16 +56,21 @@ from tune_topkd.ledger.trackers import tell_all
 __all__ = [
     "LEDGER_FILE",
     "LEDGER_VERSION",
+    "REPEAT",
     "SEARCH",
     "Content",
     "Decision",
+    "Difference",
     "Driver",
     "End",
     "Event",
+    "Finalist",
+    "Finalists",
     "Header",
     "Ledger",
     "LedgerError",
     "Prepared",
+    "Repeat",
     "Report",
     "Retry",
     "Share",
@@ -63,9 +84,19 @@ __all__ = [
     "TrialKey",
     "TrialRecord",
     "TrialStatus",
+    "Winner",
+    "difference",
+    "finalist_trials",
+    "finalists",
+    "finalists_done",
+    "finalists_to_repeat",
+    "fresh_seeds",
     "is_driven",
     "read_events",
     "read_header",
     "read_state",
+    "standings",
     "tell_all",
+    "unrepeated",
+    "winner_of",
 ]

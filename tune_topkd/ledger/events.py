@@ -9,6 +9,7 @@ A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 
 | `driver` | `Driver` | a process began to drive the sweep, towards a number of trials |
 | `prepared` | `Prepared` | what all trials share is there; once, before the first trial |
 | `suggest` | `Suggest` | a trial was made: what the sampler chose, what the trial is given |
+| `repeat` | `Repeat` | a trial was made that is another one on another seed |
 | `start` | `Start` | a worker began it, or went on from its checkpoint |
 | `report` | `Report` | one epoch's metrics and what was decided on them |
 | `retry` | `Retry` | its worker was lost; it is to go on from its checkpoint |
@@ -17,7 +18,8 @@ A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 
 
 The keys of a line are the fields of its class, in their order; a trial's `key` is written as `arm` and `number`. A reader
 passes over keys that it does not know, and a field with a default may be missing, as in a ledger of an older version.
-Version 1 has no `retry`. Versions 1 and 2 have no `prepared`: their `teacher_file` stands in the `sweep` event.
+Version 1 has no `retry`. Versions 1 and 2 have no `prepared`: their `teacher_file` stands in the `sweep` event. A program
+that does not know `repeat` refuses the line, so it takes no repeat for a trial of the search or of a baseline.
 """
 
 import dataclasses
@@ -45,6 +47,8 @@ LEDGER_VERSION = 3
 _READABLE_VERSIONS = (1, 2, 3)
 SEARCH = "search"
 """The arm of the search's own trials."""
+REPEAT = "repeat"
+"""The arm of the trials that repeat others on fresh seeds."""
 
 
 class LedgerError(TuneTopKDError):
@@ -105,10 +109,25 @@ class TeacherFile(NamedTuple):
         return cls(values["key"], values["val_top1"]) if values else None
 
 
+@dataclass(frozen=True)
+class Finalists:
+    """How many of a search's best trials are repeated when it is over, and how often."""
+
+    count: int
+    seeds: int
+    """The fresh seeds on which each is trained once more."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | None) -> Self | None:
+        """From the mapping that a line has, if it has one."""
+        return None if values is None else cls(values["count"], values["seeds"])
+
+
 class TrialKey(NamedTuple):
     """A trial's identity within its sweep.
 
-    The arm is what it belongs to: `search`, or the method of a baseline (`ce`, `kd`). Each arm numbers its trials from 0.
+    The arm is what it belongs to: `search`, the method of a baseline (`ce`, `kd`), or `repeat`. Each arm numbers its
+    trials from 0.
     """
 
     arm: str
@@ -218,6 +237,7 @@ class Driver(Content):
     """A process began to drive the sweep."""
 
     NAME = "driver"
+    _PARSERS: ClassVar[_Parsers] = {"finalists": Finalists.of}
 
     host: str
     pid: int
@@ -229,6 +249,14 @@ class Driver(Content):
     """Of the packages that results depend on."""
     places: Mapping[str, Any] = field(default_factory=dict)
     """Config keys whose files have moved, with where they are."""
+    finalists: Finalists | None = None
+    """Which trials are to be repeated once the search is over, from now on; None leaves it as it was."""
+
+    def data(self) -> dict[str, Any]:
+        """The line's own keys and values; `finalists` only where there are any."""
+        data = super().data()
+        finalists = data.pop("finalists")
+        return data if finalists is None else data | {"finalists": dataclasses.asdict(finalists)}
 
     @classmethod
     def here(cls, **about: Any) -> Self:
@@ -287,6 +315,19 @@ class Suggest(TrialContent):
     """What the sampler chose, by the axes of the space."""
     params: Mapping[str, Scalar]
     """What the trial is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat(TrialContent):
+    """A trial was made that is another one, of the same parameters, on another seed."""
+
+    NAME = "repeat"
+    _PARSERS: ClassVar[_Parsers] = {"of_trial": lambda values: TrialKey(*values)}
+
+    of_trial: TrialKey
+    """The trial that it repeats: one of the search or of a baseline."""
+    seed: int
+    """Of its training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +414,7 @@ class Stop(Content):
 
 
 _CLASSES: Mapping[str, type[Content]] = {
-    each.NAME: each for each in (Header, Driver, Prepared, Suggest, Start, Report, Retry, End, Stop)
+    each.NAME: each for each in (Header, Driver, Prepared, Suggest, Repeat, Start, Report, Retry, End, Stop)
 }
 
 

@@ -9,14 +9,17 @@ from dataclasses import field
 from typing import Any
 
 from tune_topkd.config import Scalar
+from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import SEARCH
 from tune_topkd.ledger.events import Decision
 from tune_topkd.ledger.events import Driver
 from tune_topkd.ledger.events import End
 from tune_topkd.ledger.events import Event
+from tune_topkd.ledger.events import Finalists
 from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
 from tune_topkd.ledger.events import Prepared
+from tune_topkd.ledger.events import Repeat
 from tune_topkd.ledger.events import Report
 from tune_topkd.ledger.events import Retry
 from tune_topkd.ledger.events import Share
@@ -57,6 +60,15 @@ class TrialRecord:
     """What it is to get of a node, where that is other than the sweep's."""
     suggested_at: float = 0.0
     ended_at: float | None = None
+    repeats: TrialKey | None = None
+    """The trial that it repeats, if it does."""
+    seed: int | None = None
+    """Of its training, where that is other than the sweep's."""
+
+    @property
+    def origin(self) -> TrialKey:
+        """The trial that it repeats, or itself: whose method and parameters it has."""
+        return self.repeats or self.key
 
     @property
     def epoch(self) -> int:
@@ -79,6 +91,8 @@ class SweepState:
         """How many of `ended` lie before a driver that went on where the one before had `failed`."""
         self.target = 0
         """How many trials the search is to have."""
+        self.finalists: Finalists | None = None
+        """Which trials are repeated once the search is over; None if none are."""
         self.stop_reason = ""
         """Why the last driver let go; empty while one is at work, or when it was killed."""
         self.stop_error = ""
@@ -130,6 +144,7 @@ class SweepState:
                 self.forgiven = len(self.ended) if self.stop_reason == "failed" else self.forgiven
                 self.last_driver, self.stop_reason, self.target = driver, "", driver.trials
                 self.places |= driver.places
+                self.finalists = driver.finalists or self.finalists
                 self.driver_since = event.time
             case Prepared() as prepared:
                 if self.prepared is not None:
@@ -138,7 +153,10 @@ class SweepState:
             case Stop() as stop:
                 self.stop_reason, self.stop_error = stop.reason, stop.error
             case Suggest() as suggest:
-                self._apply_suggest(event, suggest)
+                record = TrialRecord(suggest.key, dict(suggest.params), dict(suggest.proposal))
+                self._add(event, record)
+            case Repeat() as repeat:
+                self._apply_repeat(event, repeat)
             case _:
                 self._apply_to_trial(event)
         self.last_seq = event.seq
@@ -183,6 +201,10 @@ class SweepState:
             counts[record.status.value] += 1
         return counts
 
+    def baseline_methods(self) -> list[str]:
+        """The methods of the baselines that have trials, by name."""
+        return sorted(self._by_arm.keys() - {SEARCH, REPEAT})
+
     def ranked(self, arm: str = SEARCH) -> list[TrialRecord]:
         """The arm's trials that reached the full budget, best first; of equals the earlier one first."""
         done = [r for r in self.arm(arm) if r.status is TrialStatus.COMPLETED and r.value is not None]
@@ -192,11 +214,23 @@ class SweepState:
         """The best trial that reached the full budget, if any did."""
         return next(iter(self.ranked(arm)), None)
 
-    def _apply_suggest(self, event: Event, suggest: Suggest) -> None:
-        key = suggest.key
+    def _apply_repeat(self, event: Event, repeat: Repeat) -> None:
+        original = self.trials.get(repeat.of_trial)
+        if repeat.key.arm != REPEAT:
+            raise LedgerError(f"line {event.seq + 1}: `repeat` for trial {repeat.key}, which is of another arm")
+        if original is None or original.repeats is not None:
+            what = "was never suggested" if original is None else "is a repeat itself"
+            raise LedgerError(f"line {event.seq + 1}: trial {repeat.key} repeats trial {repeat.of_trial}, which {what}")
+        params, proposal = dict(original.params), dict(original.proposal)
+        self._add(event, TrialRecord(repeat.key, params, proposal, repeats=repeat.of_trial, seed=repeat.seed))
+
+    def _add(self, event: Event, record: TrialRecord) -> None:
+        key = record.key
         if key in self.trials:
             raise LedgerError(f"line {event.seq + 1}: trial {key} is suggested a second time")
-        record = TrialRecord(key, dict(suggest.params), dict(suggest.proposal), suggested_at=event.time)
+        if (key.arm == REPEAT) != (record.repeats is not None):
+            raise LedgerError(f"line {event.seq + 1}: trial {key} does not say which trial it repeats")
+        record.suggested_at = event.time
         self.trials[key] = record
         bisect.insort(self._by_arm.setdefault(key.arm, []), record, key=lambda r: r.key.number)
 

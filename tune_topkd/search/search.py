@@ -22,12 +22,14 @@ from tune_topkd.config import TrialConfig
 from tune_topkd.config import loss_part
 from tune_topkd.config import recipe_part
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Content
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Repeat
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
 from tune_topkd.ledger import Share
@@ -39,6 +41,7 @@ from tune_topkd.ledger import Tracker
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import tell_all
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
@@ -132,12 +135,20 @@ class Search:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every trial and every baseline has ended."""
+        """Whether every trial, every baseline and every training of a finalist has ended."""
+        return self._is_searched and not self.state.running() and self._next_repeat() is None
+
+    @property
+    def _is_searched(self) -> bool:
+        """Whether all that finalists are chosen from has ended."""
         counts_reached = self.state.size() >= self.state.target and self._next_baseline() is None
-        return counts_reached and not self.state.running()
+        return counts_reached and all(record.repeats is not None for record in self.state.running())
 
     def next_trial(self) -> TrialRecord | None:
-        """The next trial to start: an interrupted one again, a new proposal, or a baseline; none when all are out."""
+        """The next trial to start: an interrupted one again, a new proposal, a baseline, or a finalist on a fresh seed.
+
+        None when there is none to start now: those at work may be lost, or be finalists when they have ended.
+        """
         if self.fatal or self.out_of_time:
             return None
         if self._to_reissue:
@@ -148,6 +159,9 @@ class Search:
         if (baseline := self._next_baseline()) is not None:
             key, proposal, space = baseline
             return self._suggest(key, proposal, space)
+        if self._is_searched and (repeat := self._next_repeat()) is not None:
+            self._write(repeat)
+            return self.state.trials[repeat.key]
         return None
 
     def started(self, key: TrialKey) -> None:
@@ -237,7 +251,7 @@ class Search:
 
     def trial_config(self, record: TrialRecord, files: SharedFiles = NO_FILES) -> TrialConfig:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
-        arm, config = record.key.arm, self.config
+        arm, config = record.origin.arm, self.config
         recipe, searched = config.recipe.model_dump() | recipe_part(record.params), loss_part(record.params)
         return TrialConfig(
             data=config.data,
@@ -247,7 +261,7 @@ class Search:
             method=config.method if arm == SEARCH else arm,  # an arm is a method's name
             loss=config.loss | searched if arm == SEARCH else {},
             recipe=RecipeConfig.model_validate(recipe),
-            seed=config.sweep.seed,
+            seed=config.sweep.seed if record.seed is None else record.seed,
         )
 
     def _write(self, *contents: Content) -> None:
@@ -277,6 +291,12 @@ class Search:
             number = self.state.size(method)
             if number < trials:
                 return TrialKey(method, number), lattice(space.axes(), trials)[number], space
+        return None
+
+    def _next_repeat(self) -> Repeat | None:
+        """The next training of the finalists, as the search stands."""
+        for trial, seed in finalists_to_repeat(self.state):
+            return Repeat(key=TrialKey(REPEAT, self.state.size(REPEAT)), of_trial=trial.key, seed=seed)
         return None
 
     def _decide(self, key: TrialKey, epoch: int, metrics: Mapping[str, float]) -> Decision:
