@@ -40,6 +40,7 @@ from typing import NamedTuple
 from typing import Self
 from typing import TypeAlias
 
+from tune_topkd.config import FinalistsConfig
 from tune_topkd.config import Scalar
 from tune_topkd.errors import TuneTopKDError
 
@@ -121,6 +122,11 @@ class Finalists:
     def of(cls, values: Mapping[str, Any] | None) -> Self | None:
         """From the mapping that a line has, if it has one."""
         return None if values is None else cls(values["count"], values["seeds"])
+
+    @classmethod
+    def configured(cls, settings: FinalistsConfig | None) -> Self | None:
+        """What a config says of them."""
+        return None if settings is None else cls(settings.count, settings.seeds)
 
 
 class TrialKey(NamedTuple):

@@ -19,7 +19,9 @@ from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
+from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
+from tune_topkd.ledger import Repeat
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
 from tune_topkd.ledger import Start
@@ -29,6 +31,7 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.search.choosing import ChoiceError
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
@@ -96,8 +99,8 @@ class _Audit:
 
     def _told_again(self) -> Iterator[str]:
         for event in self._events:
-            is_suggest = isinstance(event.content, Suggest)
-            if is_suggest and event.key.number != (expected := self.state.size(event.key.arm)):
+            is_new = isinstance(event.content, Suggest | Repeat)
+            if is_new and event.key.number != (expected := self.state.size(event.key.arm)):
                 yield f"line {event.seq + 1}: trial {event.key} is suggested where {expected} comes next; no more is checked"
                 return
             yield from (f"line {event.seq + 1}: {what}" for what in self._before(event))
@@ -110,9 +113,10 @@ class _Audit:
         match event.content:
             case Suggest() as suggest:
                 yield from self._proposal_findings(suggest)
-                self._may_start[suggest.key] = True
-                if self._common_error.error and self._knows_common_errors():
-                    yield f"trial {suggest.key} is suggested although the newest have all failed alike"
+                yield from self._beginning_findings(suggest.key)
+            case Repeat() as repeat:
+                yield from self._repeat_findings(repeat)
+                yield from self._beginning_findings(repeat.key)
             case Start(key=key):
                 if not self._may_start.get(key) and self.state.header.version > 1:  # 1 had no `retry`
                     yield f"trial {key} is started again without a retry or a new driver"
@@ -124,7 +128,8 @@ class _Audit:
                 yield from self._decision_findings(report)
             case End() as end:
                 yield from self._end_findings(end)
-            case Driver():
+            case Driver() as driver:
+                yield from self._finalists_findings(driver)
                 self._may_start = dict.fromkeys(self._may_start, True)
                 if self.state.stop_reason == "failed":
                     self._common_error.forgive()
@@ -147,6 +152,8 @@ class _Audit:
                     yield f"the sweep is finished, but {_named(left)} not"
                 if self.state.size() != self.state.target:
                     yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
+                if lacking := finalists_to_repeat(self.state):
+                    yield f"the sweep is finished without {_on_seed(*lacking[0])}, and {len(lacking) - 1} more like it"
 
     def _proposal_findings(self, suggest: Suggest) -> Iterator[str]:
         key, proposal, params = suggest.key, suggest.proposal, suggest.params
@@ -165,6 +172,26 @@ class _Audit:
         if expected is not None and not _alike(expected, proposal):
             yield f"the proposal of trial {key} is not what the sampler proposes"
         self._sampler.take(key.number, proposal)
+
+    def _beginning_findings(self, key: TrialKey) -> Iterator[str]:
+        self._may_start[key] = True
+        if self._common_error.error and self._knows_common_errors():
+            yield f"trial {key} is suggested although the newest have all failed alike"
+
+    def _repeat_findings(self, repeat: Repeat) -> Iterator[str]:
+        """Whether the search was over, and this training of a finalist is the one that comes next."""
+        is_at_work = any(record.repeats is None for record in self.state.running())
+        if is_at_work or self.state.size() < self.state.target:
+            yield f"trial {repeat.key} repeats a finalist although the search is not over"
+        lacking = finalists_to_repeat(self.state)
+        if not lacking or (lacking[0][0].key, lacking[0][1]) != (repeat.of_trial, repeat.seed):
+            expected = _on_seed(*lacking[0]) if lacking else "nothing"
+            yield f"trial {repeat.key} repeats {repeat.of_trial} on seed {repeat.seed}, where {expected} comes next"
+
+    def _finalists_findings(self, driver: Driver) -> Iterator[str]:
+        given, expected = driver.finalists or self.state.finalists, Finalists.configured(self._config.sweep.finalists)
+        if given != expected:
+            yield f"finalists are {given or 'none'}, where the config says {expected or 'none'}"
 
     def _knows_common_errors(self) -> bool:
         """Whether the program that began the sweep gave up by the rule of today."""
@@ -238,6 +265,10 @@ def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
         return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float | int) else a == b
 
     return one.keys() == other.keys() and all(is_alike(value, other[name]) for name, value in one.items())
+
+
+def _on_seed(trial: TrialRecord, seed: int) -> str:
+    return f"{trial.key} on seed {seed}"
 
 
 def _named(records: list[TrialRecord]) -> str:

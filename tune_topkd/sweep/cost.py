@@ -6,10 +6,12 @@ from collections.abc import Callable
 from collections.abc import Iterator
 
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import Finalists
 from tune_topkd.space import Space
 from tune_topkd.sweep.preflight import usable_parameters
 from tune_topkd.sweep.remaining import baseline_total
 from tune_topkd.sweep.remaining import expected_epochs
+from tune_topkd.sweep.remaining import finalist_total
 from tune_topkd.sweep.wording import duration
 
 _TIMED_STEPS = 10
@@ -51,9 +53,14 @@ def describe(config: SweepConfig) -> Iterator[str]:
         yield f"  {axis.name}: {bounds}{' (log)' if given.log else ''}"
     trials, baselines, epochs = config.sweep.trials, baseline_total(config), config.recipe.epochs
     yield f"{trials} trials and {baselines} baseline runs of up to {epochs} epochs"
-    most = (trials + baselines) * epochs
+    repeats = finalist_total(config, Finalists.configured(config.sweep.finalists), trials)
+    if (finalists := config.sweep.finalists) is not None:
+        bases = " and the best of each baseline" if baselines else ""
+        best = f"the best {finalists.count} trials{bases}, on {finalists.seeds} fresh seeds each"
+        yield f"then {repeats} runs of the finalists: {best}"
+    most = (trials + baselines + repeats) * epochs
     asha = config.sweep.asha
-    likely = most if asha is None else round(trials * _expected_epochs(config)) + baselines * epochs
+    likely = most if asha is None else round(trials * _expected_epochs(config)) + (baselines + repeats) * epochs
     yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
     step, asking = _seconds_per_step(config)
     if not missing_data(config.data):
@@ -79,8 +86,11 @@ def _time(config: SweepConfig, epochs: int, step: float, asking: float, images: 
     from tune_topkd.data import view_count
 
     steps, evaluated = (max(count / config.recipe.batch_size, 1) for count in images)
-    views = view_count(config.data.augment) or config.recipe.epochs
-    asked = min(config.recipe.epochs, views) if _has_bank(config) else epochs  # all trials are shown the same views
+    views = view_count(config.data.augment)
+    seeds = 1 + (
+        config.sweep.finalists.seeds if config.sweep.finalists else 0
+    )  # trials of one are shown the same views
+    asked = min(config.recipe.epochs * seeds, views or math.inf) if _has_bank(config) else epochs
     epoch = steps * step + evaluated * step * _SHARE_OF_FORWARD + _SECONDS_AROUND_AN_EPOCH
     seconds = _SECONDS_OF_THE_START + epochs * epoch + asked * steps * asking
     return (

@@ -27,6 +27,7 @@ from tune_topkd.interruption import Interruption
 from tune_topkd.interruption import listening
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import LedgerError
@@ -151,8 +152,9 @@ class Turn:
 
     def _carry_on(self, config: SweepConfig, ledger: Ledger, interruption: Interruption) -> Result:
         """From the ledger's `driver` event to its `stop` and the answer."""
-        driver = Driver.here(trials=config.sweep.trials, folder=os.getcwd(), versions=versions(), places=self.places)
-        ledger.append(driver)
+        finalists = ledger.state.finalists or Finalists.configured(config.sweep.finalists)
+        about = {"trials": config.sweep.trials, "finalists": finalists, "places": self.places}
+        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about))
         try:
             executor = self.executor or _ray(self.workspace, interruption)
             config, files = self._prepare(config, ledger, executor)

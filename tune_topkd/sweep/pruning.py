@@ -36,7 +36,7 @@ def prune(workspace: Workspace, watchers: Watchers) -> None:
 
 
 def _named(workspace: Workspace, watchers: Watchers) -> Iterator[dict[str, Any]]:
-    """What each sweep says of the bank that it uses."""
+    """What each sweep says of the banks that it uses."""
     from tune_topkd.teacher import in_config
 
     for sweep in workspace.sweeps():
@@ -47,7 +47,9 @@ def _named(workspace: Workspace, watchers: Watchers) -> Iterator[dict[str, Any]]
             watchers.note(f"{sweep}: its bank is not known, and is filled again by a resume: {error}")
             continue
         if isinstance(config, SweepConfig) and config.teacher is not None:
-            yield in_config(config.data, config.teacher.model, config.sweep.seed)
+            fresh = config.sweep.finalists.seeds if config.sweep.finalists else 0
+            for seed in range(config.sweep.seed, config.sweep.seed + fresh + 1):
+                yield in_config(config.data, config.teacher.model, seed)
 
 
 def _gigabytes(count: int) -> str:

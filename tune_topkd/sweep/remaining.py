@@ -3,10 +3,14 @@
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AshaConfig
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import finalists
+from tune_topkd.ledger import finalists_to_repeat
 
 _WEIGHT_OF_THE_EXPECTED = 4
 """Of how many ended trials what ASHA is expected to do counts as much: those that end first are the short ones."""
@@ -51,9 +55,37 @@ class Pace:
 def epochs_ahead(config: SweepConfig, state: SweepState) -> list[float]:
     """The epochs that each trial without an end is expected to need: those at work, and those to come."""
     at_work = [left_of(record, config, state) for record in state.running()]
-    to_come = max(state.target - len(state.arm(SEARCH)), 0)
-    baselines = baseline_total(config) - sum(key.arm != SEARCH for key in state.trials)
-    return at_work + [mean_epochs(config, state)] * to_come + [float(config.recipe.epochs)] * max(baselines, 0)
+    to_come = max(state.target - state.size(), 0)
+    in_full = _baselines_ahead(config, state) + _repeats_ahead(config, state)
+    return at_work + [mean_epochs(config, state)] * to_come + [float(config.recipe.epochs)] * in_full
+
+
+def training_total(config: SweepConfig, state: SweepState) -> int:
+    """How many trainings a sweep has: those there are, and those that are expected to come."""
+    to_come = max(state.target - state.size(), 0)
+    return len(state.trials) + to_come + _baselines_ahead(config, state) + _repeats_ahead(config, state)
+
+
+def _baselines_ahead(config: SweepConfig, state: SweepState) -> int:
+    return max(baseline_total(config) - sum(state.size(method) for method in state.baseline_methods()), 0)
+
+
+def _repeats_ahead(config: SweepConfig, state: SweepState) -> int:
+    """Trainings of finalists to come: as many as can be while the search goes on, then those of the finalists."""
+    searched = [record for record in state.trials.values() if record.key.arm != REPEAT]
+    is_over = state.size() >= state.target and not _baselines_ahead(config, state)
+    if is_over and all(record.status.is_end for record in searched):
+        return len(finalists_to_repeat(state))
+    begun = sum(len(f.repeats.keys() & set(f.seeds)) for f in finalists(state))
+    return max(finalist_total(config, state.finalists, state.target) - begun, 0)
+
+
+def finalist_total(config: SweepConfig, finalists: Finalists | None, trials: int) -> int:
+    """How many trainings finalists have, of a search of so many trials, if enough of them reach the full budget."""
+    if finalists is None:
+        return 0
+    methods = len(config.baselines.methods) if config.baselines else 0
+    return (min(finalists.count, trials) + methods) * finalists.seeds
 
 
 def left_of(record: TrialRecord, config: SweepConfig, state: SweepState) -> float:

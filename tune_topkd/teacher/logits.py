@@ -35,6 +35,7 @@ from tune_topkd.teacher.bank import BankSize
 from tune_topkd.teacher.bank import LogitBank
 from tune_topkd.teacher.bank import bank_path
 from tune_topkd.teacher.bank import describe
+from tune_topkd.teacher.bank import has_room
 from tune_topkd.teacher.network import TeacherNetwork
 from tune_topkd.teacher.training import load_teacher
 
@@ -243,8 +244,14 @@ def open_bank(config: TrialConfig, dataset: Dataset, device: torch.device) -> Lo
     if config.teacher_bank is None or size is None:
         return None
     content = _content(config, dataset, device)
+    path = bank_path(Path(config.teacher_bank), content)
+    if not has_room(
+        path, size
+    ):  # where views are endless each seed has a bank, and only one of them was looked at before
+        _log.warning("the teacher's logits are not cached, it runs on every batch: banks would take half of the disk")
+        return None
     try:
-        bank = LogitBank(bank_path(Path(config.teacher_bank), content), size)
+        bank = LogitBank(path, size)
     except (OSError, OverflowError) as error:
         _log.warning("the teacher's logits are not cached, it runs on every batch: %s", error)
         return None
