@@ -20,6 +20,8 @@ from typing import Literal
 from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
+from pydantic import SerializerFunctionWrapHandler
+from pydantic import model_serializer
 
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
@@ -36,8 +38,11 @@ from tune_topkd.config import read_yaml
 from tune_topkd.config import recipe_part
 from tune_topkd.config import validated
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
-from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import Winner
+from tune_topkd.ledger import finalists
+from tune_topkd.ledger import winner_of
 
 SCHEMA_VERSION = 1
 TUNED_FILE = "tuned.yaml"
@@ -51,7 +56,40 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class BaselineEvidence(_Part):
+class FreshEvidence(_Part):
+    """What trainings of the same config on seeds that took no part in choosing it gave."""
+
+    val_top1: float
+    """The mean, in percent, at the last epoch."""
+    error: float | None
+    """The standard error of the mean; none of one value."""
+    seeds: list[int]
+    values: list[float | None]
+    """By seed; none of a training that failed."""
+
+    @classmethod
+    def of(cls, finalist: Finalist | None) -> "FreshEvidence | None":
+        """What there is of a finalist, if there is a value."""
+        if finalist is None or finalist.mean is None:
+            return None
+        values, seeds = finalist.values, list(finalist.seeds)
+        values_by_seed = [values.get(seed) for seed in seeds]
+        return cls(val_top1=finalist.mean, error=finalist.error, seeds=seeds, values=values_by_seed)
+
+
+class _WithFresh(_Part):
+    """A part with what fresh seeds gave, which is written only where there are any."""
+
+    fresh: FreshEvidence | None = None
+
+    @model_serializer(mode="wrap")
+    def _only_where_there_are(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        fresh = content.pop("fresh")
+        return content if fresh is None else content | {"fresh": fresh}
+
+
+class BaselineEvidence(_WithFresh):
     """The best of one baseline's trials: the method at its defaults over the same learning-rate range."""
 
     val_top1: float
@@ -62,10 +100,11 @@ class BaselineEvidence(_Part):
     """Trials that reached the full budget."""
 
 
-class Evidence(_Part):
+class Evidence(_WithFresh):
     """Where the tuned config comes from, and how far to trust it.
 
-    `val_top1` was used to choose among the trials, so it is optimistic; it comes from one seed.
+    `val_top1` was used to choose among the trials, so it is optimistic; it comes from one seed. `fresh`, where the sweep had
+    finalists, is what the config then gave on other seeds, and what it was chosen by among the finalists.
     """
 
     val_top1: float
@@ -113,20 +152,20 @@ def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[
     Raises:
         NoAnswerError: no trial reached the full budget.
     """
-    best = state.best()
-    if best is None or best.value is None:
+    winner = winner_of(state)
+    if winner is None:
         counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
         raise NoAnswerError(f"sweep {state.header.sweep}: no trial reached the full budget ({counts or 'no trials'})")
-    searched = loss_part(best.params)
-    recipe = config.recipe.model_dump() | recipe_part(best.params)
+    params = winner.record.params
+    recipe = config.recipe.model_dump() | recipe_part(params)
     return TunedConfig(
         method=config.method,
-        loss=dict(loss_defaults) | config.loss | searched,
+        loss=dict(loss_defaults) | config.loss | loss_part(params),
         recipe=RecipeConfig.model_validate(recipe),
         data=config.data.model_copy(update={"root": None}),  # a place on this machine
         teacher=config.teacher.model if config.teacher else None,
         student=config.student,
-        evidence=_evidence(config, state, best, best.value),
+        evidence=_evidence(config, state, winner),
     )
 
 
@@ -149,7 +188,7 @@ def as_yaml(tuned: TunedConfig) -> str:
     evidence = tuned.evidence
     opening = (
         f"# {tuned.method} for {_pair(tuned)} on {tuned.data.name}: "
-        f"validation top-1 {evidence.val_top1:.2f} % (trial {evidence.trial} of sweep {evidence.sweep}).\n"
+        f"validation top-1 {_figures(evidence)} (trial {evidence.trial} of sweep {evidence.sweep}).\n"
         "# from tune_topkd.export import load_tuned_config\n"
         "# from tune_topkd.loss import build_loss\n"
         f'# tuned = load_tuned_config("{TUNED_FILE}")\n'
@@ -171,7 +210,7 @@ def as_python(tuned: TunedConfig) -> str:
     lines = [
         f'"""{tuned.method} tuned for {_pair(tuned)} on {tuned.data.name}.',
         "",
-        f"Validation top-1 {evidence.val_top1:.2f} %, trial {evidence.trial} of sweep {evidence.sweep}.",
+        f"Validation top-1 {_figures(evidence)}, trial {evidence.trial} of sweep {evidence.sweep}.",
         "",
         "    from tune_topkd.loss import build_loss",
         f"    criterion = build_loss(METHOD, LOSS)  # {_CALLED}{_its_module(tuned)}",
@@ -180,6 +219,16 @@ def as_python(tuned: TunedConfig) -> str:
         *(f"{name} = {pformat(content[key], sort_dicts=False, width=100)}" for name, key in constants),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _figures(evidence: Evidence) -> str:
+    """Its value in words; that of fresh seeds first, where there are any."""
+    own, fresh = f"{evidence.val_top1:.2f} %", evidence.fresh
+    if fresh is None:
+        return own
+    error = "" if fresh.error is None else f" ± {fresh.error:.2f}"
+    count = sum(value is not None for value in fresh.values)
+    return f"{fresh.val_top1:.2f}{error} % over {count} fresh seeds, {own} in the search"
 
 
 _CALLED = "criterion(student_logits, teacher_logits, labels)"
@@ -199,18 +248,23 @@ WRITERS: Mapping[str, Callable[[TunedConfig], str]] = {"yaml": as_yaml, "json": 
 """The formats of `export`, by name."""
 
 
-def _evidence(config: SweepConfig, state: SweepState, best: TrialRecord, value: float) -> Evidence:
+def _evidence(config: SweepConfig, state: SweepState, winner: Winner) -> Evidence:
     header = state.header
     counts = state.counts()
+    fresh = {f.record.key: f for f in finalists(state)} if winner.finalist is not None else {}
     baselines: dict[str, BaselineEvidence] = {}
     for method in config.baselines.methods if config.baselines else []:
         ranked = state.ranked(method)
         if ranked and ranked[0].value is not None:
-            recipe = recipe_part(ranked[0].params)
-            baselines[method] = BaselineEvidence(val_top1=ranked[0].value, recipe=recipe, trials=len(ranked))
+            baselines[method] = BaselineEvidence(
+                val_top1=ranked[0].value,
+                recipe=recipe_part(ranked[0].params),
+                trials=len(ranked),
+                fresh=FreshEvidence.of(fresh.get(ranked[0].key)),
+            )
     return Evidence(
-        val_top1=value,
-        trial=best.key.number,
+        val_top1=winner.record.value or 0.0,
+        trial=winner.record.key.number,
         trials={status: counts[status] for status in ("completed", "pruned", "failed")},
         baselines=baselines,
         seeds=[config.sweep.seed],
@@ -221,4 +275,5 @@ def _evidence(config: SweepConfig, state: SweepState, best: TrialRecord, value: 
         teacher={} if state.teacher_file is None else state.teacher_file._asdict(),
         versions=dict(header.versions),
         git_commit=header.git_commit,
+        fresh=FreshEvidence.of(winner.finalist),
     )

@@ -24,7 +24,6 @@ from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Report
@@ -32,15 +31,20 @@ from tune_topkd.ledger import Retry
 from tune_topkd.ledger import Start
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import Winner
+from tune_topkd.ledger import finalists
 from tune_topkd.ledger import read_events
+from tune_topkd.ledger import standings
+from tune_topkd.ledger import winner_of
 from tune_topkd.sweep import Callback
 from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Result
 from tune_topkd.sweep.remaining import Pace
-from tune_topkd.sweep.remaining import baseline_total
+from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.wording import duration
 from tune_topkd.sweep.wording import short
 from tune_topkd.sweep.wording import short_params
+from tune_topkd.sweep.wording import title
 from tune_topkd.sweep.workspace import LOG_FILE
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.terminal import Console
@@ -122,6 +126,8 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
     counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
     if result.best is not None:
         console.print(result_table(result.config, state))
+        if told := result.finalists():
+            console.print(f"  trial {result.best.key.number}: {told}", soft_wrap=True)
         for gain in result.gains():
             console.print(f"  {gain.sentence}", style="bold" if gain.counts else "", soft_wrap=True)
         if advice := result.advice():
@@ -232,7 +238,7 @@ class ProgressDisplay:
             case End(key=key) if not self._console.is_live:
                 self._console.print(self._line(self._state.trials[key]), soft_wrap=True)
             case Retry(key=key, reason=reason):
-                text = f"trial {key}: {_RETRIES[reason]}; it goes on from its checkpoint"
+                text = f"{title(self._state.trials[key])}: {_RETRIES[reason]}; it goes on from its checkpoint"
                 self._console.print(text, soft_wrap=True)
 
     def _frame(self) -> Group | Text:
@@ -241,7 +247,7 @@ class ProgressDisplay:
         return Group(self._summary(), *self._running(), self._bar())
 
     def _total(self) -> int:
-        return self._state.target + baseline_total(self._config)
+        return training_total(self._config, self._state)
 
     def _ended(self) -> int:
         return sum(record.status.is_end for record in self._state.trials.values())
@@ -272,10 +278,10 @@ class ProgressDisplay:
         text = Text.assemble(
             *((f"{counts[status]} {status}  ", style) for status, style in STATUS_STYLES.items() if counts[status])
         )
-        best = self._state.best()
-        if best is not None:
+        if (winner := winner_of(self._state)) is not None:
+            best = winner.record
             k = f", K = {best.params['k']}" if "k" in best.params else ""
-            text.append(f"best {best.value:.2f} % (trial {best.key.number}{k})", "bold")
+            text.append(f"best {winner.figure} (trial {best.key.number}{k})", "bold")
         return text
 
     def _running(self) -> Iterator[Table | Text]:
@@ -286,7 +292,7 @@ class ProgressDisplay:
         for record in running[:room]:
             value = record.reports.get(record.epoch, {}).get("val_top1")
             table.add_row(
-                Text(f"  {record.key}", no_wrap=True),
+                Text(f"  {self._short_title(record)}", no_wrap=True),
                 Text(f"epoch {record.epoch}/{self._config.recipe.epochs}" if record.epoch else "starts", no_wrap=True),
                 Text("" if value is None else f"val_top1 {value:.2f} %", no_wrap=True),
                 Text(short_params(record.params), "dim", overflow="ellipsis", no_wrap=True),
@@ -295,26 +301,33 @@ class ProgressDisplay:
         if len(running) > room:
             yield Text(f"  and {len(running) - room} more")
 
+    def _short_title(self, record: TrialRecord) -> str:
+        return str(record.key) if record.repeats is None else f"{record.origin}, seed {record.seed}"
+
     def _line(self, record: TrialRecord) -> str:
         value = f"val_top1 {record.value:.2f} %" if record.value is not None else record.error or record.reason
-        best = self._state.best()
-        tail = f"; best {best.value:.2f} % (trial {best.key.number})" if best else ""
-        name = f"trial {record.key}" if record.key.arm == SEARCH else f"baseline {record.key}"
-        what = f"{name} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
+        best = winner_of(self._state)
+        tail = f"; best {best.figure} (trial {best.record.key.number})" if best else ""
+        what = f"{title(record)} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
         return f"[{self._ended()}/{self._total()}] {what}{tail}"
 
 
 def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     """The best configs, and the baselines they are measured against: a column each."""
-    ranked = state.ranked()[:top]
+    fresh = {finalist.record.key: finalist for finalist in finalists(state)}
+    first = [finalist.record for finalist in standings(state)]
+    ranked = [*first, *(record for record in state.ranked() if record not in first)][: max(top, len(first))]
     bases = [(m, state.best(m)) for m in (config.baselines.methods if config.baselines else ())]
     shown = [(str(r.key.number), r) for r in ranked] + [(method, r) for method, r in bases if r is not None]
     names = list(ranked[0].params) if ranked else list(config.space)
     table = Table(title=f"{state.header.sweep}: best of {state.counts()['completed']} full trials")
     table.add_column("trial")
-    for number, (title, _) in enumerate(shown):
-        table.add_column(title, justify="right", style="bold" if number == 0 else "")
-    table.add_row("val top-1 %", *(f"{record.value:.2f}" for _, record in shown), end_section=True)
+    for number, (heading, _) in enumerate(shown):
+        table.add_column(heading, justify="right", style="bold" if number == 0 else "")
+    table.add_row("val top-1 %", *(f"{record.value:.2f}" for _, record in shown), end_section=not fresh)
+    if fresh:
+        means = [fresh[r.key].figure.removesuffix(" %") if r.key in fresh else "" for _, r in shown]
+        table.add_row("fresh seeds %", *means, end_section=True)
     for name in names:
         table.add_row(name, *(short(record.params[name]) if name in record.params else "" for _, record in shown))
     return table
@@ -329,9 +342,10 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
     for column in ("K", "scale top/last/gt", "weight ce/tdl/contr.", "lr", "top-1 %", "over CE/KD"):
         table.add_column(column, justify="right", overflow="fold")
     for config, state in results:
-        best = state.best()
-        params: Mapping[str, Scalar] = config.loss | (best.params if best else {})
+        best = winner_of(state)
+        params: Mapping[str, Scalar] = config.loss | (best.record.params if best else {})
         bases = (state.best("ce"), state.best("kd"))
+        fresh = {f.record.key: f.mean for f in finalists(state)} if best and best.finalist else {}
         about = f"{state.header.sweep}: {config.description}" if config.description else state.header.sweep
         table.add_row(
             about,
@@ -341,10 +355,14 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
             _joined(params, "scale_top", "scale_last", "scale_gt"),
             _joined(params, "ce_weight", "tdl_weight", "contrastive_weight"),
             _joined(params, "lr"),
-            f"{best.value:.2f}" if best else "–",
-            "/".join(f"{(best.value or 0) - (b.value or 0):+.2f}" if best and b else "–" for b in bases),
+            best.figure.removesuffix(" %") if best else "–",
+            "/".join(_over(best, fresh.get(b.key, b.value)) if best and b else "–" for b in bases),
         )
     return table
+
+
+def _over(best: Winner, base: float | None) -> str:
+    return "–" if base is None else f"{best.value - base:+.2f}"
 
 
 def _joined(params: Mapping[str, Scalar], *names: str) -> str:

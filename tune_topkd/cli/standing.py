@@ -29,14 +29,23 @@ def line_of(entry: dict[str, Any]) -> str:
     counts = ", ".join(f"{n} {what}" for what, n in entry["trials"].items() if n)
     best = entry["best"]
     tail = f"; best {best['val_top1']:.2f} % (trial {best['number']})" if best else ""
+    if best and "fresh" in best:
+        fresh = best["fresh"]
+        error = "" if fresh["error"] is None else f" ± {fresh['error']:.2f}"
+        tail = (
+            f"; best {fresh['val_top1']:.2f}{error} % over {len(fresh['values'])} fresh seeds "
+            f"(trial {best['number']}, {best['val_top1']:.2f} % in the search)"
+        )
+    elif entry.get("finalists") and entry["finalists"]["done"] < entry["finalists"]["of"]:
+        tail += f"; finalists: {entry['finalists']['done']} of {entry['finalists']['of']} trainings"
     return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
 
 
 def standing(name: str, workspace: Workspace) -> dict[str, Any]:
     """How one sweep stands, as JSON can hold it."""
     found = Sweep(name, workspace).status()
-    best = found.best
-    return {
+    best, finalist = found.best, found.winner and found.winner.finalist
+    entry: dict[str, Any] = {
         "sweep": name,
         "state": found.condition,
         "error": found.error,
@@ -47,3 +56,11 @@ def standing(name: str, workspace: Workspace) -> dict[str, Any]:
             method: {"val_top1": record.value, "params": record.params} for method, record in found.baselines.items()
         },
     }
+    if found.finalists is not None:
+        done, of = found.finalists
+        entry["finalists"] = {"done": done, "of": of}
+    if best and finalist:
+        values = {str(seed): value for seed, value in finalist.values.items()}
+        fresh = {"val_top1": finalist.mean, "error": finalist.error, "values": values}
+        entry["best"] = entry["best"] | {"fresh": fresh}
+    return entry

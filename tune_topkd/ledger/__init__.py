@@ -30,6 +30,7 @@ from tune_topkd.ledger.events import TeacherFile
 from tune_topkd.ledger.events import TrialContent
 from tune_topkd.ledger.events import TrialKey
 from tune_topkd.ledger.events import TrialStatus
+from tune_topkd.ledger.finalists import ERRORS_APART
 from tune_topkd.ledger.finalists import Difference
 from tune_topkd.ledger.finalists import Finalist
 from tune_topkd.ledger.finalists import Winner
@@ -54,6 +55,7 @@ from tune_topkd.ledger.trackers import Tracker
 from tune_topkd.ledger.trackers import tell_all
 
 __all__ = [
+    "ERRORS_APART",
     "LEDGER_FILE",
     "LEDGER_VERSION",
     "REPEAT",

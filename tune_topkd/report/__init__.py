@@ -8,7 +8,8 @@ Two tables go in, both as pandas data frames:
 - `curves`, one row per trial and epoch: `number`, `epoch` (from 1), `val_top1` (percent).
 
 The value of a pruned trial is of a shorter budget than that of a completed one. So only completed trials are ranked,
-joined by lines or coloured by their value; pruned ones are drawn faint and named for what they are.
+joined by lines or coloured by their value; pruned ones are drawn faint and named for what they are. Trainings of finalists
+on fresh seeds are in no figure; `finalists_table` has them, and `headline` takes it.
 
 Figures are plain `matplotlib.figure.Figure` objects: no backend is chosen, no display is needed, and nothing is kept
 alive by pyplot. They are made to be read about 900 pixels wide.
@@ -36,6 +37,7 @@ from tune_topkd.report.summary import summary_figure
 from tune_topkd.report.table import FROM_ZERO
 from tune_topkd.report.table import LOG_DECADES
 from tune_topkd.report.table import PARAMETER_ORDER
+from tune_topkd.report.table import finalists_table
 from tune_topkd.report.table import is_log_scaled
 from tune_topkd.report.table import parameters_of
 from tune_topkd.report.table import trials_table
@@ -57,6 +59,7 @@ __all__ = [
     "TOP1_LABEL",
     "VALUE_COLOURS",
     "best_trial",
+    "finalists_table",
     "headline",
     "importance_figure",
     "is_log_scaled",

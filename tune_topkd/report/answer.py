@@ -6,26 +6,65 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tune_topkd.ledger import ERRORS_APART
+from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.table import of_status
 
 
 def best_trial(trials: pd.DataFrame) -> "pd.Series[Any] | None":
-    """The row of the completed trial with the highest `val_top1`, of equals the earliest; none if none completed."""
+    """The row of the completed trial with the highest `val_top1`, of equals the earliest; none if none completed.
+
+    It is the best by the search's own values, of one seed, also where finalists have said which is the answer.
+    """
     done = of_status(trials, TrialStatus.COMPLETED).dropna(subset="val_top1")
     if done.empty:
         return None
     return done.sort_values(["val_top1", "number"], ascending=[False, True]).iloc[0]
 
 
-def headline(trials: pd.DataFrame, baselines: Mapping[str, float] | None = None) -> str:
-    """The answer in words: the best K, its validation top-1 and the gain in points over each baseline, best first."""
+def headline(
+    trials: pd.DataFrame, baselines: Mapping[str, float] | None = None, finalists: pd.DataFrame | None = None
+) -> str:
+    """The answer in words: the best K, its validation top-1 and the gain in points over each baseline, best first.
+
+    Args:
+        trials: a trials table.
+        baselines: validation top-1 (percent) by name.
+        finalists: a table of `finalists_table`. If it has the answer, the figures are means over its fresh seeds, with the
+            standard errors of the means and of their differences seed by seed.
+    """
+    if finalists is not None and finalists["is_answer"].any():
+        return _of_fresh_seeds(trials, finalists)
     best = best_trial(trials)
     if best is None:
         return "No trial reached the full budget"
     ranked = sorted(finite(baselines).items(), key=lambda item: -item[1])
     gains = ", ".join(f"{best['val_top1'] - value:+.1f} over {name.upper()}" for name, value in ranked)
     return value_text(best) + (f" ({gains})" if gains else "")
+
+
+def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
+    """The headline of an answer that was chosen by its fresh seeds."""
+    answer = finalists[finalists["is_answer"]].iloc[0]
+    seeds = [name for name in finalists.columns if isinstance(name, int)]
+    gains = []
+    for _, base in finalists[finalists["arm"] != SEARCH].iterrows():
+        apart = (answer[seeds] - base[seeds]).astype(float).dropna()
+        if len(apart):
+            error = apart.std() / np.sqrt(len(apart))
+            is_told_apart = abs(apart.mean()) > ERRORS_APART * error
+            doubt = "" if is_told_apart else ", not told apart"
+            gains.append(f"{_with_error(apart.mean(), error, '+')} over {str(base['arm']).upper()}{doubt}")
+    own = trials[trials["number"] == int(answer["trial"])]
+    k = "" if own.empty or "k" not in own or pd.isna(own["k"].iloc[0]) else f"K = {int(own['k'].iloc[0])}, "
+    count = int(answer[seeds].notna().sum())
+    figure = f"{k}{_with_error(answer['mean'], answer['error'])} % over {count} fresh seeds"
+    return f"{figure}, {answer['own']:.1f} % in the search" + (f" ({'; '.join(gains)})" if gains else "")
+
+
+def _with_error(value: float, error: float, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" + ("" if np.isnan(error) else f" ± {error:.1f}")
 
 
 def finite(baselines: Mapping[str, float] | None) -> dict[str, float]:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from tune_topkd.config import Scalar
+from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
 
 PARAMETER_ORDER = (
@@ -44,7 +45,7 @@ def trials_table(runs: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.D
 
     Args:
         runs: what `mlflow.search_runs` gives (`tags.*`, `params.*`, `metrics.*`); runs without the tag `trial_number`,
-            such as the sweep's own, are no rows.
+            such as the sweep's own and those of finalists on fresh seeds, are no rows.
         curves: if given, `epochs` counts what is in it. Otherwise it comes from the runs: the sweep's budget for a
             completed trial, the epoch that the reason names for another, and is missing where neither tells.
 
@@ -76,6 +77,58 @@ def trials_table(runs: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.D
     else:
         table["epochs"] = _epochs_by_tags(table, _column(others, "params.epochs"))
     return table.sort_values("number", ignore_index=True)
+
+
+def finalists_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """One tidy row per finalist, from the runs of one sweep: what its trainings on fresh seeds gave. Empty where none were.
+
+    Args:
+        runs: as for `trials_table`.
+
+    Returns:
+        The columns `trial` (`0007`, or `kd-0001` of a baseline), `arm`, `is_answer`, a column for each seed under its number
+        (percent, NaN of a training that failed or has not ended), `mean`, `error` (the mean's standard error, NaN of one
+        value), `own` (the value that it was found by) and `luck` (`own` - `mean`); the best mean comes first.
+    """
+    is_repeat = _column(runs, "tags.repeat_number").notna()
+    repeats, others = runs[is_repeat], runs[~is_repeat]
+    sweep = others[_column(others, "tags.trial_number").isna()]
+    answer = _column(sweep, "metrics.best_trial").dropna().astype(int).to_list()
+    is_done = bool((_column(sweep, "tags.finalists") == "done").any())
+    is_whole = _column(repeats, "tags.trial_status") == TrialStatus.COMPLETED.value
+    values = pd.DataFrame(
+        {
+            "trial": _column(repeats, "tags.repeats").astype(str),
+            "arm": _column(repeats, "tags.arm").astype(str),
+            "seed": _column(repeats, "tags.seed").astype("int64"),
+            "val_top1": _column(repeats, "metrics.val_top1").astype("float64").where(is_whole),
+        }
+    )
+    seeds = sorted({int(seed) for seed in values["seed"]})
+    rows = []
+    for (arm, trial), own in values.groupby(["arm", "trial"]):
+        by_seed = own.groupby("seed")["val_top1"].first().reindex(seeds)
+        row = {
+            "trial": trial,
+            "arm": arm,
+            "is_answer": is_done and arm == SEARCH and int(str(trial)) in answer,
+            **by_seed.to_dict(),
+            "mean": by_seed.mean(),
+            "error": by_seed.std() / np.sqrt(by_seed.count()) if by_seed.count() else np.nan,
+            "own": _own_value(str(arm), str(trial), others, sweep),
+        }
+        rows.append(row | {"luck": row["own"] - row["mean"]})
+    columns = ["trial", "arm", "is_answer", *seeds, "mean", "error", "own", "luck"]
+    table = pd.DataFrame(rows, columns=columns).astype({"is_answer": bool})
+    return table.sort_values(["mean", "trial"], ascending=[False, True], ignore_index=True)
+
+
+def _own_value(arm: str, trial: str, runs: pd.DataFrame, sweep: pd.DataFrame) -> float:
+    """The value that a finalist was found by."""
+    if arm == SEARCH:
+        own = runs[_column(runs, "tags.trial_number") == str(int(trial))]
+        return float(_column(own, "metrics.val_top1").astype("float64").max())
+    return float(_column(sweep, f"metrics.baseline_{arm}_val_top1").astype("float64").max())
 
 
 def parameters_of(trials: pd.DataFrame) -> list[str]:

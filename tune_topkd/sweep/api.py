@@ -19,7 +19,10 @@ from tune_topkd.export import TunedConfig
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import Winner
+from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import read_state
+from tune_topkd.ledger import winner_of
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.callbacks import Callback
 from tune_topkd.sweep.callbacks import Watchers
@@ -54,9 +57,13 @@ class Status:
     target: int
     """The trials that the search is to have."""
     best: TrialRecord | None
-    """The best trial of the full budget."""
+    """The trial that is the answer so far; `winner` has its fresh seeds."""
     baselines: dict[str, TrialRecord]
     """The best of each baseline's trials."""
+    winner: Winner | None = None
+    """The answer, with what its fresh seeds gave, if it was chosen by them."""
+    finalists: tuple[int, int] | None = None
+    """How many of the finalists' trainings have ended, and of how many; None if none are to be."""
 
 
 @dataclass(frozen=True)
@@ -241,15 +248,17 @@ class Sweep:
         trials = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
         running = counts[TrialStatus.RUNNING]
         trials |= {"running": running} if how == "running" else {"running": 0, "interrupted": running}
-        arms = sorted({key.arm for key in state.trials} - {"search"})
+        winner = winner_of(state)
         return Status(
             sweep=self.name,
             condition=how,
             error=state.stop_error,
             trials=trials,
             target=state.target,
-            best=state.best(),
-            baselines={method: record for method in arms if (record := state.best(method)) is not None},
+            best=None if winner is None else winner.record,
+            baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
+            winner=winner,
+            finalists=finalists_done(state),
         )
 
     def answer(self) -> TunedConfig:

@@ -10,8 +10,14 @@ from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import WRITERS
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import Winner
+from tune_topkd.ledger import difference
+from tune_topkd.ledger import finalists
+from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import winner_of
 from tune_topkd.storage import write_text
 from tune_topkd.sweep.wording import short
 
@@ -20,11 +26,11 @@ BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much the best trial is above a baseline."""
+    """By how much the answer is above a baseline."""
 
     sentence: str
     counts: bool
-    """Whether it is more than one image of the validation split."""
+    """Whether it is more than one image of the validation split, and, on fresh seeds, told apart from none."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,17 @@ class Result:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The best trial of the full budget: its `params` and, in percent, its `value`; None if there is none."""
-        return self.state.best()
+        """The trial that is the answer: its `params` and, in percent, its own `value`; None if there is none.
+
+        It is the first of the finalists where they are done, else the best of the full budget. `winner` has its fresh seeds.
+        """
+        winner = self.winner
+        return None if winner is None else winner.record
+
+    @property
+    def winner(self) -> Winner | None:
+        """The same trial with what its fresh seeds gave, if it was chosen by them."""
+        return winner_of(self.state)
 
     @property
     def answer(self) -> TunedConfig:
@@ -77,37 +92,78 @@ class Result:
         write_text(Path(path), in_format(self.answer, format))
 
     def gains(self) -> list[Gain]:
-        """What the best trial is worth beside each baseline, in points and in images of the validation split."""
+        """What the answer is worth beside each baseline, in points and in images of the validation split."""
         if self.best is None or not any(map(self.state.best, _baselines(self.config))):
             return []
         from tune_topkd.data import load_dataset
 
         return gains(self.config, self.state, len(load_dataset(self.config.data).val))
 
+    def finalists(self) -> str:
+        """What the finalists' fresh seeds gave, or that they are not done, in a sentence; nothing where none are to be."""
+        return finalists_sentence(self.state)
+
     def advice(self) -> str:
         """What to do where a baseline is as good as the answer; nothing where none is."""
         return advice(self.config, self.state)
 
 
+def finalists_sentence(state: SweepState) -> str:
+    """What the finalists of a sweep gave, or that they are not done; nothing where none are to be."""
+    winner, done = winner_of(state), finalists_done(state)
+    if winner is None or done is None:
+        return ""
+    if winner.finalist is not None:
+        return winner.finalist.sentence
+    ended, total = done
+    if ended == total:
+        return "no finalist has a value of a fresh seed: the answer is the best of one seed, which is optimistic"
+    return (
+        f"the finalists are not done ({ended} of {total} trainings): the answer is the best of one seed, "
+        "which is optimistic; `resume` trains the rest"
+    )
+
+
 def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
-    """What the best trial is worth beside each baseline, in points and in images.
+    """What the answer is worth beside each baseline, in points and in images; on the same fresh seeds, if there are any.
 
     Args:
         config: the sweep's.
         state: the sweep.
         images: of the validation split.
     """
-    best = state.best()
+    winner = winner_of(state)
+    fresh = {finalist.record.key: finalist for finalist in finalists(state)}
     found = []
-    for method in _baselines(config) if best else ():
+    for method in _baselines(config) if winner else ():
         base = state.best(method)
-        if base is not None and best is not None:
-            points = (best.value or 0.0) - (base.value or 0.0)
-            worth = round(points / 100 * images)
-            rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
-            over = f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})"
-            found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
+        if base is None or winner is None:
+            continue
+        rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
+        if winner.finalist is not None:
+            found.append(_fresh_gain(winner.finalist, fresh[base.key], BASELINE_NAMES[method], rate, images))
+            continue
+        points = (winner.record.value or 0.0) - (base.value or 0.0)
+        worth = round(points / 100 * images)
+        over = f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})"
+        found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
     return found
+
+
+def _fresh_gain(finalist: Finalist, base: Finalist, name: str, rate: str, images: int) -> Gain:
+    """By how much a finalist is above a baseline on the seeds that both have."""
+    apart = difference(finalist, base)
+    if apart is None:
+        return Gain(
+            f"{name} has no fresh seed to be compared on ({base.record.value:.2f} % on that of the search{rate})", False
+        )
+    worth = round(apart.mean / 100 * images)
+    error = "" if apart.error is None else f" ± {apart.error:.2f}"
+    seeds = "one fresh seed" if apart.seeds == 1 else f"the same {apart.seeds} fresh seeds"
+    over = f"{apart.mean:+.2f}{error} points over {name} ({base.figure}{rate}) on {seeds}"
+    told = "" if apart.is_told_apart else "; not told apart"
+    sentence = f"{over}: {worth:+d} of {images:,} validation images{told}"
+    return Gain(sentence, apart.is_told_apart and abs(worth) > 1)
 
 
 def _baselines(config: SweepConfig) -> Sequence[str]:
@@ -116,9 +172,17 @@ def _baselines(config: SweepConfig) -> Sequence[str]:
 
 def advice(config: SweepConfig, state: SweepState) -> str:
     """What to do where a baseline is as good as the answer; nothing where none is."""
-    best = state.best()
-    bases = [(record.value or 0.0, m) for m in BASELINE_NAMES if (record := state.best(m)) is not None]
-    if best is None or not bases or max(bases)[0] < (best.value or 0.0):
+    winner = winner_of(state)
+    if winner is None:
+        return ""
+    fresh = {finalist.record.key: finalist for finalist in finalists(state)} if winner.finalist else {}
+
+    def value(record: TrialRecord) -> float | None:
+        return fresh[record.key].mean if fresh else record.value
+
+    found = [(record, method) for method in BASELINE_NAMES if (record := state.best(method)) is not None]
+    bases = [(worth, method) for record, method in found if (worth := value(record)) is not None]
+    if not bases or max(bases)[0] < winner.value:
         return ""
     name = BASELINE_NAMES[max(bases)[1]]
     more = (

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 
 from tune_topkd.config import Scalar
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import TrialRecord
 
 
 def short(value: Scalar) -> str:
@@ -32,6 +34,12 @@ def changes(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> Iterat
 def is_same(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
     """Whether two sets of parameters are one, but for rounding."""
     return params.keys() == other.keys() and not any(changes(params, other))
+
+
+def title(record: TrialRecord) -> str:
+    """A trial as a person is told of it: `trial 0007`, `baseline kd-0001`, `trial 0007 on seed 2`."""
+    kind = "trial" if record.origin.arm == SEARCH else "baseline"
+    return f"{kind} {record.origin}" + ("" if record.repeats is None else f" on seed {record.seed}")
 
 
 def counted(number: float, noun: str) -> str:

@@ -8,17 +8,24 @@ from dataclasses import dataclass
 from typing import Any
 from typing import NamedTuple
 
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
+from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import Header
+from tune_topkd.ledger import Repeat
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Stop
 from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import finalists
+from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import winner_of
 from tune_topkd.tracking.cleaning import LONGEST_NAME
 from tune_topkd.tracking.cleaning import LONGEST_PARAM
 from tune_topkd.tracking.cleaning import LONGEST_TAG
@@ -37,11 +44,19 @@ PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 
 
+TRIAL_TAG = "trial_number"
+"""Of the runs of the search's trials."""
+REPEAT_TAG = "repeat_number"
+"""Of the runs of the trainings that repeat trials on fresh seeds."""
+
 SWEEP_NOTE = """One sweep; its trials are the nested runs.
 
 - `best_val_top1`, `best_trial`: the best trial so far that reached the full budget of epochs. The step is the ledger's line.
 - `baseline_<method>_…`: the best run so far of a baseline. `grid_<method>_…`: each of its runs; the step is its number.
 - `trial_status` of a trial: completed (full budget), pruned (stopped early), failed, interrupted, running.
+- With finalists: their trainings on fresh seeds are nested runs with the tags `arm`, `repeats` and `seed`. Once the tag
+  `finalists` says done, `best_trial` is the one with the best mean over its seeds (`finalist_val_top1`, standard error
+  `finalist_error`; `finalist_<method>_…` of a baseline), and `best_val_top1` is still its own value, of one seed.
 """
 
 
@@ -57,7 +72,9 @@ class Projection:
         """At the last event taken; trials that have ended are without their reports, so that it stays small."""
         self._now = 0.0
         self._best: dict[str, TrialRecord] = {}
-        """The best trial so far of each arm."""
+        """The best trial so far of each arm; of the search the answer so far."""
+        self._finalists: dict[str, float] = {}
+        """What was last written of the finalists."""
         self._older_best = -math.inf
 
     def take(self, event: Event, batch: "Batch") -> None:
@@ -69,12 +86,15 @@ class Projection:
                 batch.open("", header.sweep, event.time, _sweep_params(header), self._tags(), SWEEP_NOTE)
             case Driver():
                 self._enter_work("running", "running", "RUNNING", "RUNNING", before if was_driven else None, batch)
+                self._enter_finalists(event, batch)
             case Suggest(key=key, params=params) if key.arm == SEARCH:
                 run = str(key.number)
-                tags = self._tags() | {"trial_number": run, "trial_status": "running"}
+                tags = self._tags() | {TRIAL_TAG: run, "trial_status": "running"}
                 batch.open(run, run_name(run), event.time, params, tags)
-            case Report(key=key, metrics=metrics, epoch=epoch) if key.arm == SEARCH:
-                batch.metrics(str(key.number), event.time, metrics, step=epoch)
+            case Repeat() as repeat:
+                self._enter_repeat(event, repeat, batch)
+            case Report(key=key, metrics=metrics, epoch=epoch) if (child := run_of(key)) is not None:
+                batch.metrics(child, event.time, metrics, step=epoch)
             case End(key=key):
                 self._enter_end(event, batch)
                 self.state.trials[key].reports.clear()
@@ -93,24 +113,62 @@ class Projection:
         batch.tag("", {"state": state})
         batch.status[""] = (parent, ended)
         for record in self.state.running():
-            if record.key.arm == SEARCH:
-                batch.tag(str(record.key.number), {"trial_status": trial_status})
-                batch.status[str(record.key.number)] = (child, ended)
+            if (run := run_of(record.key)) is not None:
+                batch.tag(run, {"trial_status": trial_status})
+                batch.status[run] = (child, ended)
+
+    def _enter_repeat(self, event: Event, repeat: Repeat, batch: "Batch") -> None:
+        """A finalist is trained on a fresh seed: a run of its own, which is none of the search's trials."""
+        run, of_trial = str(repeat.key), repeat.of_trial
+        about = {REPEAT_TAG: str(repeat.key.number), "arm": of_trial.arm, "repeats": str(of_trial)}
+        tags = self._tags() | about | {"seed": str(repeat.seed), "trial_status": "running"}
+        name = f"{'trial ' if of_trial.arm == SEARCH else ''}{of_trial}, seed {repeat.seed}"
+        batch.open(run, name, event.time, self.state.trials[repeat.key].params, tags)
+
+    def _enter_finalists(self, event: Event, batch: "Batch") -> None:
+        """How far the finalists are, which trial is the answer by now, and what their fresh seeds gave."""
+        done = finalists_done(self.state)
+        if done is None:
+            return
+        winner = winner_of(self.state)
+        is_done = winner is not None and winner.finalist is not None
+        batch.tag("", {"finalists": "done" if is_done else f"{done[0]} of {done[1]} trainings"})
+        if winner is None:
+            return
+        if self._best.get(SEARCH) is not winner.record:
+            self._best[SEARCH] = winner.record
+            batch.metrics("", event.time, _best_metrics(winner.record), step=event.seq)
+        if winner.finalist is not None:
+            bases = [finalist for finalist in finalists(self.state) if finalist.record.key.arm != SEARCH]
+            values = {name: value for each in (winner.finalist, *bases) for name, value in _fresh_metrics(each).items()}
+            changed = {name: value for name, value in values.items() if self._finalists.get(name) != value}
+            self._finalists |= values
+            batch.metrics("", event.time, changed, step=event.seq)
 
     def _enter_end(self, event: Event, batch: "Batch") -> None:
         key = event.key
         record = self.state.trials[key]
         status = record.status
-        if key.arm == SEARCH:
+        if (run := run_of(key)) is not None:
             tags = {"trial_status": status.value, "reason": record.reason, "error": record.error}
-            batch.tag(str(key.number), {name: text for name, text in tags.items() if text})
-            batch.status[str(key.number)] = (_MLFLOW_STATUS[status], event.time)
+            batch.tag(run, {name: text for name, text in tags.items() if text})
+            batch.status[run] = (_MLFLOW_STATUS[status], event.time)
+        self._enter_value(event, record, batch)
+        self._enter_finalists(event, batch)
+
+    def _enter_value(self, event: Event, record: TrialRecord, batch: "Batch") -> None:
+        """What a trial's end changes in the sweep's own run."""
+        key, status = record.key, record.status
+        if key.arm == REPEAT:
+            return
         if status is not TrialStatus.COMPLETED or record.value is None or not math.isfinite(record.value):
             return
         self._enter_superseded(event, record, batch)
         if key.arm != SEARCH:
             each = {f"grid_{key.arm}_{name}": value for name, value in _outcome(record).items()}
             batch.metrics("", event.time, each, step=key.number)
+        if key.arm == SEARCH and self.state.finalists is not None:
+            return  # which trial is the answer is for the finalists to say
         best = self._best.get(key.arm)
         if best is None or _rank(record) > _rank(best):
             self._best[key.arm] = record
@@ -130,9 +188,10 @@ class Projection:
 
     def summary(self) -> dict[str, float]:
         """What the sweep's run is to show of its arms at this point of the ledger."""
-        arms = sorted({key.arm for key in self.state.trials})
-        best = [record for arm in arms if (record := self.state.best(arm)) is not None]
-        return {name: value for record in best for name, value in _best_metrics(record).items()}
+        winner = winner_of(self.state)
+        best = [record for arm in self.state.baseline_methods() if (record := self.state.best(arm)) is not None]
+        best += [] if winner is None else [winner.record]
+        return {name: value for record in best for name, value in _best_metrics(record).items()} | self._finalists
 
     def _tags(self) -> dict[str, str]:
         return {"sweep": self.state.header.sweep, "sweep_id": self.state.header.id}
@@ -212,7 +271,7 @@ class Batch:
 
     def touched(self) -> Iterable[str]:
         """The runs that have something new, the parent first."""
-        return sorted({*self.opened, *self.tags, *self.points, *self.status}, key=lambda run: int(run or -1))
+        return sorted({*self.opened, *self.tags, *self.points, *self.status}, key=_place)
 
     def _name(self, run: str, name: str) -> str:
         cleaned = clean_name(name)
@@ -227,9 +286,25 @@ class Batch:
         return cleaned
 
 
+def run_of(key: TrialKey) -> str | None:
+    """Which run is a trial's; none of a baseline's, which is in the metrics of the sweep's own."""
+    return str(key.number) if key.arm == SEARCH else str(key) if key.arm == REPEAT else None
+
+
+def run_in(tags: Mapping[str, str]) -> str:
+    """Which run has these tags; that of the sweep itself is ""."""
+    number = tags.get(REPEAT_TAG, "")
+    return str(TrialKey(REPEAT, int(number))) if number.isdigit() else tags.get(TRIAL_TAG, "")
+
+
 def run_name(run: str) -> str:
     """How MLflow's pages show a trial."""
-    return f"trial {int(run):04d}"
+    return f"trial {int(run):04d}" if run.isdigit() else run
+
+
+def _place(run: str) -> tuple[int, int, str]:
+    """Sorts runs: the sweep's own, then its trials by number, then those that repeat them."""
+    return (0, 0, "") if not run else (1, int(run), "") if run.isdigit() else (2, len(run), run)
 
 
 def _sweep_params(header: Header) -> dict[str, Any]:
@@ -247,6 +322,15 @@ def _best_metrics(record: TrialRecord) -> dict[str, float]:
     if record.key.arm != SEARCH:
         return {f"baseline_{record.key.arm}_{name}": value for name, value in _outcome(record).items()}
     return {"best_val_top1": record.value or 0.0, "best_trial": float(record.key.number)}
+
+
+def _fresh_metrics(finalist: Finalist) -> dict[str, float]:
+    """The mean of a finalist's fresh seeds and its standard error, as far as there are any."""
+    key = finalist.record.key
+    prefix = "finalist" if key.arm == SEARCH else f"finalist_{key.arm}"
+    values = {f"{prefix}_val_top1": finalist.mean, f"{prefix}_error": finalist.error}
+    found = {name: value for name, value in values.items() if value is not None}
+    return found | ({f"{prefix}_trial": float(key.number)} if key.arm == SEARCH else {})
 
 
 def _rank(record: TrialRecord) -> tuple[float, int]:

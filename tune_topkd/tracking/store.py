@@ -24,6 +24,7 @@ from tune_topkd.ledger import LedgerError
 from tune_topkd.tracking.masking import mask_record
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
+from tune_topkd.tracking.projection import run_in
 
 # MLflow reads these at import or at a request; what the user has set wins. Its own patience with a server that is down
 # is minutes per call; ours is the retry loop below. It must not repeat a request by itself: `create_run`, repeated after
@@ -319,13 +320,13 @@ def rows_in_bulk(client: Client, run_ids: Sequence[str], names: Iterable[str]) -
 
 
 def runs_by_trial(client: Client, experiment: str, sweep_id: str) -> dict[str, list[Any]]:
-    """The sweep's runs by trial number, the parent's under ""; more than one where a run is doubled."""
+    """The sweep's runs as `run_in` names them, the parent's under ""; more than one where a run is doubled."""
     runs: dict[str, list[Any]] = defaultdict(list)
     token = None
     while True:
         page = client.search_runs([experiment], f"tags.sweep_id = '{sweep_id}'", max_results=1000, page_token=token)
         for run in page:
-            runs[run.data.tags.get("trial_number", "")].append(run)
+            runs[run_in(run.data.tags)].append(run)
         token = page.token
         if not token:
             return dict(runs)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import read_events
 from tune_topkd.tracking.masking import masked
@@ -20,6 +19,7 @@ from tune_topkd.tracking.projection import Projection
 from tune_topkd.tracking.projection import Row
 from tune_topkd.tracking.projection import milliseconds
 from tune_topkd.tracking.projection import run_name
+from tune_topkd.tracking.projection import run_of
 from tune_topkd.tracking.sending import KnownRun
 from tune_topkd.tracking.sending import entities
 from tune_topkd.tracking.sending import is_refusal
@@ -150,7 +150,7 @@ class _Writer:
         self._client: Client | None = None
         self._experiment = ""
         self._runs: dict[str, KnownRun] = {}
-        """By trial number, the parent under ""."""
+        """By trial, as `run_of` names them, the parent under ""."""
         self._said: set[str] = set()
         self._begin()
 
@@ -185,7 +185,7 @@ class _Writer:
         for event in chunk:
             self._projection.take(event, self._unsent)
             self._taken += 1
-        under_way = [str(record.key.number) for record in self._projection.state.running() if record.key.arm == SEARCH]
+        under_way = [run for record in self._projection.state.running() if (run := run_of(record.key)) is not None]
         self._held = self._unsent.put_off(["", *under_way]) if self._taken < known else Batch()
 
     def abandon(self) -> None:
