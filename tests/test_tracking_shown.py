@@ -23,15 +23,19 @@ from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
+from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Repeat
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Stop
 from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
+from tune_topkd.ledger import winner_of
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import comparing
 from tune_topkd.tracking import disagreements
@@ -46,10 +50,10 @@ STATUS = {"running": "RUNNING", "completed": "FINISHED", "pruned": "KILLED", "fa
 NAN = float("nan")
 
 
-def begin(folder):
+def begin(folder, plan=None):
     header = Header(sweep="t", id="abc", seed=0, trials=9, dataset="digits")
     ledger = Ledger.create(folder / "ledger.jsonl", header)
-    ledger.append(Driver(host="h", pid=1, trials=9))
+    ledger.append(Driver(host="h", pid=1, trials=9, finalists=plan))
     return ledger
 
 
@@ -71,7 +75,12 @@ def a_step(random, state):
     """Anything that may come next in a ledger."""
     running = state.running()
     kinds = ["suggest", "report", "report", "end", "end", "driver", "stop"]
+    lacking = finalists_to_repeat(state)
+    kinds += ["repeat", "repeat"] if lacking else []
     kind = "driver" if state.stop_reason else random.choice(kinds)
+    if kind == "repeat":
+        trial, seed = random.choice(lacking)
+        return Repeat(key=TrialKey("repeat", state.size("repeat")), of_trial=trial.key, seed=seed)
     if kind in ("report", "end") and running:
         record = random.choice(running)
         arm, number = record.key
@@ -91,11 +100,18 @@ def a_step(random, state):
 
 def check_shown(store, state):
     """What MLflow shows of each run, compared with what the ledger says."""
-    shown = {
-        run.data.tags.get("trial_number"): run for run in store.search_runs(["1"], "", max_results=9, page_token=None)
-    }
-    parent = shown.pop(None)
-    best = state.best()
+    found = store.search_runs(["1"], "", max_results=9, page_token=None)
+    shown = {run.data.tags.get("trial_number", run.data.tags.get("repeat_number", "") + "r"): run for run in found}
+    parent = shown.pop("r")
+    assert len(shown) == len(found) - 1
+    winner = winner_of(state)
+    best = winner and winner.record
+    if winner is not None and winner.finalist is not None:
+        assert parent.data.metrics["finalist_val_top1"] == winner.value
+        assert parent.data.metrics["finalist_trial"] == best.key.number
+    if state.finalists is not None:
+        is_done = winner is not None and winner.finalist is not None
+        assert (parent.data.tags["finalists"] == "done") is is_done
     assert parent.data.metrics.get("best_val_top1") == (best and best.value)
     assert parent.data.metrics.get("best_trial") == (best and best.key.number)
     for method in ("ce", "kd"):
@@ -103,9 +119,10 @@ def check_shown(store, state):
         assert parent.data.metrics.get(f"baseline_{method}_val_top1") == (best and best.value)
         assert parent.data.metrics.get(f"baseline_{method}_lr") == (best and best.params["lr"])
     assert parent.data.tags["state"] == (state.stop_reason or "running")
-    assert set(shown) == {str(record.key.number) for record in state.arm(SEARCH)}
+    repeats = {f"{record.key.number}r" for record in state.arm("repeat")}
+    assert set(shown) == {str(record.key.number) for record in state.arm(SEARCH)} | repeats
     for number, run in shown.items():
-        record = state.trials[TrialKey(SEARCH, int(number))]
+        record = state.trials[TrialKey("repeat" if number in repeats else SEARCH, int(number.removesuffix("r")))]
         stopped = not record.status.is_end and state.stop_reason
         assert run.info.status == ("KILLED" if stopped else STATUS[record.status])
         assert run.data.tags["trial_status"] == ("interrupted" if stopped else record.status)
@@ -133,6 +150,7 @@ def old_rows(events):
 def test_mlflow_shows_what_the_ledger_says_after_every_event(seed, was_followed_by_an_older_version):
     """With clocks that jump, requests that fail before or after they are done, and followers that begin anew."""
     random, store, clock, events = Random(seed), MemoryMlflow(), [1e9], []
+    plans = [None] if was_followed_by_an_older_version else [None, Finalists(1, 2), Finalists(2, 2)]
 
     def fail(number, when):
         if random.random() < 0.05:
@@ -144,7 +162,7 @@ def test_mlflow_shows_what_the_ledger_says_after_every_event(seed, was_followed_
         mock.patch.object(comparing, "client_of", return_value=store),
         mock.patch.object(writer, "EVENTS_PER_CHUNK", random.choice([1, 3, 2000])),
         mock.patch.object(time, "time", side_effect=lambda: clock[0]),
-        begin(Path(folder)) as ledger,
+        begin(Path(folder), random.choice(plans)) as ledger,
     ):
         follower = writer._Writer(ledger.path, "memory")
         for _ in range(random.randrange(5, 40)):
