@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 
 import formulas
 import numpy as np
@@ -11,11 +13,14 @@ from test_audit import events_of
 from test_audit import write as write_ledger
 
 from tune_topkd import report
+from tune_topkd.cli.app import main
+from tune_topkd.cli.display import ConsoleCallback
 from tune_topkd.cli.display import result_table
 from tune_topkd.cli.display import summary_table
 from tune_topkd.cli.standing import line_of
 from tune_topkd.cli.standing import standing
 from tune_topkd.config import ConfigError
+from tune_topkd.config import new_config
 from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.execution.simulated import WorkerLostError
 from tune_topkd.execution.simulated import simulate
@@ -48,12 +53,15 @@ from tune_topkd.search import audit_decisions
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
+from tune_topkd.sweep import cost
 from tune_topkd.sweep.remaining import epochs_ahead
 from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.result import advice
 from tune_topkd.sweep.result import finalists_sentence
 from tune_topkd.sweep.result import gains
 from tune_topkd.sweep.wording import title
+from tune_topkd.terminal import Console
+from tune_topkd.terminal import Terminal
 from tune_topkd.tracking.projection import Batch
 from tune_topkd.tracking.projection import Projection
 
@@ -141,7 +149,7 @@ def told(path):
 
 
 def repeated(state):
-    return [(str(record.repeats), record.seed) for record in state.arm("repeat")]
+    return [(str(record.of_trial), record.seed) for record in state.arm("repeat")]
 
 
 # --- which trials are repeated ----------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ def test_a_repeat_trains_what_its_trial_trained_but_for_the_seed(tmp_path):
 
     for record in drive(tmp_path / "l", config(), formula).arm("repeat"):
         assert record.seed != SEED
-        assert trained[record.key] == trained[record.repeats].model_copy(update={"seed": record.seed})
+        assert trained[record.key] == trained[record.of_trial].model_copy(update={"seed": record.seed})
 
 
 def test_it_is_never_stopped_early_and_the_sampler_is_not_told(tmp_path):
@@ -248,15 +256,15 @@ def test_more_trials_afterwards_train_only_the_finalists_that_are_missing(tmp_pa
 
 def test_workers_that_are_lost_are_started_again_by_the_same_rules(tmp_path):
     def formula(trial, epoch):
-        if trial.record.repeats and not trial.record.retries:
+        if trial.record.of_trial and not trial.record.retries:
             raise WorkerLostError("crash", "it died")
-        if trial.record.repeats == BEST and trial.record.seed == 7:
+        if trial.record.of_trial == BEST and trial.record.seed == 7:
             raise WorkerLostError("crash", "it died")
         return planted(trial, epoch)
 
     state = drive(tmp_path / "l", config(), formula, at_once=2)
     failed = [record for record in state.arm("repeat") if record.status is TrialStatus.FAILED]
-    assert [(record.repeats, record.seed, record.reason) for record in failed] == [(BEST, 7, "crash")]
+    assert [(record.of_trial, record.seed, record.reason) for record in failed] == [(BEST, 7, "crash")]
     assert state.stop_reason == "finished"
     assert audit_decisions(config(), read_events(tmp_path / "l")[0])[0] == []
 
@@ -265,7 +273,7 @@ def test_a_finalist_that_fails_on_all_of_many_seeds_does_not_end_the_sweep(tmp_p
     """Of as many trials of the search that fail alike one would give up."""
 
     def formula(trial, epoch):
-        if trial.record.repeats is not None:
+        if trial.record.of_trial is not None:
             raise OSError("no data")
         return planted(trial, epoch)
 
@@ -291,7 +299,7 @@ def test_the_answer_is_the_best_mean_and_not_the_luckiest(whole):
 
 def test_of_equal_means_the_earlier_trial_is_the_answer(tmp_path):
     def formula(trial, epoch):
-        return planted(trial, epoch) if trial.record.repeats is None else {"val_top1": 70.0}
+        return planted(trial, epoch) if trial.record.of_trial is None else {"val_top1": 70.0}
 
     state = drive(tmp_path / "l", config(), formula)
     assert [f.record.key.number for f in standings(state)] == [1, 2, 3]
@@ -714,3 +722,48 @@ def interrupted_at(training):
         return planted(trial, epoch)
 
     return formula
+
+
+def test_the_console_tells_each_training_and_what_the_finalists_gave(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reading, writing = os.pipe()
+    console, place = Console(Terminal(writing)), Workspace.at(mlflow_uri="", address="local")
+    sweep = Sweep.create(SPACE, name="s", mlflow_uri="", address="local")
+    sweep.run([ConsoleCallback(console, place)], executor=SimulatedExecutor(planted))
+    console.terminal.close()
+    told = os.read(reading, 1 << 16).decode()
+    os.close(reading)
+    assert "[9/15] trial 0003 on seed 6 completed at epoch 2: val_top1 76.00 %" in told
+    assert "[15/15] baseline ce-0000 on seed 7 completed" in told
+    assert told.count("; best 80.00 % (trial 2)\n") > told.count("; best 76.50 ± 0.50 % (trial 3)\n") == 1
+    answer = "76.50 ± 0.50 % over 2 fresh seeds; the search's own value 78.00 %, 1.50 of it luck"
+    assert f"\n  trial 3: {answer}\n  +2.50 ± 0.50 points over cross-entropy" in told
+
+
+def test_an_export_before_they_are_done_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    about = {"name": "s", "mlflow_uri": "", "address": "local"}
+    for formula, is_said in ((interrupted_at((LUCKIEST, 7)), True), (planted, False)):
+        sweep = Sweep.create(SPACE, **about) if is_said else Sweep.open(**about)
+        (sweep.run if is_said else sweep.resume)(executor=SimulatedExecutor(formula))
+        monkeypatch.setattr(sys, "argv", ["launch.py", "export", "s", "--runs-dir", str(sweep.workspace.runs)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capfd.readouterr()
+        assert ended.value.code == 0
+        assert (
+            "note: the finalists are not done (4 of 8 trainings): this is the best of one seed" in told.err
+        ) is is_said
+        assert ("\n  fresh:\n" in told.out) is not is_said
+
+
+def test_check_counts_their_trainings():
+    lines = list(cost.describe(new_config(SPACE, "test", ())))
+    assert "6 trials and 1 baseline runs of up to 2 epochs" in lines
+    assert (
+        "then 8 runs of the finalists: the best 3 trials and the best of each baseline, on 2 fresh seeds each" in lines
+    )
+    assert f"at most {(6 + 1 + 8) * 2} epochs" in lines
+    few = new_config({**SPACE, "baselines": None, "sweep": {**SPACE["sweep"], "trials": 2}}, "test", ())
+    assert "then 4 runs of the finalists: the best 2 trials, on 2 fresh seeds each" in list(cost.describe(few))

@@ -324,7 +324,11 @@ def export(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Write a sweep's tuned config for other projects."""
-    text = WRITERS[format_.value](Sweep(sweep, _workspace(runs_dir)).answer())
+    found = Sweep(sweep, _workspace(runs_dir))
+    text, done = WRITERS[format_.value](found.answer()), found.status().finalists
+    if done is not None and done[0] < done[1]:
+        note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
+        Console().print(note, style="yellow", soft_wrap=True)
     if output is None:
         terminal.result(text, is_document=True)
     else:

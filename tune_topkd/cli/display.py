@@ -24,6 +24,7 @@ from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
 from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Report
@@ -33,6 +34,7 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import Winner
 from tune_topkd.ledger import finalists
+from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
@@ -282,6 +284,8 @@ class ProgressDisplay:
             best = winner.record
             k = f", K = {best.params['k']}" if "k" in best.params else ""
             text.append(f"best {winner.figure} (trial {best.key.number}{k})", "bold")
+        if self._state.size(REPEAT) and (done := finalists_done(self._state)) is not None:
+            text.append(f"  finalists {done[0]}/{done[1]}", "dim")
         return text
 
     def _running(self) -> Iterator[Table | Text]:
@@ -302,7 +306,7 @@ class ProgressDisplay:
             yield Text(f"  and {len(running) - room} more")
 
     def _short_title(self, record: TrialRecord) -> str:
-        return str(record.key) if record.repeats is None else f"{record.origin}, seed {record.seed}"
+        return str(record.key) if record.of_trial is None else f"{record.origin}, seed {record.seed}"
 
     def _line(self, record: TrialRecord) -> str:
         value = f"val_top1 {record.value:.2f} %" if record.value is not None else record.error or record.reason

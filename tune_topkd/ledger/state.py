@@ -60,7 +60,7 @@ class TrialRecord:
     """What it is to get of a node, where that is other than the sweep's."""
     suggested_at: float = 0.0
     ended_at: float | None = None
-    repeats: TrialKey | None = None
+    of_trial: TrialKey | None = None
     """The trial that it repeats, if it does."""
     seed: int | None = None
     """Of its training, where that is other than the sweep's."""
@@ -68,7 +68,7 @@ class TrialRecord:
     @property
     def origin(self) -> TrialKey:
         """The trial that it repeats, or itself: whose method and parameters it has."""
-        return self.repeats or self.key
+        return self.of_trial or self.key
 
     @property
     def epoch(self) -> int:
@@ -218,17 +218,17 @@ class SweepState:
         original = self.trials.get(repeat.of_trial)
         if repeat.key.arm != REPEAT:
             raise LedgerError(f"line {event.seq + 1}: `repeat` for trial {repeat.key}, which is of another arm")
-        if original is None or original.repeats is not None:
+        if original is None or original.of_trial is not None:
             what = "was never suggested" if original is None else "is a repeat itself"
             raise LedgerError(f"line {event.seq + 1}: trial {repeat.key} repeats trial {repeat.of_trial}, which {what}")
         params, proposal = dict(original.params), dict(original.proposal)
-        self._add(event, TrialRecord(repeat.key, params, proposal, repeats=repeat.of_trial, seed=repeat.seed))
+        self._add(event, TrialRecord(repeat.key, params, proposal, of_trial=repeat.of_trial, seed=repeat.seed))
 
     def _add(self, event: Event, record: TrialRecord) -> None:
         key = record.key
         if key in self.trials:
             raise LedgerError(f"line {event.seq + 1}: trial {key} is suggested a second time")
-        if (key.arm == REPEAT) != (record.repeats is not None):
+        if (key.arm == REPEAT) != (record.of_trial is not None):
             raise LedgerError(f"line {event.seq + 1}: trial {key} does not say which trial it repeats")
         record.suggested_at = event.time
         self.trials[key] = record

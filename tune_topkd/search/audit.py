@@ -180,7 +180,7 @@ class _Audit:
 
     def _repeat_findings(self, repeat: Repeat) -> Iterator[str]:
         """Whether the search was over, and this training of a finalist is the one that comes next."""
-        is_at_work = any(record.repeats is None for record in self.state.running())
+        is_at_work = any(record.of_trial is None for record in self.state.running())
         if is_at_work or self.state.size() < self.state.target:
             yield f"trial {repeat.key} repeats a finalist although the search is not over"
         lacking = finalists_to_repeat(self.state)

@@ -74,7 +74,7 @@ class CommonError:
 
     def take(self, record: TrialRecord) -> None:
         """The next trial that is over. A repeat says nothing of the others: it counts against its finalist alone."""
-        if record.repeats is not None:
+        if record.of_trial is not None:
             return
         if record.status is not TrialStatus.FAILED:
             self._has_success, self._last = True, _NONE

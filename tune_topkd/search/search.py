@@ -142,7 +142,7 @@ class Search:
     def _is_searched(self) -> bool:
         """Whether all that finalists are chosen from has ended."""
         counts_reached = self.state.size() >= self.state.target and self._next_baseline() is None
-        return counts_reached and all(record.repeats is not None for record in self.state.running())
+        return counts_reached and all(record.of_trial is not None for record in self.state.running())
 
     def next_trial(self) -> TrialRecord | None:
         """The next trial to start: an interrupted one again, a new proposal, a baseline, or a finalist on a fresh seed.

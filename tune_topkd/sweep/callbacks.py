@@ -37,6 +37,8 @@ class Kind(StrEnum):
 class Callback:
     """Watches a sweep: a subclass overrides the methods that it wants to hear of, and is handed to `Sweep.run`.
 
+    A trial may be one of the search's, of a baseline (`trial.key.arm`), or of a finalist on a fresh seed (`trial.of_trial`).
+
     **Threads.** Methods are called on the sweep's own thread, which waits for them: they should return at once. A message
     of the kind `error` may come on another.
     **Failures.** A callback that raises is named in the log and not called again in this run; the sweep goes on. What it

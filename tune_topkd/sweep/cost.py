@@ -56,7 +56,7 @@ def describe(config: SweepConfig) -> Iterator[str]:
     repeats = finalist_total(config, Finalists.configured(config.sweep.finalists), trials)
     if (finalists := config.sweep.finalists) is not None:
         bases = " and the best of each baseline" if baselines else ""
-        best = f"the best {finalists.count} trials{bases}, on {finalists.seeds} fresh seeds each"
+        best = f"the best {min(finalists.count, trials)} trials{bases}, on {finalists.seeds} fresh seeds each"
         yield f"then {repeats} runs of the finalists: {best}"
     most = (trials + baselines + repeats) * epochs
     asha = config.sweep.asha

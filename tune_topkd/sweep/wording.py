@@ -39,7 +39,7 @@ def is_same(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
 def title(record: TrialRecord) -> str:
     """A trial as a person is told of it: `trial 0007`, `baseline kd-0001`, `trial 0007 on seed 2`."""
     kind = "trial" if record.origin.arm == SEARCH else "baseline"
-    return f"{kind} {record.origin}" + ("" if record.repeats is None else f" on seed {record.seed}")
+    return f"{kind} {record.origin}" + ("" if record.of_trial is None else f" on seed {record.seed}")
 
 
 def counted(number: float, noun: str) -> str:
