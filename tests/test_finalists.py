@@ -238,6 +238,16 @@ def test_a_sweep_killed_after_any_line_goes_on_as_if_it_had_not_been(tmp_path, w
         assert audit_decisions(config(), read_events(part)[0])[0] == []
 
 
+def test_a_sweep_whose_finalists_are_to_come_is_not_finished(tmp_path, whole):
+    lines = whole.read_bytes().splitlines(keepends=True)
+    (tmp_path / "l").write_bytes(b"".join(lines[: next(i for i, line in enumerate(lines) if b'"repeat"' in line)]))
+    with Ledger.open(tmp_path / "l", is_durable=False) as ledger:
+        search = Search(config(sweep={"time_budget": 1.0}), ledger, clock=iter((0.0, *[2.0] * 99)).__next__)
+        assert not search.is_finished
+        assert search.next_trial() is None
+        assert search.stopped() == "time_budget"
+
+
 @pytest.mark.parametrize("cut", [None, 37, 45, 60])
 def test_more_trials_afterwards_train_only_the_finalists_that_are_missing(tmp_path, whole, cut):
     path = tmp_path / "l"
