@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import formulas
 import numpy as np
@@ -65,6 +67,7 @@ from tune_topkd.terminal import Terminal
 from tune_topkd.tracking.projection import Batch
 from tune_topkd.tracking.projection import Projection
 
+RECORDED = Path(__file__).with_name("recorded") / "finalists.jsonl"
 SEED, TRIALS, EPOCHS = 5, 6, 2
 OWN = {"search": [70.0, 75.0, 80.0, 78.0, 60.0, 65.0, 79.0, 50.0], "ce": [74.0], "kd": [76.0]}
 """What each trial gives on the search's seed, by its number."""
@@ -442,6 +445,17 @@ def test_a_line_of_a_repeat_says_which_trial_and_which_seed(whole):
     data = {name: value for name, value in json.loads(line).items() if name not in ("seq", "time", "crc")}
     assert data == {"event": "repeat", "arm": "repeat", "number": 0, "of_trial": ["search", 2], "seed": 6}
     assert events.encode(events.decode(line, "it")) == line + b"\n"
+
+
+def test_a_ledger_that_was_recorded_is_read_with_its_answer_and_goes_on(tmp_path):
+    path = tmp_path / "l"
+    shutil.copy(RECORDED, path)
+    state = state_of(path)
+    assert (finalists_done(state), state.stop_reason) == ((5, 10), "interrupted")
+    assert audit_decisions(config(), read_events(path)[0])[0] == []
+    state = drive(path, config())
+    assert path.read_bytes().startswith(RECORDED.read_bytes())
+    assert (winner_of(state).record.key, winner_of(state).value, state.size("repeat")) == (BEST, 76.5, 10)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tune_topkd.sweep.callbacks import Callback
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.pruning import prune
 from tune_topkd.teacher import LogitBank
+from tune_topkd.teacher import bank
 from tune_topkd.teacher import bank_file
 from tune_topkd.teacher import bank_size
 from tune_topkd.teacher import logits
@@ -96,6 +97,24 @@ def test_banks_that_no_sweep_names_are_removed(place, tmp_path):
     assert sorted(path for path in kept.parent.iterdir()) == sorted([kept, kept.with_suffix(".json"), weights])
     assert all(f"GB: {path}\n" in told.text for path in unused)
     assert "banks: 0.000 GB removed" in told.text
+
+
+def test_where_views_are_endless_a_finalists_seeds_have_banks_of_their_own_which_stay(place, tmp_path):
+    begin_sweep(config_of(tmp_path, sweep={"finalists": {"seeds": 2}}), place, "one")
+    kept = [bank_of(config_of(tmp_path, sweep={"seed": seed}), place) for seed in (0, 1, 2)]
+    unused = bank_of(config_of(tmp_path, sweep={"seed": 3}), place)
+    prune(place, Watchers())
+    assert [path.exists() for path in [*kept, unused]] == [True, True, True, False]
+
+
+def test_a_bank_of_another_seed_is_made_only_where_there_is_room(place, tmp_path, monkeypatch, caplog):
+    begun = bank_of(config_of(tmp_path), place)
+    monkeypatch.setattr(bank, "LARGEST_SHARE_OF_DISK", 0.0)
+    assert bank_of(config_of(tmp_path), place) == begun, "it is there"
+    with pytest.raises(AttributeError):
+        bank_of(config_of(tmp_path, sweep={"seed": 1}), place)
+    assert "banks would take more than half of the disk" in caplog.text
+    assert len(list(begun.parent.glob("*.f16"))) == 1
 
 
 def test_a_sweep_that_cannot_be_read_is_named(place, tmp_path):

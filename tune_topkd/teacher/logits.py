@@ -248,7 +248,9 @@ def open_bank(config: TrialConfig, dataset: Dataset, device: torch.device) -> Lo
     if not has_room(
         path, size
     ):  # where views are endless each seed has a bank, and only one of them was looked at before
-        _log.warning("the teacher's logits are not cached, it runs on every batch: banks would take half of the disk")
+        _log.warning(
+            "the teacher's logits are not cached, it runs on every batch: banks would take more than half of the disk"
+        )
         return None
     try:
         bank = LogitBank(path, size)
