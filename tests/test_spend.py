@@ -4,6 +4,7 @@ import formulas
 import pandas as pd
 import pytest
 
+from tune_topkd.config.sections import AshaConfig
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import End
@@ -23,7 +24,7 @@ EPOCHS = CONFIG.recipe.epochs
 
 def state_of(*trials):
     """Of (arm, status, values by epoch, seconds of an epoch)."""
-    contents = [Header(sweep="s", id="0", seed=0, trials=len(trials))]
+    contents = [Header(sweep="s", id="0", seed=0, trials=len(trials), epochs=EPOCHS)]
     for number, (arm, status, values, seconds) in enumerate(trials):
         key = TrialKey(arm, number)
         contents.append(Suggest(key=key, proposal={}, params={}))
@@ -41,7 +42,6 @@ def state_of(*trials):
 
 def test_stopped_trials_save_what_they_would_have_taken_at_their_own_pace():
     found = spend(
-        CONFIG,
         state_of(
             (SEARCH, TrialStatus.COMPLETED, [50.0] * EPOCHS, 2.0),
             (SEARCH, TrialStatus.PRUNED, [50.0] * 3, 4.0),
@@ -62,7 +62,7 @@ def test_stopped_trials_save_what_they_would_have_taken_at_their_own_pace():
 
 
 def test_what_was_not_reported_costs_nothing_and_is_not_told():
-    found = spend(CONFIG, state_of((SEARCH, TrialStatus.PRUNED, [], None), (SEARCH, TrialStatus.RUNNING, [50.0], None)))
+    found = spend(state_of((SEARCH, TrialStatus.PRUNED, [], None), (SEARCH, TrialStatus.RUNNING, [50.0], None)))
     assert (found.total, found.saved, found.sentence()) == (0.0, 0.0, "")
 
 
@@ -74,18 +74,26 @@ def test_a_rungs_rank_correlation_is_spearmans_over_the_trials_that_ended(ties):
     late = [15.0, 25.0, 35.0, 45.0, 55.0, 65.0, 75.0, 85.0, 80.0]
     trials = [(SEARCH, TrialStatus.COMPLETED, [e] * (EPOCHS - 1) + [v], 1.0) for e, v in zip(early, late, strict=True)]
     stopped = [(SEARCH, TrialStatus.PRUNED, [99.0], 1.0)]
-    (rank,) = rung_ranks(CONFIG, state_of(*trials, *stopped), [2])
+    rank, later = rung_ranks(CONFIG, state_of(*trials, *stopped))
+    assert (later.epoch, later.spearman) == (3, rank.spearman)
     expected = pd.Series(early).corr(pd.Series(late), method="spearman")
-    assert (rank.epoch, rank.trials, rank.spearman) == (2, 9, pytest.approx(expected))
+    assert (rank.epoch, rank.trials, rank.spearman) == (1, 9, pytest.approx(expected))
     assert "foresees little" not in rank.sentence()
 
 
 def test_a_weak_rung_is_told_and_few_trials_say_nothing():
     early = [50.0, 10.0, 40.0, 20.0, 30.0, 60.0, 15.0, 35.0]
     trials = [(SEARCH, TrialStatus.COMPLETED, [e] * (EPOCHS - 1) + [10.0 + n], 1.0) for n, e in enumerate(early)]
-    (rank,) = rung_ranks(CONFIG, state_of(*trials), [1])
+    rank, _ = rung_ranks(CONFIG, state_of(*trials))
     assert rank.spearman < 0.5
     assert "it foresees little" in rank.sentence()
-    assert rung_ranks(CONFIG, state_of(*trials[:7]), [1]) == []
+    assert rung_ranks(CONFIG, state_of(*trials[:7])) == []
     same = [(SEARCH, TrialStatus.COMPLETED, [50.0] * EPOCHS, 1.0)] * 9
-    assert rung_ranks(CONFIG, state_of(*same), [1]) == [], "all alike have no ranks"
+    assert rung_ranks(CONFIG, state_of(*same)) == [], "all alike have no ranks"
+
+
+def test_rungs_are_below_the_last_epoch():
+    assert AshaConfig(grace_epochs=1, reduction_factor=3).rungs(9) == [1, 3]
+    assert AshaConfig(grace_epochs=5, reduction_factor=2).rungs(20) == [5, 10]
+    assert AshaConfig(grace_epochs=9).rungs(9) == []
+    assert rung_ranks(formulas.sweep_config(sweep={"asha": None}), state_of()) == []

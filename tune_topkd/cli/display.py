@@ -134,6 +134,8 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
             console.print(f"  {gain.sentence}", style="bold" if gain.counts else "", soft_wrap=True)
         if advice := result.advice():
             console.print(f"  {advice}", soft_wrap=True)
+        for told in (*(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence()):
+            console.print(f"  {told}", soft_wrap=True)
         console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
         _tell_where(result, workspace, console)
     elif state.stop_reason in ("interrupted", "time_budget") and not state.counts()["failed"]:

@@ -56,6 +56,11 @@ def standing(name: str, workspace: Workspace) -> dict[str, Any]:
             method: {"val_top1": record.value, "params": record.params} for method, record in found.baselines.items()
         },
     }
+    entry["seconds"] = {
+        "trained": round(found.spend.total, 1),
+        "failed": round(found.spend.failed, 1),
+        "saved": round(found.spend.saved, 1),
+    }
     if found.finalists is not None:
         done, of = found.finalists
         entry["finalists"] = {"done": done, "of": of}

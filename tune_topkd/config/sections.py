@@ -361,6 +361,14 @@ class AshaConfig(_Section):
     grace_epochs: int = Field(3, ge=1)
     reduction_factor: int = Field(3, ge=2)
 
+    def rungs(self, epochs: int) -> list[int]:
+        """The epochs of the rungs of trials with so many; the last epoch is none."""
+        found, rung = [], self.grace_epochs
+        while rung < epochs:
+            found.append(rung)
+            rung *= self.reduction_factor
+        return found
+
 
 class BaselinesConfig(_Section):
     """What the tuned student is compared with: each method at its defaults, with the recipe's part of the space.

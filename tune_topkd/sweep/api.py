@@ -29,6 +29,8 @@ from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.driver import Turn
 from tune_topkd.sweep.result import Result
 from tune_topkd.sweep.result import answer
+from tune_topkd.sweep.spend import Spend
+from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.warm_start import warm_starts
 from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import Workspace
@@ -60,6 +62,8 @@ class Status:
     """The trial that is the answer so far; `winner` has its fresh seeds."""
     baselines: dict[str, TrialRecord]
     """The best of each baseline's trials."""
+    spend: Spend
+    """What its trainings have cost."""
     winner: Winner | None = None
     """The answer, with what its fresh seeds gave, if it was chosen by them."""
     finalists: tuple[int, int] | None = None
@@ -259,6 +263,7 @@ class Sweep:
             baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
             winner=winner,
             finalists=finalists_done(state),
+            spend=spend(state),
         )
 
     def answer(self) -> TunedConfig:

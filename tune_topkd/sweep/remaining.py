@@ -105,10 +105,9 @@ def mean_epochs(config: SweepConfig, state: SweepState) -> float:
 
 def expected_epochs(asha: AshaConfig, epochs: int) -> float:
     """Epochs of a mean trial if each rung lets its share of them on."""
-    rung, expected, share, before = asha.grace_epochs, 0.0, 1.0, 0
-    while rung < epochs:
-        expected, before = expected + share * (rung - before), rung
-        share, rung = share / asha.reduction_factor, rung * asha.reduction_factor
+    expected, share, before = 0.0, 1.0, 0
+    for rung in asha.rungs(epochs):
+        expected, before, share = expected + share * (rung - before), rung, share / asha.reduction_factor
     return expected + share * (epochs - before)
 
 

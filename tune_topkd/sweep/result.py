@@ -19,6 +19,10 @@ from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.storage import write_text
+from tune_topkd.sweep.spend import RungRank
+from tune_topkd.sweep.spend import Spend
+from tune_topkd.sweep.spend import rung_ranks
+from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
 
 BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
@@ -102,6 +106,14 @@ class Result:
     def finalists(self) -> str:
         """What the finalists' fresh seeds gave, or that they are not done, in a sentence; nothing where none are to be."""
         return finalists_sentence(self.state)
+
+    def spend(self) -> Spend:
+        """What its trainings have cost, and what stopping some of them early has saved."""
+        return spend(self.state)
+
+    def rung_ranks(self) -> list[RungRank]:
+        """How well each of ASHA's rungs foresaw the end; none where few trials reached it."""
+        return rung_ranks(self.config, self.state)
 
     def advice(self) -> str:
         """What to do where a baseline is as good as the answer; nothing where none is."""

@@ -51,16 +51,11 @@ class Spend:
         return f"{duration(self.total)} of training in all, one trial at a time{failed}{saved}"
 
 
-def spend(config: SweepConfig, state: SweepState) -> Spend:
-    """What the trainings of a sweep have cost so far; an epoch that a trial trained twice counts once.
-
-    Args:
-        config: the sweep's.
-        state: the sweep.
-    """
+def spend(state: SweepState) -> Spend:
+    """What the trainings of a sweep have cost so far; an epoch that a trial trained twice counts once."""
     search = state.arm(SEARCH)
     stopped = [record for record in search if record.status is TrialStatus.PRUNED]
-    epochs = config.recipe.epochs
+    epochs = state.header.epochs or max((record.epoch for record in search), default=0)
     return Spend(
         search=_seconds(search),
         others=_seconds(record for record in state.trials.values() if record.key.arm != SEARCH),
@@ -92,19 +87,14 @@ class RungRank:
         )
 
 
-def rung_ranks(config: SweepConfig, state: SweepState, rungs: Sequence[int]) -> list[RungRank]:
-    """How well each rung foresaw the end, by the trials that reached it; none where these are few.
+def rung_ranks(config: SweepConfig, state: SweepState) -> list[RungRank]:
+    """How well each of ASHA's rungs foresaw the end, by the trials that reached it; none where these are few.
 
     They are the ones that the rungs let pass, so among all trials the correlation is higher.
-
-    Args:
-        config: the sweep's.
-        state: the sweep.
-        rungs: epochs at which trials are compared.
     """
     done = state.ranked()
     found = []
-    for epoch in rungs:
+    for epoch in config.sweep.asha.rungs(config.recipe.epochs) if config.sweep.asha else ():
         pairs = [
             (r.reports[epoch][config.rung_metric], r.reports[r.epoch][OBJECTIVE]) for r in done if epoch in r.reports
         ]
