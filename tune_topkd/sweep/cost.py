@@ -87,9 +87,8 @@ def _time(config: SweepConfig, epochs: int, step: float, asking: float, images: 
 
     steps, evaluated = (max(count / config.recipe.batch_size, 1) for count in images)
     views = view_count(config.data.augment)
-    seeds = 1 + (
-        config.sweep.finalists.seeds if config.sweep.finalists else 0
-    )  # trials of one are shown the same views
+    finalists = config.sweep.finalists
+    seeds = 1 if finalists is None else 1 + finalists.seeds  # all trainings of one seed are shown the same views
     asked = min(config.recipe.epochs * seeds, views or math.inf) if _has_bank(config) else epochs
     epoch = steps * step + evaluated * step * _SHARE_OF_FORWARD + _SECONDS_AROUND_AN_EPOCH
     seconds = _SECONDS_OF_THE_START + epochs * epoch + asked * steps * asking
