@@ -441,6 +441,20 @@ class TestSummary:
         assert len(points(figure, "completed")) == 5
         assert len(drawn(figure, "rung")) == 1
 
+    def test_shows_what_the_finalists_fresh_seeds_gave_and_the_baselines_of_the_same_seeds(self, trials, curves):
+        first, second = trials.loc[trials["status"] == "completed", "number"].iloc[:2]
+        rows = [(f"{first:04}", "search", False, 90.0, 0.5), (f"{second:04}", "search", True, 92.0, float("nan"))]
+        rows += [("ce-0001", "ce", False, 88.0, 0.5)]
+        finalists = pd.DataFrame(rows, columns=["trial", "arm", "is_answer", "mean", "error"])
+        finalists = finalists.assign(own=93.0, luck=1.0).assign(**{"1": finalists["mean"]}).rename(columns={"1": 1})
+        figure = report.summary_figure(trials, curves, BASELINES, [3], finalists)
+        assert "92.0 % over 1 fresh seed, 93.0 % in the search\n(+4.0 over CE" in figure.get_suptitle()
+        assert len(drawn(figure, "baseline ce")) == 1
+        assert not drawn(figure, "baseline kd"), "it has no fresh seed"
+        assert [y for _, y in points(figure, "answer")] == [92.0]
+        assert not drawn(figure, "best"), "the search's best is not the answer"
+        assert drawn(figure, "finalists")
+
     def test_without_an_answer(self, trials, curves):
         assert report.summary_figure(trials[5:], curves).get_suptitle() == "No trial reached the full budget"
 

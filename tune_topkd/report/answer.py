@@ -59,7 +59,7 @@ def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
     own = trials[trials["number"] == int(answer["trial"])]
     k = "" if own.empty or "k" not in own or pd.isna(own["k"].iloc[0]) else f"K = {int(own['k'].iloc[0])}, "
     count = int(answer[seeds].notna().sum())
-    figure = f"{k}{_with_error(answer['mean'], answer['error'])} % over {count} fresh seeds"
+    figure = f"{k}{_with_error(answer['mean'], answer['error'])} % over {count} fresh seed{'' if count == 1 else 's'}"
     return f"{figure}, {answer['own']:.1f} % in the search" + (f" ({'; '.join(gains)})" if gains else "")
 
 

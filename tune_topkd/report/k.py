@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedFormatter
 from matplotlib.ticker import FixedLocator
 from matplotlib.ticker import NullLocator
 
+from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.answer import best_trial
 from tune_topkd.report.answer import finite
@@ -54,8 +55,10 @@ def k_figure(trials: pd.DataFrame, baselines: Mapping[str, float] | None = None)
     return figure
 
 
-def draw_k(ax: Axes, trials: pd.DataFrame, baselines: Mapping[str, float]) -> None:
-    """Draw K against validation top-1 on these axes."""
+def draw_k(
+    ax: Axes, trials: pd.DataFrame, baselines: Mapping[str, float], finalists: pd.DataFrame | None = None
+) -> None:
+    """Draw K against validation top-1 on these axes; of finalists the means over fresh seeds, the answer marked."""
     plain(ax)
     at, y = _k_positions(ax, trials), floats(trials["val_top1"])
     status = trials["status"].to_numpy(dtype=object)
@@ -76,7 +79,10 @@ def draw_k(ax: Axes, trials: pd.DataFrame, baselines: Mapping[str, float]) -> No
             zorder=3, label=f"completed ({done.sum()})", gid="completed",
         )  # fmt: skip
         _draw_k_lines(ax, at[done], y[done])
-        _mark_best(ax, trials, x)
+        if finalists is None:
+            _mark_best(ax, trials, x)
+        else:
+            _draw_finalists(ax, trials, x, finalists)
     else:
         say(ax, "no trial reached the full budget" if len(trials) else "no trial yet")
     if (which := pruned & inside).any():
@@ -178,6 +184,22 @@ def _mark_best(ax: Axes, trials: pd.DataFrame, x: FloatArray) -> None:
         f"{rank}: {value_text(best)}", (at, y), xytext=(0, 9), textcoords="offset points", ha=side, va="bottom",
         fontsize=10.5, fontweight="bold", color=BEST_COLOUR, path_effects=HALO, zorder=5,
     )  # fmt: skip
+
+
+def _draw_finalists(ax: Axes, trials: pd.DataFrame, x: FloatArray, finalists: pd.DataFrame) -> None:
+    """The means of the search's finalists over fresh seeds, each below or above the value that it was found by."""
+    places = dict(zip(trials["number"], x, strict=True))
+    shown = finalists[(finalists["arm"] == SEARCH) & finalists["mean"].notna()]
+    at = np.array([places[int(trial)] for trial in shown["trial"]])
+    mean, error = floats(shown["mean"]), np.nan_to_num(floats(shown["error"]))
+    ax.errorbar(
+        at, mean, yerr=error, fmt="D", markersize=6, color=BEST_COLOUR, markeredgecolor="white", markeredgewidth=0.8,
+        elinewidth=1.4, capsize=3, zorder=4, label="finalists: mean over fresh seeds ± standard error", gid="finalists",
+    )  # fmt: skip
+    for place, value, is_answer in zip(at, mean, shown["is_answer"], strict=True):
+        if is_answer:
+            ax.scatter([place], [value], s=210, facecolors="none", edgecolors=BEST_COLOUR, linewidths=1.6, zorder=4,
+                       label="the answer", gid="answer")  # fmt: skip
 
 
 def _draw_baselines(ax: Axes, baselines: Mapping[str, float], gap: float) -> None:
