@@ -1,5 +1,6 @@
 """The benchmarks run, and give a table of ratios; what the ratios are is nothing a test can hold."""
 
+import importlib
 import math
 import re
 import subprocess
@@ -177,3 +178,63 @@ def test_the_parts_of_topkd_on_glyphs():
     assert sum(name.startswith("– ") for name in table) == 4
     assert {"1", "20"} <= table.keys(), "the table of K"
     assert re.search(r"^- 13 trainings of 2 epochs, \d+ at once: ", page, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def replay():
+    sys.path.insert(0, str(ROOT))
+    module = importlib.import_module("benchmarks.replay")
+    sys.path.remove(str(ROOT))
+    return module
+
+
+def test_a_drawn_training_is_like_recorded_ones_and_the_same_for_the_same_seed(replay):
+    model = replay.surrogate()
+    known = model.known
+    clipped = [n for n, params in enumerate(known.params) if "clip_grad" in params]
+    assert 0 < len(clipped) < len(known.params), "both kinds are recorded"
+    at = int(known.raw[:, -1].argmax())
+    (expected,) = model.mean([known.params[at]])
+    assert known.raw[:, -1].min() < expected < known.raw[:, -1].max()
+    raw, ema = model.curve(known.params[at], seed=3)
+    again, _ = model.curve(known.params[at], seed=3)
+    other, _ = model.curve(known.params[at], seed=4)
+    assert (raw == again).all()
+    assert (raw != other).any()
+    assert raw.shape == ema.shape == (known.raw.shape[1],)
+    ends = [model.curve(known.params[at], seed)[0][-1] for seed in range(200)]
+    assert abs(sum(ends) / len(ends) - expected) < 1.0, "drawn trainings are about what is expected"
+    assert ema[4] > raw[4], "in the record the average is ahead of the weights"
+
+
+def test_what_trees_know_of_a_training_leaves_that_training_out(replay):
+    model = replay.surrogate()
+    known = model.known.raw[:, -1]
+    seen = model.mean(model.known.params)
+    left_out = abs(model.expected[:, -1] - known).mean()
+    assert abs(seen - known).mean() < 0.8 * left_out, "else nothing was left out"
+
+
+def test_a_replayed_sweep_keeps_to_its_budget_and_is_the_same_again(replay, monkeypatch):
+    (variant,) = (v for v in replay.VARIANTS if (v.name, v.budget) == ("default", 20))
+    curves = []
+    curve = replay.surrogate().curve
+    monkeypatch.setattr(replay.Surrogate, "curve", lambda self, *of: curves.append(of) or curve(*of))
+    found = replay.sweep(variant, 1)
+    assert found == replay.sweep(variant, 1)
+    assert found != replay.sweep(variant, 2)
+    trials = len(curves) // 3
+    assert trials > variant.budget, "some were stopped early"
+    space = replay.config_of(variant, 1).space
+    assert set(found.params) == set(space)
+
+
+def test_a_replayed_warm_start_begins_with_what_the_other_found(replay, monkeypatch):
+    (variant,) = (v for v in replay.VARIANTS if v.warm and v.budget == 10)
+    begun = []
+    run = replay._run
+    monkeypatch.setattr(replay, "_run", lambda *of: begun.append(list(of[2])) or run(*of))
+    replay.sweep(variant, 0)
+    of_source, first = begun
+    assert of_source == []
+    assert len(first) == 1 + replay.WARM

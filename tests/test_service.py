@@ -361,3 +361,11 @@ def test_of_a_points_relative_weights_only_the_ratios_matter(create):
     )
     state = sweep.run(executor=SimulatedExecutor(lambda trial, epoch: {"val_top1": 50.0})).state
     assert state.arm("search")[1].params == pytest.approx({"ce_weight": 1.5, "tdl_weight": 0.5})
+
+
+def test_a_space_that_mixes_normalised_and_unnormalised_logits_is_warned_of(create):
+    space = {**TOPKD["space"], "normalize": [True, False]}
+    told = "normalize is searched"
+    assert any(note.startswith(told) for note in create({**TOPKD, "space": space}).notes)
+    for space in (TOPKD["space"], {**TOPKD["space"], "normalize": [True]}):
+        assert not any(note.startswith(told) for note in create({**TOPKD, "space": space}).notes)
