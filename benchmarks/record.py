@@ -65,7 +65,8 @@ def record(
     test = evaluate(result.model, dataset.test, mean=dataset.mean, std=dataset.std).top1
     lost = [0.0] * (recipe.epochs - len(reports))
     raw, ema = ([*(round(r.get(name, 0.0), 3) for r in reports), *lost] for name in (OBJECTIVE, OBJECTIVE_EMA))
-    short = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in params.items()}
+    clip = {} if recipe.clip_grad is None else {"clip_grad": recipe.clip_grad}
+    short = clip | {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in params.items()}
     return {"method": method, "number": number, "seed": seed, "params": short, "val": raw, "ema": ema, "test": test}
 
 

@@ -28,7 +28,7 @@ DEFAULTS: Mapping[str, Scalar] = {
 }  # fmt: skip
 UNCLIPPED = 30.0
 """The norm that stands for none: the gradients of glyphs are shorter."""
-TREES = 400
+TREES = 200
 LEAF = 3
 """Recorded trainings in a leaf, at least."""
 

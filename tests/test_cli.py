@@ -512,7 +512,10 @@ def test_a_wrong_space_lists_all_there_are_the_near_ones_first(tmp_path, inside,
     done = inside("check", "glyph")
     assert done.returncode == 2
     first, *others = done.stderr.splitlines()
-    assert first == "error: glyph: cannot be read: No such file or directory; did you mean glyphs or glyphs-wide? known by name:"
+    assert (
+        first
+        == "error: glyph: cannot be read: No such file or directory; did you mean glyphs or glyphs-wide? known by name:"
+    )
     assert re.findall(r"[\w-]+", " ".join(others)) == sorted(p.stem for p in (ROOT / "search_spaces").glob("*.yaml"))
     assert max(map(len, others)) <= 110
 
