@@ -138,9 +138,12 @@ class Surrogate:
     def curve(self, params: Mapping[str, Scalar], seed: int) -> tuple[Array, Array]:
         """One training's validation top-1 by epoch: of the weights, and of their average."""
         weights = self._weights(self._trees.leaves(np.array(features(params))))
-        like = np.random.default_rng(seed).choice(len(weights), p=self._with_ema(weights))
-        raw = self._mean(weights[None], self.known.raw)[0] + self._residual[like]
-        ema = self._mean(weights[None], self.known.ema)[0] + self._ema_residual[like]
+        those = self._with_ema(weights)
+        like = np.random.default_rng(seed).choice(len(weights), p=those)
+        # Trees expect too little of the best: what they are short of by here on average is no noise.
+        raw_noise, ema_noise = (r[like] - self._mean(those[None], r)[0] for r in (self._residual, self._ema_residual))
+        raw = self._mean(weights[None], self.known.raw)[0] + raw_noise
+        ema = self._mean(weights[None], self.known.ema)[0] + ema_noise
         return np.clip(raw, 0.0, 100.0), np.clip(ema, 0.0, 100.0)
 
     def _weights(self, leaves: NDArray[np.int64], trees: NDArray[np.bool_] | None = None) -> Array:

@@ -1019,7 +1019,7 @@ def test_repeated_trials_are_told_and_a_space_of_the_project_says_nothing_of_its
     few = tmp_path / "few.yaml"
     content = yaml.safe_load(SPACE)
     del content["relative"]
-    content |= {"space": {"k": {"low": 1, "high": 2}, "normalize": [True, False]}, "baselines": None}
+    content |= {"space": {"k": {"low": 1, "high": 2}, "alpha": [1.0, 2.0]}, "baselines": None}
     few.write_text(yaml.safe_dump(content | {"sweep": {"trials": 12}}))
     told = "the space has 4 points, so 8 of 12 trials repeat another, with the same seed and result"
     assert preflight.load_checked(str(few)).warnings == (told,)
