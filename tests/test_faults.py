@@ -226,6 +226,7 @@ def launch(disk, tmp_path):
 
 RUN = ["run", SPACE, "--epochs", 3]
 RUN += ["--set", "teacher.recipe.epochs=2", "--set", "baselines=null", "--set", "sweep.asha=null"]
+RUN += ["--set", "recipe.ema=null", "--set", "sweep.finalists=null"]
 
 
 def one_line(told):
