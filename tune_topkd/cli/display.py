@@ -298,7 +298,7 @@ class ProgressDisplay:
         for record in running[:room]:
             value = record.reports.get(record.epoch, {}).get("val_top1")
             table.add_row(
-                Text(f"  {self._short_title(record)}", no_wrap=True),
+                Text(f"  {_short_title(record)}", no_wrap=True),
                 Text(f"epoch {record.epoch}/{self._config.recipe.epochs}" if record.epoch else "starts", no_wrap=True),
                 Text("" if value is None else f"val_top1 {value:.2f} %", no_wrap=True),
                 Text(short_params(record.params), "dim", overflow="ellipsis", no_wrap=True),
@@ -306,9 +306,6 @@ class ProgressDisplay:
         yield table
         if len(running) > room:
             yield Text(f"  and {len(running) - room} more")
-
-    def _short_title(self, record: TrialRecord) -> str:
-        return str(record.key) if record.of_trial is None else f"{record.origin}, seed {record.seed}"
 
     def _line(self, record: TrialRecord) -> str:
         value = f"val_top1 {record.value:.2f} %" if record.value is not None else record.error or record.reason
@@ -365,6 +362,10 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
             "/".join(_over(best, fresh.get(b.key, b.value)) if best and b else "–" for b in bases),
         )
     return table
+
+
+def _short_title(record: TrialRecord) -> str:
+    return str(record.key) if record.of_trial is None else f"{record.origin}, seed {record.seed}"
 
 
 def _over(best: Winner, base: float | None) -> str:

@@ -10,14 +10,13 @@ from tune_topkd.config.errors import Problem
 from tune_topkd.config.errors import unknown_choice
 from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
+from tune_topkd.config.sections import LARGEST_SEED
 from tune_topkd.config.sections import OBJECTIVE_EMA
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import PairConfig
 from tune_topkd.config.sections import ParameterRange
 from tune_topkd.config.sections import RelativeConfig
 from tune_topkd.config.sections import SweepConfig
-
-LARGEST_SEED = 2**63 - 1
 
 
 def problems_of_sweep(config: SweepConfig) -> list[Problem]:

@@ -37,6 +37,8 @@ OBJECTIVE = "val_top1"
 OBJECTIVE_EMA = "val_top1_ema"
 """The same of the moving average of the weights, where `recipe.ema` is set."""
 
+LARGEST_SEED = 2**63 - 1
+
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _ListT = TypeVar("_ListT", bound=list[Any])
@@ -346,10 +348,11 @@ def weight_of_effect(name: str, values: Mapping[str, Scalar]) -> float:
         name: of the weight.
         values: of the loss's parameters; one that is left out has its default.
     """
-    given = {other: float(values.get(other, default)) for other, default in EFFECTS.get(name, {}).items()}
+    defaults = EFFECTS.get(name, {})
+    given = {other: float(values.get(other, default)) for other, default in defaults.items()}
     if name == "tdl_weight":
-        return 3.0 / (1.0 + given["alpha"] + given["beta"])
-    return given["temperature"] / 0.1 if name == "contrastive_weight" else 1.0
+        return (1.0 + defaults["alpha"] + defaults["beta"]) / (1.0 + given["alpha"] + given["beta"])
+    return given["temperature"] / defaults["temperature"] if name == "contrastive_weight" else 1.0
 
 
 class AshaConfig(_Section):
@@ -418,7 +421,7 @@ class SweepSettings(_Section):
     """How the search is run."""
 
     trials: int = Field(32, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=LARGEST_SEED + 1)
     sampler: SamplerConfig = SamplerConfig(name="tpe")
     scheduler: SchedulerConfig = SchedulerConfig(name=ASHA)
     asha: AshaConfig | None = AshaConfig()

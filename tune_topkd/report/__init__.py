@@ -8,8 +8,8 @@ Two tables go in, both as pandas data frames:
 - `curves`, one row per trial and epoch: `number`, `epoch` (from 1), `val_top1` (percent).
 
 The value of a pruned trial is of a shorter budget than that of a completed one. So only completed trials are ranked,
-joined by lines or coloured by their value; pruned ones are drawn faint and named for what they are. Trainings of finalists
-on fresh seeds are in no figure; `finalists_table` has them, and `headline` takes it.
+joined by lines or coloured by their value; pruned ones are drawn faint and named for what they are. Of finalists
+the summary draws the means over fresh seeds, and no figure their trainings; `finalists_table` has them.
 
 Figures are plain `matplotlib.figure.Figure` objects: no backend is chosen, no display is needed, and nothing is kept
 alive by pyplot. They are made to be read about 900 pixels wide.

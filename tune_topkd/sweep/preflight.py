@@ -250,9 +250,14 @@ def first_proposals(config: SweepConfig) -> list[dict[str, Scalar]]:
 
 def _defaults(config: SweepConfig) -> dict[str, Scalar]:
     """The defaults of the searched parameters that have one, in the order of the space."""
-    recipe = config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
-    known = loss_defaults(config) | recipe
+    known = complete_parameters(config)
     return {name: known[name] for name in config.space if name in known}
+
+
+def complete_parameters(config: SweepConfig) -> dict[str, Scalar]:
+    """The parameters of loss and recipe as a config has them, those that it searches at their defaults."""
+    recipe = config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
+    return loss_defaults(config) | config.loss | recipe
 
 
 def _point_problems(config: SweepConfig, space: Space) -> Iterator[Problem]:

@@ -1,9 +1,7 @@
 """What a sweep's trainings have cost, and what stopping some of them early has saved, by its ledger."""
 
 import math
-import statistics
 from collections.abc import Iterable
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tune_topkd.config import OBJECTIVE
@@ -92,6 +90,8 @@ def rung_ranks(config: SweepConfig, state: SweepState) -> list[RungRank]:
 
     They are the ones that the rungs let pass, so among all trials the correlation is higher.
     """
+    import pandas as pd  # takes long, and is needed once a sweep is over
+
     done = state.ranked()
     found = []
     for epoch in config.sweep.asha.rungs(config.recipe.epochs) if config.sweep.asha else ():
@@ -99,12 +99,6 @@ def rung_ranks(config: SweepConfig, state: SweepState) -> list[RungRank]:
             (r.reports[epoch][config.rung_metric], r.reports[r.epoch][OBJECTIVE]) for r in done if epoch in r.reports
         ]
         if len(pairs) >= FEWEST and all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
-            earlier, last = (_ranks(values) for values in zip(*pairs, strict=True))
-            found.append(RungRank(epoch, len(pairs), statistics.correlation(earlier, last)))
+            ranks = pd.DataFrame(pairs).rank()
+            found.append(RungRank(epoch, len(pairs), float(ranks[0].corr(ranks[1]))))
     return found
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; of equals their mean."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]

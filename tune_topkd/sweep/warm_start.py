@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
-from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
 from tune_topkd.config import Scalar
@@ -15,8 +14,8 @@ from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import read_state
 from tune_topkd.space import Space
+from tune_topkd.sweep.preflight import complete_parameters
 from tune_topkd.sweep.preflight import first_proposals
-from tune_topkd.sweep.preflight import loss_defaults
 from tune_topkd.sweep.wording import changes
 from tune_topkd.sweep.wording import is_same
 from tune_topkd.sweep.workspace import Workspace
@@ -64,7 +63,7 @@ def _ranked(sweep: str, workspace: Workspace, config: SweepConfig) -> list[tuple
     folder = workspace.existing(sweep)
     state = read_state(folder / LEDGER_FILE)
     ranked = state.ranked()
-    fixed = _complete(frozen_config(folder, state)) if ranked else {}
+    fixed = complete_parameters(frozen_config(folder, state)) if ranked else {}
     found = [(record, {**fixed, **record.params}) for record in ranked]
     missing = sorted(set(config.space) - set(found[0][1])) if found else []
     if not found or missing:
@@ -73,17 +72,11 @@ def _ranked(sweep: str, workspace: Workspace, config: SweepConfig) -> list[tuple
     return found
 
 
-def _complete(config: SweepConfig) -> dict[str, Scalar]:
-    """The parameters of loss and recipe as a config has them, those that it searches at their defaults."""
-    recipe = config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
-    return loss_defaults(config) | config.loss | recipe
-
-
 def _differences(config: SweepConfig, there: Mapping[str, Scalar], here: Mapping[str, Scalar]) -> list[str]:
     """In words, what of a trial's parameters is another here; of relative weights only the ratios matter."""
     scaled = config.relative.of if config.relative else []
     nearest = changes(there, {name: value for name, value in here.items() if name not in scaled and name in there})
-    fixed = {name: value for name, value in _complete(config).items() if name in there and name not in here}
+    fixed = {name: value for name, value in complete_parameters(config).items() if name in there and name not in here}
     return [
         *(f"{told}, the nearest in this space" for told in nearest),
         *(f"{told}, as it is not searched here" for told in changes(there, fixed)),

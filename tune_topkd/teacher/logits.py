@@ -245,9 +245,7 @@ def open_bank(config: TrialConfig, dataset: Dataset, device: torch.device) -> Lo
         return None
     content = _content(config, dataset, device)
     path = bank_path(Path(config.teacher_bank), content)
-    if not has_room(
-        path, size
-    ):  # where views are endless each seed has a bank, and only one of them was looked at before
+    if not has_room(path, size):  # of endless views each seed has a bank, and only one of them was looked at before
         _log.warning(
             "the teacher's logits are not cached, it runs on every batch: banks would take more than half of the disk"
         )
