@@ -14,7 +14,6 @@ compared at its rungs by the weights' own accuracy; `default` is `search_spaces/
 """
 
 import argparse
-import math
 import multiprocessing
 import os
 import statistics
@@ -37,6 +36,9 @@ import pandas as pd
 from benchmarks.__main__ import RESULTS
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
+from benchmarks.pages import give
+from benchmarks.pages import rank_cells
+from benchmarks.pages import spread
 from benchmarks.surrogate import DEFAULTS
 from benchmarks.surrogate import RECORDED
 from benchmarks.surrogate import Recorded
@@ -59,6 +61,7 @@ from tune_topkd.search import RandomSampler
 from tune_topkd.search import Search
 from tune_topkd.space import Space
 from tune_topkd.sweep.preflight import first_proposals
+from tune_topkd.sweep.warm_start import WARM_STARTS
 
 SPACES = {
     "unclipped": RECORDED / "glyphs-unclipped.yaml",
@@ -77,8 +80,6 @@ PARTS = (0.25, 0.5, 0.75)
 """Of the schedule, at which correlations are told."""
 GOOD, BAD = 64.0, 40.0
 """Validation top-1 in percent."""
-WARM = 3
-"""Of another sweep's trials, tried first."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def sweep(variant: Variant, seed: int) -> Found:
     first = first_proposals(config)
     if variant.warm is not None:
         space, defaults = Space.of(config), first[0]
-        for record in _run(config_of(variant.warm, seed), variant.warm, [], seed)[:WARM]:
+        for record in _run(config_of(variant.warm, seed), variant.warm, [], seed)[:WARM_STARTS]:
             known = {**DEFAULTS, **record.params}  # what the space did not search had its default
             wanted = {name: known.get(name, default) for name, default in defaults.items()}
             first.append(space.params(space.proposal(wanted)))
@@ -189,26 +190,19 @@ def row(variant: Variant, found: Sequence[Found], best: float) -> str:
     """A line of the table."""
     regrets = [best - f.expected for f in found]
     worst = sorted(regrets)[int(0.9 * len(regrets))]
-    cells = [spread([f.expected for f in found]), spread(regrets), f"{worst:.2f}"]
-    cells.append(spread([f.value - f.expected for f in found]))
+    cells = [spread([f.expected for f in found], 2), spread(regrets, 2), f"{worst:.2f}"]
+    cells.append(spread([f.value - f.expected for f in found], 2))
     return f"| {variant.name} | {variant.budget} | {' | '.join(cells)} | {len(found)} |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard error."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
 
 
 def model_line(name: str) -> str:
     """How far the model of a space's trainings can be trusted."""
     model = surrogate(name)
     shown = pd.DataFrame({"end": model.known.raw[:, -1], "expected": model.expected[:, -1]})
-    better = shown[shown["end"] >= shown["end"].median()]
-    ranks = [of["end"].corr(of["expected"], method="spearman") for of in (shown, better)]
+    of_all, of_better = rank_cells(shown, "expected")
     return (
         f"- `{name}`: {len(shown)} recorded trainings; Spearman between a training's end and what the trees without it "
-        f"expect {ranks[0]:.2f}, among the better half {ranks[1]:.2f}; residuals scaled by {model.noise_scale:.2f}, to a "
+        f"expect {of_all}, among the better half {of_better}; residuals scaled by {model.noise_scale:.2f}, to a "
         f"seed noise of {SEED_NOISE[name]:g} points; the best expected value {best_expected(name):.1f} %"
     )
 
@@ -237,8 +231,7 @@ def draw_lines() -> list[str]:
     for part in PARTS:
         epoch = round(part * epochs)
         shown = pd.DataFrame({"raw": found.raw[:, epoch - 1], "ema": found.ema[:, epoch - 1], "end": ends})
-        better = shown[shown["end"] >= shown["end"].median()]
-        cells = [f"{of['end'].corr(of[c], method='spearman'):.2f}" for of in (shown, better) for c in ("raw", "ema")]
+        cells = rank_cells(shown, "raw", "ema")
         lines.append(f"| {epoch} of {epochs} | {' | '.join(cells)} |")
     return lines
 
@@ -269,13 +262,7 @@ def main() -> None:
     lines = [f"# Replay of glyphs, {date.today()}", "", *machine()[:2], *map(model_line, SPACES)]
     lines += [f"- {minutes:.1f} min in all, {args.at_once} at once", ""]
     lines += [*(__doc__ or "").strip().splitlines()[2:], "", *table, "", *draw_lines(), ""]
-    if not args.write:
-        print("\n".join(lines))
-        return
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today()}-replay-glyphs.md"
-    path.write_text("\n".join(lines))
-    print(path)
+    give(lines, "replay-glyphs", args.write)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ import torch
 from benchmarks.__main__ import RESULTS
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
+from benchmarks.pages import give
+from benchmarks.pages import rank_cells
+from benchmarks.pages import spread
 from tune_topkd.config import NO_FILES
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import OBJECTIVE_EMA
@@ -146,19 +149,8 @@ def ranks(bench: Bench, clips: Sequence[float | None], draws: int) -> Iterator[s
             shown = pd.DataFrame(
                 [(c.raw[epoch - 1], c.ema[epoch - 1], c.raw[-1]) for c in curves], columns=["raw", "ema", "end"]
             )
-            better = shown[shown["end"] >= shown["end"].median()]
-            cells = [
-                f"{of['end'].corr(of[name], method='spearman'):.2f}"
-                for of in (shown, better)
-                for name in ("raw", "ema")
-            ]
+            cells = rank_cells(shown, "raw", "ema")
             yield f"| {'–' if clip is None else f'{clip:g}'} | {draws} | {epoch} of {epochs} | {' | '.join(cells)} |"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard error."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{error}"
 
 
 def main() -> None:
@@ -189,13 +181,7 @@ def main() -> None:
         *tables,
         "",
     ]
-    if not args.write:
-        print("\n".join(lines))
-        return
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{date.today()}-stability-{args.space}-{cores()}-cores.md"
-    path.write_text("\n".join(lines))
-    print(path)
+    give(lines, f"stability-{args.space}-{cores()}-cores", args.write)
 
 
 def _quick(config: SweepConfig) -> SweepConfig:

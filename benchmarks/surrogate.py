@@ -111,13 +111,13 @@ class Surrogate:
         x = np.array([features(params) for params in known.params])
         epochs = known.raw.shape[1]
         shown = known.raw[:, [epochs // 4, epochs // 2, epochs - 1]]
-        self._forest = ExtraTreesRegressor(
+        forest = ExtraTreesRegressor(
             TREES, min_samples_leaf=LEAF, max_features=0.5, bootstrap=True, random_state=0
         ).fit(x, shown)
-        self._trees = _Trees(self._forest)
+        self._trees = _Trees(forest)
         self._leaves = np.array([self._trees.leaves(row) for row in x])
         self._in_bag = np.zeros_like(self._leaves, dtype=bool)
-        for tree, drawn in enumerate(self._forest.estimators_samples_):
+        for tree, drawn in enumerate(forest.estimators_samples_):
             self._in_bag[np.unique(drawn), tree] = True
         own = np.array([self._weights(leaves, ~bag) for leaves, bag in zip(self._leaves, self._in_bag, strict=True)])
         self.expected = self._mean(own, known.raw)

@@ -236,4 +236,4 @@ def test_a_replayed_warm_start_begins_with_what_the_other_found(replay, monkeypa
     replay.sweep(variant, 0)
     of_source, first = begun
     assert of_source == []
-    assert len(first) == 1 + replay.WARM
+    assert len(first) == 1 + replay.WARM_STARTS
