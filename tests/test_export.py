@@ -314,7 +314,7 @@ def test_what_an_export_says_gives_the_loss_of_the_sweep(tmp_path, monkeypatch, 
     assert not torch.equal(criterion(*logits, labels), build_loss(method, {})(*logits, labels))
 
 
-@pytest.mark.parametrize("place", ["README.md", "analysis/sweep.ipynb", "tune_topkd/export.py"])
+@pytest.mark.parametrize("place", ["README.md", "analysis/sweep.ipynb", "tune_topkd/export/__init__.py"])
 def test_what_is_told_of_an_answer_holds_for_every_method(place):
     text = (Path(__file__).parents[1] / place).read_text()
     assert "build_loss(tuned.method, tuned.loss)" in text

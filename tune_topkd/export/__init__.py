@@ -1,0 +1,40 @@
+"""The answer of a sweep, for other projects.
+
+They need only this and `tune_topkd.loss`:
+
+    from tune_topkd.export import load_tuned_config
+    from tune_topkd.loss import build_loss
+
+    tuned = load_tuned_config("tuned.yaml")
+    criterion = build_loss(tuned.method, tuned.loss)
+"""
+
+from tune_topkd.export.tuned import SCHEMA_VERSION
+from tune_topkd.export.tuned import TUNED_FILE
+from tune_topkd.export.tuned import BaselineEvidence
+from tune_topkd.export.tuned import Evidence
+from tune_topkd.export.tuned import FreshEvidence
+from tune_topkd.export.tuned import NoAnswerError
+from tune_topkd.export.tuned import TunedConfig
+from tune_topkd.export.tuned import load_tuned_config
+from tune_topkd.export.tuned import tuned_config
+from tune_topkd.export.writers import WRITERS
+from tune_topkd.export.writers import as_json
+from tune_topkd.export.writers import as_python
+from tune_topkd.export.writers import as_yaml
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "TUNED_FILE",
+    "WRITERS",
+    "BaselineEvidence",
+    "Evidence",
+    "FreshEvidence",
+    "NoAnswerError",
+    "TunedConfig",
+    "as_json",
+    "as_python",
+    "as_yaml",
+    "load_tuned_config",
+    "tuned_config",
+]
