@@ -265,6 +265,29 @@ def resume(
 
 
 @app.command()
+def confirm(
+    sweep: SweepName,
+    finalists: Annotated[int, typer.Option(help="Trials of the search that are compared on fresh seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds to choose on, and as many further ones to measure on.")] = 5,
+    again: Annotated[
+        bool, typer.Option("--again", help="Read a test set that has been read; the result is marked as that.")
+    ] = False,
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    mlflow_uri: MlflowUri = None,
+    address: Address = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
+    ] = None,
+) -> None:
+    """Choose a finished sweep's answer on fresh seeds, then measure it and the baselines on the test set, once."""
+    moved = [parse_set(text) for text in set_ or []]
+    found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
+    result = _shown(found.confirm, found, console, finalists=finalists, seeds=seeds, again=again, moved=moved)
+    _conclude({sweep: result}, found.workspace, console)
+
+
+@app.command()
 def status(
     sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="[default: all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,

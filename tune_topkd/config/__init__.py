@@ -30,11 +30,14 @@ from tune_topkd.config.placement import value_at
 from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
 from tune_topkd.config.sections import AUTO
+from tune_topkd.config.sections import DEFAULTS
 from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
+from tune_topkd.config.sections import LARGEST_SEED
 from tune_topkd.config.sections import NO_FILES
 from tune_topkd.config.sections import OBJECTIVE
 from tune_topkd.config.sections import OBJECTIVE_EMA
+from tune_topkd.config.sections import OBJECTIVE_TEST
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import SWEEP_NAME
 from tune_topkd.config.sections import AshaConfig
@@ -63,12 +66,15 @@ from tune_topkd.config.validation import validated
 
 __all__ = [
     "AUTO",
+    "DEFAULTS",
     "EFFECTS",
     "INTEGER_PARAMETERS",
+    "LARGEST_SEED",
     "METHODS",
     "NO_FILES",
     "OBJECTIVE",
     "OBJECTIVE_EMA",
+    "OBJECTIVE_TEST",
     "RECIPE_PARAMETERS",
     "SAMPLERS",
     "SCHEDULERS",

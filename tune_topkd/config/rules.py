@@ -144,8 +144,11 @@ def _recipe_problems(config: PairConfig) -> list[Problem]:
 
 def _sweep_problems(config: SweepConfig) -> list[Problem]:
     problems = []
-    if config.data.selection == "best_test_epoch":
-        rule = "a sweep never selects on the test set; `train` takes it, to compare with published rows that do"
+    if config.data.selection != "validation":
+        rule = (
+            "a sweep never looks at the test set; `train` takes it, to compare with published rows, and `confirm` measures "
+            "a sweep's answer on it, once"
+        )
         value = config.data.selection
         problems.append(Problem(key="data.selection", rule=rule, value=value, has_value=True))
     if config.teacher is None and config.baselines and "kd" in config.baselines.methods:

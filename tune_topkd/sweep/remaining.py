@@ -3,14 +3,15 @@
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AshaConfig
 from tune_topkd.config import SweepConfig
-from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import to_measure
 
 _WEIGHT_OF_THE_EXPECTED = 4
 """Of how many ended trials what ASHA is expected to do counts as much: those that end first are the short ones."""
@@ -70,14 +71,28 @@ def _baselines_ahead(config: SweepConfig, state: SweepState) -> int:
     return max(baseline_total(config) - sum(state.size(method) for method in state.baseline_methods()), 0)
 
 
+def is_searched(config: SweepConfig, state: SweepState) -> bool:
+    """Whether all that finalists are chosen from has ended."""
+    searched = [record for record in state.trials.values() if record.of_trial is None]
+    is_all_there = state.size() >= state.target and not _baselines_ahead(config, state)
+    return is_all_there and all(record.status.is_end for record in searched)
+
+
 def _repeats_ahead(config: SweepConfig, state: SweepState) -> int:
-    """Trainings of finalists to come: as many as can be while the search goes on, then those of the finalists."""
-    searched = [record for record in state.trials.values() if record.key.arm != REPEAT]
-    is_over = state.size() >= state.target and not _baselines_ahead(config, state)
-    if is_over and all(record.status.is_end for record in searched):
-        return len(finalists_to_repeat(state))
+    """Trainings on fresh seeds to come: as many as can be while the search goes on, then those of the finalists."""
+    if is_searched(config, state):
+        return len(finalists_to_repeat(state)) + _measurements_ahead(state)
     begun = sum(len(f.repeats.keys() & set(f.seeds)) for f in finalists(state))
     return max(finalist_total(config, state.finalists, state.target) - begun, 0)
+
+
+def _measurements_ahead(state: SweepState) -> int:
+    """Trainings for the test set to come."""
+    if state.confirm is None:
+        return 0
+    if any(look.look == state.confirm.look for look in state.looks):
+        return len(to_measure(state))
+    return (1 + len(baseline_trials(state))) * state.confirm.test_seeds
 
 
 def finalist_total(config: SweepConfig, finalists: Finalists | None, trials: int) -> int:

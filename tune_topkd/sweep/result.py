@@ -24,8 +24,10 @@ from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import rung_ranks
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
+from tune_topkd.verdict import Verdict
+from tune_topkd.verdict import verdict_of
 
-BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
+BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4", "defaults": "the untuned defaults"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ class Result:
     def finalists(self) -> str:
         """What the finalists' fresh seeds gave, or that they are not done, in a sentence; nothing where none are to be."""
         return finalists_sentence(self.state)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the newest look at the test set says; None if there was none."""
+        return verdict_of(self.state)
 
     def spend(self) -> Spend:
         """What its trainings have cost, and what stopping some of them early has saved."""
