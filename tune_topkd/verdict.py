@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tune_topkd.config import loss_part
+from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
@@ -74,7 +76,7 @@ class Measured:
     """A config on the test set, after training on all other images."""
 
     name: str
-    """Of a baseline its method; of the answer `tuned`."""
+    """In words."""
     finalist: Finalist
     """Its trainings of the newest look, the values in percent of the test images."""
     chosen_by: Finalist
@@ -128,7 +130,7 @@ class Gain:
 
 
 def _over(gain: Gain) -> str:
-    name = BASELINE_NAMES[gain.base.name]
+    name = gain.base.name
     if gain.interval is None:
         return f"against {name} (one seed: nothing is sure)"
     low, high = gain.interval
@@ -137,8 +139,20 @@ def _over(gain: Gain) -> str:
     return f"{'over' if gain.mean > 0 else 'against'} {name} ({low:+.2f} to {high:+.2f})"
 
 
-BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD", "defaults": "the untuned defaults"}
-"""What the baselines are called."""
+_NAMES = {
+    "ce": "cross-entropy",
+    "kd": "KD, T = 4",
+    "dkd": "DKD",
+    "lskd": "logit-standardised KD",
+    "defaults": "the untuned defaults",
+}
+_TUNED_NAMES = {"kd": "tuned KD", "dkd": "tuned DKD", "lskd": "tuned logit-standardised KD"}
+
+
+def baseline_name(record: TrialRecord) -> str:
+    """What the baseline that a trial is of is called: whether it was tuned alike shows in what it was given."""
+    arm = record.origin.arm
+    return _TUNED_NAMES[arm] if loss_part(record.params) else _NAMES[arm]
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,8 @@ class Verdict:
     baselines: Sequence[Measured]
     trainings: tuple[int, int]
     """How many have ended, and of how many."""
+    effort: str
+    """How much each was searched for, in a sentence."""
 
     @property
     def is_done(self) -> bool:
@@ -164,12 +180,9 @@ class Verdict:
         found = [(base, values) for base, values in pairs if values]
         return [Gain(base, values, mean_interval(values, together=len(found))) for base, values in found]
 
-    def sentence(self, method: str) -> str:
-        """The answer in plain words.
-
-        Args:
-            method: that was tuned.
-        """
+    @property
+    def sentence(self) -> str:
+        """The answer in plain words."""
         ended, total = self.trainings
         if not self.is_done:
             return (
@@ -180,36 +193,36 @@ class Verdict:
             return "the answer has no value on the test set: all of its trainings failed"
         within = "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
         parts = [
-            f"{method} as tuned has {mean:.2f} %{within} top-1 on the test set over {len(self.answer.values)} seeds"
+            f"{self.answer.name} has {mean:.2f} %{within} top-1 on the test set over {len(self.answer.values)} seeds"
         ]
         parts += [gain.sentence for gain in self.gains]
-        parts += [f"{BASELINE_NAMES[base.name]} has no value" for base in self.baselines if not base.values]
+        parts += [f"{base.name} has no value" for base in self.baselines if not base.values]
         again = (
             f" This is look {self.look} at the test set: it may have been chosen by an earlier one."
             if self.look > 1
             else ""
         )
         broken = "".join(f" Seed {seed} {how}." for seed, how in self.answer.finalist.broken.items())
-        return f"{'; '.join(parts)}. {_advice(self.gains, method)}{broken}{again}"
+        return f"{'; '.join(parts)}. {_advice(self.answer.name, self.gains)}{broken} {self.effort}{again}"
 
 
-def _advice(gains: Sequence[Gain], method: str) -> str:
+def _advice(answer: str, gains: Sequence[Gain]) -> str:
     """Which to use, in one sentence."""
     behind = [gain for gain in gains if gain.is_told_apart and gain.mean < 0]
     ahead = [gain for gain in gains if gain.is_told_apart and gain.mean > 0]
     equal = [gain for gain in gains if not gain.is_told_apart]
     if behind:
         best = max(behind, key=lambda gain: -gain.mean)
-        return f"{_capital(BASELINE_NAMES[best.base.name])} is the better choice here."
+        return f"{_capital(best.base.name)} is the better choice here."
     if not gains:
         return "There is no baseline to compare it with."
     if not equal:
-        return f"Tuned {method} is the best of these."
-    same = _listed([BASELINE_NAMES[gain.base.name] for gain in equal])
+        return f"{_capital(answer)} is the best of these."
+    same = _listed([gain.base.name for gain in equal])
     if ahead:
-        better = _listed([BASELINE_NAMES[gain.base.name] for gain in ahead])
-        return f"Tuned {method} is better than {better}; whether it is better than {same} these seeds do not tell."
-    return f"Whether tuned {method} is better than {same} these seeds do not tell."
+        better = _listed([gain.base.name for gain in ahead])
+        return f"{_capital(answer)} is better than {better}; whether it is better than {same} these seeds do not tell."
+    return f"Whether {answer} is better than {same} these seeds do not tell."
 
 
 def _capital(text: str) -> str:
@@ -225,6 +238,15 @@ def verdict_of(state: SweepState) -> Verdict | None:
     found, done = measured(state), measured_done(state)
     if not found or done is None:
         return None
-    names = ["tuned", *(finalist.record.key.arm for finalist in found[1:])]
+    names = [f"tuned {state.header.method}", *(baseline_name(finalist.record) for finalist in found[1:])]
     arms = [Measured(n, f, finalist_of(state, f.record)) for n, f in zip(names, found, strict=True)]
-    return Verdict(state.looks[-1].look, arms[0], arms[1:], done)
+    return Verdict(state.looks[-1].look, arms[0], arms[1:], done, _effort(state, arms[1:]))
+
+
+def _effort(state: SweepState, baselines: Sequence[Measured]) -> str:
+    """How many trainings each was chosen from: a baseline that was searched for less may be better than it looks."""
+    search = state.arm(SEARCH)
+    full = sum(record.epoch for record in search) / max(state.header.epochs or 1, 1)
+    own = f"the search trained {len(search)} configs, as long as {full:.0f} in full"
+    each = [f"{base.name} is the best of {state.size(base.record.key.arm)}" for base in baselines]
+    return _capital("; ".join([own, *each])) + "."

@@ -52,7 +52,6 @@ from tune_topkd.sweep.wording import title
 from tune_topkd.sweep.workspace import LOG_FILE
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.terminal import Console
-from tune_topkd.verdict import BASELINE_NAMES
 from tune_topkd.verdict import LEVEL
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import Verdict
@@ -140,7 +139,7 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
             console.print(f"  {gain.sentence}", style="bold" if gain.counts else "", soft_wrap=True)
         if (verdict := result.verdict) is not None:
             console.print(verdict_table(verdict))
-            console.print(f"  {verdict.sentence(result.config.method)}", style="bold", soft_wrap=True)
+            console.print(f"  {verdict.sentence}", style="bold", soft_wrap=True)
         elif advice := result.advice():
             console.print(f"  {advice}", soft_wrap=True)
         for told in (*(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence()):
@@ -370,7 +369,7 @@ def verdict_table(verdict: Verdict) -> Table:
     for arm in (verdict.answer, *verdict.baselines):
         gain, mean = gains.get(arm.name), arm.finalist.mean
         table.add_row(
-            BASELINE_NAMES.get(arm.name, arm.name),
+            arm.name,
             str(arm.record.key),
             "–" if mean is None else f"{mean:.2f}",
             "–" if arm.spread is None else f"{arm.spread:.2f}",

@@ -30,6 +30,7 @@ from tune_topkd.config.placement import value_at
 from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
 from tune_topkd.config.sections import AUTO
+from tune_topkd.config.sections import BASELINE_SPACES
 from tune_topkd.config.sections import DEFAULTS
 from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
@@ -66,6 +67,7 @@ from tune_topkd.config.validation import validated
 
 __all__ = [
     "AUTO",
+    "BASELINE_SPACES",
     "DEFAULTS",
     "EFFECTS",
     "INTEGER_PARAMETERS",

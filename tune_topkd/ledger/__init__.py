@@ -4,9 +4,10 @@ Every suggestion, report, decision and end is one line of `ledger.jsonl`, on the
 (Optuna's study, ASHA's rungs, the MLflow runs, the tables) is a view that can be rebuilt from it.
 
 Inside: `events` are the lines, `state` is what they tell, `finalists` is which trial is the answer, `looks` is what it
-gives on the test set, `log` is the file, `trackers` is who watches.
+gives on the test set, `baselines` is how many trials these have, `log` is the file, `trackers` is who watches.
 """
 
+from tune_topkd.ledger.baselines import baseline_target
 from tune_topkd.ledger.events import LEDGER_VERSION
 from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import REPEATING
@@ -111,6 +112,7 @@ __all__ = [
     "TrialStatus",
     "Winner",
     "apart_by_seed",
+    "baseline_target",
     "baseline_trials",
     "candidates",
     "confirmation",

@@ -37,6 +37,9 @@ from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import due_look
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import to_measure
+from tune_topkd.search.baselines import baseline_samplers
+from tune_topkd.search.baselines import baseline_spaces
+from tune_topkd.search.baselines import first_of_baseline
 from tune_topkd.search.choosing import ChoiceError
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
@@ -86,9 +89,10 @@ class _Audit:
         self._config = config
         self._events = events
         self._space = Space.of(config)
-        self._recipe_space = Space.of_recipe(config)
+        self._spaces = {SEARCH: self._space, **baseline_spaces(config)}
         self._scheduler = scheduler_of(config)
         self._sampler = sampler_of(config)(self._space.axes(), config.sweep.seed)
+        self._samplers = {SEARCH: self._sampler, **baseline_samplers(config, sampler_of(config))}
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
@@ -154,8 +158,8 @@ class _Audit:
     def _after(self, event: Event) -> Iterator[str]:
         match event.content:
             case End(key=key):
-                if key.arm == SEARCH:
-                    self._sampler.tell(self.state.trials[key])
+                if (sampler := self._samplers.get(key.arm)) is not None:
+                    sampler.tell(self.state.trials[key])
                 self._common_error.take(self.state.trials[key])
             case Stop(reason="finished"):
                 if left := self.state.running():
@@ -169,21 +173,25 @@ class _Audit:
 
     def _proposal_findings(self, suggest: Suggest) -> Iterator[str]:
         key, proposal, params = suggest.key, suggest.proposal, suggest.params
-        space = self._space if key.arm == SEARCH else self._recipe_space
+        space = self._spaces.get(key.arm) or Space.of_recipe(self._config)
         if not _alike(space.params(proposal), params):
             yield f"the parameters of trial {key} are not what its proposal gives"
-        if key.arm != SEARCH:
+        sampler = self._samplers.get(key.arm)
+        if sampler is None:
             return
-        first = self.state.header.first
+        first = self.state.header.first if key.arm == SEARCH else []
+        begun_with = first_of_baseline(self._config, key.arm) if key.arm != SEARCH and key.number == 0 else None
         if key.number < len(first):
             expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
+        elif begun_with is not None:
+            expected = begun_with
         elif key.number % self._stride == 0 and self._has_the_same_optuna():
-            expected = self._sampler.ask(key.number)
+            expected = sampler.ask(key.number)
         else:
             expected = None
         if expected is not None and not _alike(expected, proposal):
             yield f"the proposal of trial {key} is not what the sampler proposes"
-        self._sampler.take(key.number, proposal)
+        sampler.take(key.number, proposal)
 
     def _beginning_findings(self, key: TrialKey) -> Iterator[str]:
         self._may_start[key] = True

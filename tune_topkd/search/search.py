@@ -42,13 +42,18 @@ from tune_topkd.ledger import Tracker
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import baseline_target
 from tune_topkd.ledger import due_look
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import tell_all
 from tune_topkd.ledger import to_measure
+from tune_topkd.search.baselines import baseline_samplers
+from tune_topkd.search.baselines import baseline_spaces
+from tune_topkd.search.baselines import first_of_baseline
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
 from tune_topkd.search.failing import CommonError
+from tune_topkd.search.samplers import Sampler
 from tune_topkd.search.samplers import SamplerFactory
 from tune_topkd.search.samplers import proposal_problem
 from tune_topkd.search.schedulers import Scheduler
@@ -106,7 +111,10 @@ class Search:
         self.ledger = ledger
         self._trackers = list(trackers)
         self._space = Space.of(config)
-        self.sampler = (sampler or sampler_of(config))(self._space.axes(), config.sweep.seed)
+        factory = sampler or sampler_of(config)
+        self.sampler = factory(self._space.axes(), config.sweep.seed)
+        self._baseline_spaces = baseline_spaces(config)
+        self._baseline_samplers = baseline_samplers(config, factory)
         self._scheduler = scheduler or scheduler_of(config)
         self._stopped_by = type(scheduler).__name__ if scheduler else config.sweep.scheduler.name
         self._clock = clock
@@ -120,6 +128,11 @@ class Search:
             raise UndecidedError.of(error) from error
         self._common_error = CommonError.of(self.state)
         self._to_reissue = list(self.state.running())
+
+    @property
+    def _samplers(self) -> dict[str, Sampler]:
+        """By arm, of those that have one."""
+        return {SEARCH: self.sampler, **self._baseline_samplers}
 
     @property
     def state(self) -> SweepState:
@@ -145,8 +158,8 @@ class Search:
     @property
     def _is_searched(self) -> bool:
         """Whether all that finalists are chosen from has ended."""
-        counts_reached = self.state.size() >= self.state.target and self._next_baseline() is None
-        return counts_reached and all(record.of_trial is not None for record in self.state.running())
+        is_all_there = self.state.size() >= self.state.target and self._baseline_to_come() is None
+        return is_all_there and all(record.of_trial is not None for record in self.state.running())
 
     def next_trial(self) -> TrialRecord | None:
         """The next trial to start: an interrupted one again, a new proposal, a baseline, or one of these on a fresh seed.
@@ -160,9 +173,9 @@ class Search:
         number = self.state.size()
         if number < self.state.target:
             return self._suggest(TrialKey(SEARCH, number), self._propose(number), self._space)
-        if (baseline := self._next_baseline()) is not None:
-            key, proposal, space = baseline
-            return self._suggest(key, proposal, space)
+        if (baseline := self._baseline_to_come()) is not None:
+            method, target = baseline
+            return None if target is None else self._suggest_baseline(method, target)
         if not self._is_searched:
             return None
         if (look := due_look(self.state)) is not None:
@@ -279,7 +292,7 @@ class Search:
             teacher=config.teacher.model if config.teacher else None,
             **files.model_dump(),
             method=config.method if is_search else arm,  # a baseline's arm is its method's name
-            loss=config.loss | searched if is_search else {},
+            loss=config.loss | searched if is_search else searched,
             recipe=RecipeConfig.model_validate(recipe),
             seed=config.sweep.seed if record.seed is None else record.seed,
         )
@@ -301,17 +314,26 @@ class Search:
             return self.sampler.take(number, self._space.proposal(first[number]))
         return self.sampler.take(number, self.sampler.ask(number))
 
-    def _next_baseline(self) -> tuple[TrialKey, dict[str, Scalar], Space] | None:
-        baselines = self.config.baselines
-        if baselines is None:
-            return None
-        space = Space.of_recipe(self.config)
-        trials = baselines.trials if len(space) else 1
-        for method in baselines.methods:
-            number = self.state.size(method)
-            if number < trials:
-                return TrialKey(method, number), lattice(space.axes(), trials)[number], space
-        return None
+    def _baseline_to_come(self) -> tuple[str, int | None] | None:
+        """The first baseline that lacks a trial, and how many it is to have, if that is known by now."""
+        later = None
+        for method in self.config.baselines.methods if self.config.baselines else ():
+            target = baseline_target(self.config, self.state, method)
+            if target is None:
+                later = later or (method, None)
+            elif self.state.size(method) < target:
+                return method, target
+        return later
+
+    def _suggest_baseline(self, method: str, target: int) -> TrialRecord:
+        """The next trial of a baseline: of a lattice over the recipe's part of the space, or its own sampler's proposal."""
+        number, space = self.state.size(method), self._baseline_spaces[method]
+        sampler = self._baseline_samplers.get(method)
+        if sampler is None:
+            return self._suggest(TrialKey(method, number), lattice(space.axes(), target)[number], space)
+        first = first_of_baseline(self.config, method) if number == 0 else None
+        proposal = sampler.take(number, first or sampler.ask(number))
+        return self._suggest(TrialKey(method, number), proposal, space)
 
     def _next_repeat(self) -> Repeat | None:
         """The next training of the finalists, as the search stands; after them the next one of the test."""
@@ -331,8 +353,8 @@ class Search:
 
     def _over(self, record: TrialRecord) -> None:
         """The trial's end is written: tell the sampler, and look whether all trials end so."""
-        if record.key.arm == SEARCH:
-            self.sampler.tell(record)
+        if (sampler := self._samplers.get(record.key.arm)) is not None:
+            sampler.tell(record)
         self._common_error.take(record)
 
     def _rebuild(self) -> None:
@@ -341,13 +363,14 @@ class Search:
             if record.decision not in (None, Decision.CONTINUE):
                 value = record.reports[record.epoch].get(record.key.metric, math.nan)
                 self._write(self._end(record.key, record.decision, record.epoch, value))
-        axes = self._space.axes()
-        for record in self.state.arm(SEARCH):
-            if problem := proposal_problem(record.proposal, axes):
-                raise ValueError(f"trial {record.key} does not fit the space: {problem}")
-            self.sampler.take(record.key.number, record.proposal)
-            if record.status.is_end:
-                self.sampler.tell(record)
+        for arm, sampler in self._samplers.items():
+            axes = (self._space if arm == SEARCH else self._baseline_spaces[arm]).axes()
+            for record in self.state.arm(arm):
+                if problem := proposal_problem(record.proposal, axes):
+                    raise ValueError(f"trial {record.key} does not fit the space: {problem}")
+                sampler.take(record.key.number, record.proposal)
+                if record.status.is_end:
+                    sampler.tell(record)
         self._scheduler.replay(self.state)
 
     def _end(self, key: TrialKey, decision: Decision | None, epoch: int, value: float) -> End:

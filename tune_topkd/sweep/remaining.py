@@ -1,5 +1,7 @@
 """How long a sweep will still take, by what its ledger tells of the time since this driver began."""
 
+import math
+
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AshaConfig
 from tune_topkd.config import SweepConfig
@@ -8,6 +10,7 @@ from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import baseline_target
 from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_to_repeat
@@ -68,7 +71,11 @@ def training_total(config: SweepConfig, state: SweepState) -> int:
 
 
 def _baselines_ahead(config: SweepConfig, state: SweepState) -> int:
-    return max(baseline_total(config) - sum(state.size(method) for method in state.baseline_methods()), 0)
+    methods = config.baselines.methods if config.baselines else []
+    known = {method: baseline_target(config, state, method) for method in methods}
+    alike = math.ceil(state.target * mean_epochs(config, state) / config.recipe.epochs)
+    wanted = {method: alike if target is None else target for method, target in known.items()}
+    return sum(max(target - state.size(method), 0) for method, target in wanted.items())
 
 
 def is_searched(config: SweepConfig, state: SweepState) -> bool:
@@ -127,8 +134,13 @@ def expected_epochs(asha: AshaConfig, epochs: int) -> float:
 
 
 def baseline_total(config: SweepConfig) -> int:
-    """How many baseline trials a sweep has."""
+    """How many baseline trials a sweep has; of baselines that are tuned alike, as many as are expected."""
     if config.baselines is None:
         return 0
     searched = any(name in RECIPE_PARAMETERS for name in config.space)
-    return len(config.baselines.methods) * (config.baselines.trials if searched else 1)
+    expected = float(config.recipe.epochs)
+    if config.sweep.asha is not None:
+        expected = expected_epochs(config.sweep.asha, config.recipe.epochs)
+    alike = math.ceil(config.sweep.trials * expected / config.recipe.epochs)
+    grid = config.baselines.trials if searched else 1
+    return sum(alike if config.baselines.is_tuned_alike(method) else grid for method in config.baselines.methods)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune_topkd.config import DEFAULTS
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import unknown_choice
 from tune_topkd.errors import TuneTopKDError
@@ -25,9 +26,8 @@ from tune_topkd.sweep.spend import rung_ranks
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import Verdict
+from tune_topkd.verdict import baseline_name
 from tune_topkd.verdict import verdict_of
-
-BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4", "defaults": "the untuned defaults"}
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,11 @@ def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
             continue
         rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
         if winner.finalist is not None:
-            found.append(_fresh_gain(winner.finalist, fresh[base.key], BASELINE_NAMES[method], rate, images))
+            found.append(_fresh_gain(winner.finalist, fresh[base.key], baseline_name(base), rate, images))
             continue
         points = (winner.record.value or 0.0) - (base.value or 0.0)
         worth = round(points / 100 * images)
-        over = f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})"
+        over = f"{points:+.2f} points over {baseline_name(base)} ({base.value:.2f} %{rate})"
         found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
     return found
 
@@ -199,11 +199,12 @@ def advice(config: SweepConfig, state: SweepState) -> str:
     def value(record: TrialRecord) -> float | None:
         return fresh[record.key].mean if fresh else record.value
 
-    found = [(record, method) for method in BASELINE_NAMES if (record := state.best(method)) is not None]
-    bases = [(worth, method) for record, method in found if (worth := value(record)) is not None]
-    if not bases or max(bases)[0] < winner.value:
+    found = [record for method in _baselines(config) if (record := state.best(method)) is not None]
+    bases = [(worth, record) for record in found if record.key.arm != DEFAULTS and (worth := value(record)) is not None]
+    best = max(bases, key=lambda base: base[0], default=None)
+    if best is None or best[0] < winner.value:
         return ""
-    name = BASELINE_NAMES[max(bases)[1]]
+    name = baseline_name(best[1])
     more = (
         "more trials (`resume --trials N`)" if state.stop_reason == "finished" else "the rest of the trials (`resume`)"
     )
