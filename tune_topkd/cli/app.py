@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ from tune_topkd.sweep.workspace import NO_MLFLOW
 from tune_topkd.sweep.workspace import PRIVATE
 from tune_topkd.sweep.workspace import RAY_VARIABLE
 from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
+from tune_topkd.sweep.workspace import moved_places
 from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
@@ -285,6 +287,28 @@ def confirm(
     found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
     result = _shown(found.confirm, found, console, finalists=finalists, seeds=seeds, again=again, moved=moved)
     _conclude({sweep: result}, found.workspace, console)
+
+
+@app.command()
+def verify(
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED.yaml")],
+    seeds: Annotated[int, typer.Option(help="Trainings, each on a seed that the config has not had.")] = 3,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Where files are: data.root=PATH, teacher.checkpoint=PATH."),
+    ] = None,
+) -> None:
+    """Train a tuned config again from its file alone and say whether its figure holds; exit 1 if it does not."""
+    from tune_topkd.sweep.verify import verify as verified
+
+    places = moved_places([parse_set(text) for text in set_ or []])
+    with tempfile.TemporaryDirectory(prefix="tune-topkd-verify-") as folder:  # nothing of a sweep's is of use here
+        workspace = Workspace.at(folder, NO_MLFLOW, PRIVATE)
+        found = verified(tuned, seeds, workspace, _on_console(workspace), places)
+    Console().print(found.sentence, style="bold", soft_wrap=True)
+    terminal.result(json.dumps(found.as_json(), indent=2) + "\n", is_document=True)
+    if not found.holds:
+        raise typer.Exit(FINDINGS)
 
 
 @app.command()

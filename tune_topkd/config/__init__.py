@@ -23,6 +23,7 @@ from tune_topkd.config.files import dump_config
 from tune_topkd.config.files import load_config
 from tune_topkd.config.files import load_pair
 from tune_topkd.config.files import new_config
+from tune_topkd.config.files import pair_from
 from tune_topkd.config.files import parse_set
 from tune_topkd.config.files import read_yaml
 from tune_topkd.config.placement import placements
@@ -113,6 +114,7 @@ __all__ = [
     "load_pair",
     "loss_part",
     "new_config",
+    "pair_from",
     "parse_set",
     "placements",
     "read_yaml",

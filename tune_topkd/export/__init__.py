@@ -9,13 +9,18 @@ They need only this and `tune_topkd.loss`:
     criterion = build_loss(tuned.method, tuned.loss)
 """
 
+from tune_topkd.export.tuned import SCHEMA_FILE
 from tune_topkd.export.tuned import SCHEMA_VERSION
 from tune_topkd.export.tuned import TUNED_FILE
 from tune_topkd.export.tuned import BaselineEvidence
 from tune_topkd.export.tuned import Evidence
 from tune_topkd.export.tuned import FreshEvidence
+from tune_topkd.export.tuned import GainEvidence
 from tune_topkd.export.tuned import NoAnswerError
+from tune_topkd.export.tuned import TestEvidence
 from tune_topkd.export.tuned import TunedConfig
+from tune_topkd.export.tuned import TunedTeacher
+from tune_topkd.export.tuned import json_schema
 from tune_topkd.export.tuned import load_tuned_config
 from tune_topkd.export.tuned import tuned_config
 from tune_topkd.export.writers import WRITERS
@@ -24,17 +29,22 @@ from tune_topkd.export.writers import as_python
 from tune_topkd.export.writers import as_yaml
 
 __all__ = [
+    "SCHEMA_FILE",
     "SCHEMA_VERSION",
     "TUNED_FILE",
     "WRITERS",
     "BaselineEvidence",
     "Evidence",
     "FreshEvidence",
+    "GainEvidence",
     "NoAnswerError",
+    "TestEvidence",
     "TunedConfig",
+    "TunedTeacher",
     "as_json",
     "as_python",
     "as_yaml",
+    "json_schema",
     "load_tuned_config",
     "tuned_config",
 ]
