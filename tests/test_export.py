@@ -203,13 +203,35 @@ def changed(folder, tuned, change):
     return path
 
 
-@pytest.mark.parametrize("version", [2, "1", 1.5, None, [1]])
+@pytest.mark.parametrize("version", [3, "1", 1.5, None, [1], True, 0])
 def test_a_file_of_another_schema_is_told_by_its_version_alone(tmp_path, tuned, version):
     path = changed(tmp_path, tuned, lambda raw: raw.update(schema_version=version, loses={}, method="new"))
     with pytest.raises(ConfigError) as caught:
         load_tuned_config(path)
-    said = f"{path}: schema_version = {version!r}: is not the schema version that this tune_topkd reads: known: 1"
-    assert str(caught.value) == said
+    said = f"{path}: schema_version = {version!r}: is not a schema version that this tune_topkd reads: known: 1 and 2"
+    newer = "; a newer tune_topkd wrote it: update this one" if version == 3 else ""
+    assert str(caught.value) == said + newer
+
+
+def test_a_file_of_the_first_version_is_read_as_one_that_lacks_what_came_later(tmp_path, tuned):
+    def as_first(raw):
+        raw["schema_version"] = 1
+        raw["teacher"] = {key: raw["teacher"][key] for key in ("name", "kwargs", "image_size", "checkpoint_key")}
+
+    found = load_tuned_config(changed(tmp_path, tuned, as_first))
+    assert (found.loss, found.recipe, found.data, found.student) == (
+        tuned.loss,
+        tuned.recipe,
+        tuned.data,
+        tuned.student,
+    )
+    assert (found.schema_version, found.teacher.name, found.teacher.recipe) == (SCHEMA_VERSION, "digits_cnn", None)
+    assert (found.evidence.identities, found.evidence.test) == ({}, None)
+
+
+def test_the_teachers_recipe_is_in_it_and_its_place_is_not(tuned):
+    assert tuned.teacher.recipe == CONFIG.teacher.recipe
+    assert "checkpoint" not in tuned.model_dump(mode="json")["teacher"]
 
 
 @pytest.mark.parametrize(
