@@ -238,7 +238,7 @@ def test_the_teachers_recipe_is_in_it_and_its_place_is_not(tuned):
     ("change", "told"),
     [
         (lambda raw: raw.update(los={}), "los: unknown key; did you mean 'loss'? known: data, evidence, loss, method"),
-        (lambda raw: raw["evidence"].update(seed=1), "evidence.seed: unknown key; did you mean 'seeds'"),
+        (lambda raw: raw["evidence"].update(seedz=1), "evidence.seedz: unknown key; did you mean 'seeds'"),
         (lambda raw: raw["evidence"]["baselines"]["ce"].update(top1=1), "evidence.baselines.ce.top1: unknown key"),
         (lambda raw: raw["recipe"].update(epochs="8"), "recipe.epochs = '8': must be a valid integer"),
         (lambda raw: raw.update(method="topk"), "method = 'topk': did you mean 'topkd'"),
