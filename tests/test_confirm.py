@@ -12,6 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
+from benchmarks import claims
 from tune_topkd import verdict as verdicts
 from tune_topkd.cli.app import main
 from tune_topkd.cli.display import ConsoleCallback
@@ -547,57 +548,19 @@ def test_a_verdict_that_is_not_done_says_so(tmp_path, searched):
 # --- does it claim what is not so? ------------------------------------------------------------------------------------
 
 
-BASE = 70.0
-
-
-def simulated_claims(sweeps, gain, spread=1.0, trials=12, seeds=5):
-    """Confirmed sweeps in which every config of the search is truly `gain` above its baselines.
-
-    Returns:
-        How many claim a difference in their sentence; the share of the 90 % intervals, of the answer and of each gain, that
-        hold the true value; the share of those around the search's best value that do, of noise that is known.
-    """
-    plan = config(sweep={"trials": trials}, baselines={"methods": ["ce", "kd"], "trials": 2})
-    claims, held, naive = 0, [], []
-    for number in range(sweeps):
-        state = simulated(plan, number, gain, spread, seeds)
-        found = verdict_of(state)
-        claims += any(each.is_told_apart for each in found.gains)
-        held += [gain in mean_interval(each.values, 0.9) for each in found.gains]
-        held.append(BASE + gain in mean_interval(found.answer.values, 0.9))
-        naive.append(abs(state.best().value - BASE - gain) < 1.645 * spread)
-    return claims, statistics.fmean(held), statistics.fmean(naive)
-
-
-def simulated(plan, number, gain, spread, seeds):
-    """The state of a confirmed sweep of its own noise, in memory."""
-    import tempfile
-    from pathlib import Path
-
-    def formula(trial, epoch):
-        origin, seed = trial.record.origin, trial.config.seed
-        base = BASE + (gain if origin.arm == "search" else 0.0)
-        draw = float(np.random.default_rng([number, seed, *origin.arm.encode(), origin.number]).standard_normal())
-        name = "test_top1" if trial.config.data.selection == "test_at_end" else "val_top1"
-        return {name: base + spread * draw} if name == "val_top1" or epoch == EPOCHS else {"train_loss": 1.0}
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ledger.jsonl"
-        drive(path, plan, formula)
-        return drive(path, plan, formula, plan=Plan(3, seeds))
-
-
 def test_where_there_is_no_difference_hardly_a_sentence_claims_one_and_intervals_hold_as_often_as_they_say():
-    claims, held, naive = simulated_claims(40, gain=0.0)
-    assert claims <= 6  # of 40 at 5 %: seven or more happen once in 300 times
+    claimed, held, naive = claims.shares(claims.outcomes("no difference at all", 40))
+    assert claimed <= 6 / 40  # at 5 %: seven or more happen once in 300 times
     assert 0.8 <= held <= 0.98
-    assert naive < 0.7, "the best of twelve is too high"
+    assert naive < 0.7, "the best of twenty is too high"
 
 
-def test_a_real_gain_is_told():
-    claims, held, _ = simulated_claims(10, gain=5.0)
-    assert claims == 10
-    assert held >= 0.7
+def test_a_real_gain_is_told_and_its_intervals_hold():
+    claimed, held, _ = claims.shares(
+        claims.outcomes("a gain of 2 points, all configs of the search alike", 12, seeds=12)
+    )
+    assert claimed >= 10 / 12
+    assert held >= 0.75
 
 
 # --- the data and the training ----------------------------------------------------------------------------------------
