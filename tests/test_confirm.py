@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from scipy import stats
 
@@ -50,6 +51,7 @@ from tune_topkd.search import audit_decisions
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
+from tune_topkd.sweep import images
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import cost
 from tune_topkd.sweep.confirm import request
@@ -601,6 +603,52 @@ def test_the_test_set_is_evaluated_once_after_the_last_epoch(monkeypatch):
         (True, False)
     ]
     assert not [name for metrics in reports for name in metrics if name.startswith(("best_epoch", "test_top1_ema"))]
+
+
+def test_the_last_checkpoint_says_about_which_test_images_the_training_is_right(tmp_path):
+    from tune_topkd.train.checkpoint import HITS_KEY
+    from tune_topkd.train.checkpoint import load_checkpoint
+
+    about = {
+        "data": {"name": "digits", "selection": "test_at_end"},
+        "student": {"name": "digits_linear"},
+        "method": "ce",
+    }
+    trial = TrialConfig.model_validate({**about, "recipe": {"epochs": 2}})
+    result = train(trial, lambda epoch, metrics, save: save(tmp_path / str(epoch)))
+    first, last = (load_checkpoint(tmp_path / name) for name in "12")
+    assert HITS_KEY not in first
+    hits = last[HITS_KEY]
+    assert (hits.dtype, len(hits)) == (torch.bool, len(load_dataset(trial.data).test))
+    assert 100 * hits.double().mean().item() == pytest.approx(result.metrics["test_top1"])
+
+
+def test_the_spread_over_images_is_what_a_bootstrap_over_them_gives(tmp_path, monkeypatch, confirmed):
+    found, chance = verdict_of(state_of(confirmed)), np.random.default_rng(0)
+    easy = chance.random(3000)  # an image that one training is wrong about, another likely is as well
+    planted = {}
+    for arm in (found.answer, *found.baselines):
+        right = (chance.random((len(arm.values), 3000)) < 0.5 + 0.5 * easy).astype(float)
+        planted[arm.record.key] = {
+            seed: 100 * torch.tensor(row) for seed, row in zip(arm.finalist.seeds, right, strict=True)
+        }
+    monkeypatch.setattr(images, "_hits", lambda folder, finalist: planted[finalist.record.key])
+    told = images.image_spread(tmp_path, found)
+    means = {key: torch.stack(list(rows.values())).mean(0).numpy() for key, rows in planted.items()}
+    draws = chance.integers(0, 3000, (2000, 3000))
+    assert told.images == 3000
+    assert told.answer == pytest.approx(means[CHOSEN][draws].mean(1).std(), rel=0.1)
+    for base in found.baselines:
+        apart = means[CHOSEN] - means[base.record.key]
+        assert told.gains[base.record.key] == pytest.approx(apart[draws].mean(1).std(), rel=0.1)
+    assert (
+        f"the standard error of the answer is {told.answer:.2f} points, of the gain over cross-entropy"
+        in told.sentence(found)
+    )
+
+
+def test_without_the_trainings_checkpoints_nothing_is_said_of_images(tmp_path, confirmed):
+    assert images.image_spread(tmp_path, verdict_of(state_of(confirmed))) is None
 
 
 def test_a_sweep_does_not_look_at_the_test_set():

@@ -140,6 +140,8 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
         if (verdict := result.verdict) is not None:
             console.print(verdict_table(verdict))
             console.print(f"  {verdict.sentence}", style="bold", soft_wrap=True)
+            if (images := result.image_spread()) is not None:
+                console.print(f"  {images.sentence(verdict)}", soft_wrap=True)
         elif advice := result.advice():
             console.print(f"  {advice}", soft_wrap=True)
         for told in (*(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence()):

@@ -20,6 +20,8 @@ from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.storage import write_text
+from tune_topkd.sweep.images import ImageSpread
+from tune_topkd.sweep.images import image_spread
 from tune_topkd.sweep.spend import RungRank
 from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import rung_ranks
@@ -113,6 +115,11 @@ class Result:
     def verdict(self) -> Verdict | None:
         """What the newest look at the test set says; None if there was none."""
         return verdict_of(self.state)
+
+    def image_spread(self) -> ImageSpread | None:
+        """How much the verdict depends on which images the test set has; None before it is done, or without checkpoints."""
+        verdict = self.verdict
+        return None if verdict is None or not verdict.is_done else image_spread(self.folder, verdict)
 
     def spend(self) -> Spend:
         """What its trainings have cost, and what stopping some of them early has saved."""

@@ -42,6 +42,7 @@ from tune_topkd.models import to_channels_last
 from tune_topkd.teacher import TeacherLogits
 from tune_topkd.train.checkpoint import CHECKPOINT_NAME
 from tune_topkd.train.checkpoint import EMA_KEY
+from tune_topkd.train.checkpoint import HITS_KEY
 from tune_topkd.train.checkpoint import LOSS_KEY
 from tune_topkd.train.checkpoint import check_same_config
 from tune_topkd.train.checkpoint import config_identity
@@ -174,6 +175,8 @@ class Training:
         self.ema = None if config.recipe.ema is None else averaged(self.model, config.recipe.ema, steps)
         self.epoch = 0
         self.metrics: dict[str, float] = {}
+        self.hits: Tensor | None = None
+        """Of which test images it is right, once the test set has been read at the end."""
         self.rng: dict[str, Tensor] = {}
 
     @property
@@ -207,6 +210,7 @@ class Training:
         if selection == "test_at_end" and self.epoch + 1 < self.config.recipe.epochs:
             return {}
         found, on_test = self._evaluated(self.model), selection != "validation"
+        self.hits = found.hits if selection == "test_at_end" else None
         top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
         accuracies = {top1: found.top1} | ({} if found.top5 is None else {top5: found.top5})
         if self.ema is not None and selection != "test_at_end":
@@ -232,6 +236,8 @@ class Training:
             content[LOSS_KEY] = loss
         if self.ema is not None:
             content[EMA_KEY] = self.ema.state_dict()
+        if self.hits is not None:
+            content[HITS_KEY] = self.hits.cpu()
         write_checkpoint(folder, content)
 
     def restore(self, folder: Path) -> None:
