@@ -1,11 +1,13 @@
 """Confirming an answer: chosen on fresh seeds, measured on the test set once, and what may be said of it."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
 import statistics
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ import torch
 import yaml
 from scipy import stats
 
-from benchmarks import claims
 from tune_topkd import verdict as verdicts
 from tune_topkd.cli.app import main
 from tune_topkd.cli.display import ConsoleCallback
@@ -550,14 +551,24 @@ def test_a_verdict_that_is_not_done_says_so(tmp_path, searched):
 # --- does it claim what is not so? ------------------------------------------------------------------------------------
 
 
-def test_where_there_is_no_difference_hardly_a_sentence_claims_one_and_intervals_hold_as_often_as_they_say():
+@pytest.fixture(scope="module")
+def claims():
+    """The benchmark that simulates confirmed sweeps of known truth."""
+    root = str(Path(__file__).parents[1])
+    sys.path.insert(0, root)
+    module = importlib.import_module("benchmarks.claims")
+    sys.path.remove(root)
+    return module
+
+
+def test_where_there_is_no_difference_hardly_a_sentence_claims_one_and_intervals_hold_as_often_as_they_say(claims):
     claimed, held, naive = claims.shares(claims.outcomes("no difference at all", 40))
     assert claimed <= 6 / 40  # at 5 %: seven or more happen once in 300 times
     assert 0.8 <= held <= 0.98
     assert naive < 0.7, "the best of twenty is too high"
 
 
-def test_a_real_gain_is_told_and_its_intervals_hold():
+def test_a_real_gain_is_told_and_its_intervals_hold(claims):
     claimed, held, _ = claims.shares(
         claims.outcomes("a gain of 2 points, all configs of the search alike", 12, seeds=12)
     )
