@@ -44,6 +44,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.campaign import FORMATS
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
@@ -58,6 +59,8 @@ DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
 Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
 YAML = Format("yaml")
+Table = StrEnum("Table", {name: name for name in FORMATS})  # type: ignore[misc]
+MARKDOWN = Table("markdown")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -329,6 +332,39 @@ def status(
         Console().print(f"no sweeps in {workspace.runs}")
     if any(entry["state"] == DAMAGED for entry in found):
         raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def report(
+    sweeps: Annotated[
+        list[str] | None, typer.Argument(metavar="[SWEEP]...", help="[default: all]", autocompletion=_sweeps)
+    ] = None,
+    format_: Annotated[Table, typer.Option("--format")] = MARKDOWN,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+) -> None:
+    """Tabulate sweeps, a row each: the best K and those equal to it, the parameters, the figure, the gains, the cost."""
+    workspace, console = _workspace(runs_dir), Console()
+    rows = []
+    for name in sweeps or workspace.sweeps():
+        try:
+            rows.append(Sweep(name, workspace).row())
+        except TuneTopKDError as error:
+            if sweeps:
+                raise
+            console.print(f"note: {name} is left out: {error}", style="yellow", soft_wrap=True)
+    if not rows:
+        raise ConfigError("report", [Problem(key="SWEEP", rule=f"there is none in {workspace.runs}")])
+    _give(FORMATS[format_.value](rows), output, console)
+
+
+def _give(text: str, output: Path | None, console: Console) -> None:
+    """A document, to a file or to stdout."""
+    if output is None:
+        terminal.result(text, is_document=True)
+    else:
+        write_text(output, text)
+        console.print(f"written: {output}", soft_wrap=True)
 
 
 @app.command()

@@ -26,6 +26,8 @@ from tune_topkd.ledger import winner_of
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.callbacks import Callback
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.campaign import Row
+from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.driver import Turn
 from tune_topkd.sweep.result import Result
@@ -306,6 +308,18 @@ class Sweep:
             verdict=verdict_of(state),
             spend=spend(state),
         )
+
+    def row(self) -> Row:
+        """What it found, as a row of a campaign's table.
+
+        Raises:
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+        """
+        folder = self.workspace.existing(self.name)
+        state = read_state(folder / LEDGER_FILE)
+        config = frozen_config(folder, state)
+        return row_of(config, state, preflight.complete_parameters(config))
 
     def answer(self) -> TunedConfig:
         """The tuned config.
