@@ -35,6 +35,7 @@ from tune_topkd.config import Problem
 from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
 from tune_topkd.interruption import listening
 from tune_topkd.storage import write_text
@@ -57,7 +58,7 @@ from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
-Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
+Format = StrEnum("Format", {name: name for name in (*WRITERS, *STUDENT_WRITERS)})  # type: ignore[misc]  # the writers
 YAML = Format("yaml")
 Table = StrEnum("Table", {name: name for name in FORMATS})  # type: ignore[misc]
 MARKDOWN = Table("markdown")
@@ -406,16 +407,19 @@ def export(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Write a sweep's tuned config for other projects."""
+    """Write a sweep's tuned config, or its student, for other projects."""
     found = Sweep(sweep, _workspace(runs_dir))
-    text, done = WRITERS[format_.value](found.answer()), found.status().finalists
+    is_student = format_.value in STUDENT_WRITERS
+    if is_student and output is None:
+        raise ConfigError("--output", [Problem(key="", rule=f"must be given: {format_.value} is no text")])
+    text, done = "" if is_student else WRITERS[format_.value](found.answer()), found.status().finalists
     if done is not None and done[0] < done[1]:
         note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
         Console().print(note, style="yellow", soft_wrap=True)
     if output is None:
         terminal.result(text, is_document=True)
     else:
-        write_text(output, text)
+        found.export(output, format_.value) if is_student else write_text(output, text)
         Console().print(f"written: {output}", soft_wrap=True)
 
 

@@ -10,6 +10,10 @@ They need only this and `tune_topkd.loss`:
 """
 
 from tune_topkd.export.tuned import SCHEMA_FILE
+from tune_topkd.export.student import STUDENT_FILE
+from tune_topkd.export.student import STUDENT_WRITERS
+from tune_topkd.export.student import Student
+from tune_topkd.export.student import StudentError
 from tune_topkd.export.tuned import SCHEMA_VERSION
 from tune_topkd.export.tuned import TUNED_FILE
 from tune_topkd.export.tuned import BaselineEvidence
@@ -31,6 +35,8 @@ from tune_topkd.export.writers import as_yaml
 __all__ = [
     "SCHEMA_FILE",
     "SCHEMA_VERSION",
+    "STUDENT_FILE",
+    "STUDENT_WRITERS",
     "TUNED_FILE",
     "WRITERS",
     "BaselineEvidence",
@@ -39,6 +45,8 @@ __all__ = [
     "GainEvidence",
     "NoAnswerError",
     "TestEvidence",
+    "Student",
+    "StudentError",
     "TunedConfig",
     "TunedTeacher",
     "as_json",

@@ -333,6 +333,19 @@ class Sweep:
         state = read_state(folder / LEDGER_FILE)
         return answer(frozen_config(folder, state), state)
 
+    def export(self, path: str | Path, format: str = "yaml") -> None:
+        """Write the tuned config or the student for another project, as `Result.export` does.
+
+        Raises:
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+            TuneTopKDError: as `Result.export`; so is what follows.
+            OSError: the file cannot be written.
+        """
+        folder = self.workspace.existing(self.name)
+        state = read_state(folder / LEDGER_FILE)
+        Result(self.name, folder, frozen_config(folder, state), state, state.stop_reason).export(path, format)
+
 
 def default_name(space: str | Path | Mapping[str, Any]) -> str:
     """The name of a sweep that is given none: the YAML's.

@@ -8,6 +8,7 @@ from tune_topkd.config import DEFAULTS
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import unknown_choice
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import tuned_config
@@ -26,6 +27,7 @@ from tune_topkd.sweep.spend import RungRank
 from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import rung_ranks
 from tune_topkd.sweep.spend import spend
+from tune_topkd.sweep.student import write_student
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import Verdict
 from tune_topkd.verdict import baseline_name
@@ -86,18 +88,23 @@ class Result:
         return answer(self.config, self.state)
 
     def export(self, path: str | Path, format: str = "yaml") -> None:
-        """Write the tuned config for another project.
+        """Write the tuned config, or the student that was trained with it, for another project.
 
         Args:
             path: the file, which is replaced if it is there.
-            format: `yaml`, `json` or `python`.
+            format: `yaml`, `json` or `python`; of the student `checkpoint`, `safetensors`, `torch_export` or `onnx`.
 
         Raises:
             NoAnswerError: no trial reached the full budget.
+            StudentError: the student's weights are not there, or cannot be written in this format.
+            DataError: the dataset, which all formats of the student but `checkpoint` need, cannot be had.
             TuneTopKDError: there is no such format.
             OSError: the file cannot be written.
         """
-        write_text(Path(path), in_format(self.answer, format))
+        if format in STUDENT_WRITERS:
+            write_student(Path(path), format, self.config, self.state, self.folder, self.answer)
+        else:
+            write_text(Path(path), in_format(self.answer, format))
 
     def gains(self) -> list[Gain]:
         """What the answer is worth beside each baseline, in points and in images of the validation split."""
@@ -236,5 +243,5 @@ def in_format(tuned: TunedConfig, name: str) -> str:
         TuneTopKDError: there is no such format.
     """
     if name not in WRITERS:
-        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, WRITERS)}")
+        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, [*WRITERS, *STUDENT_WRITERS])}")
     return WRITERS[name](tuned)
