@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from torch import nn
 from tune_topkd.cli.app import main
 from tune_topkd.config import DataConfig
 from tune_topkd.config import ModelConfig
+from tune_topkd.data import DataError
 from tune_topkd.data import Dataset
 from tune_topkd.data import Split
 from tune_topkd.data import eval_batches
@@ -33,6 +35,7 @@ from tune_topkd.export import NoAnswerError
 from tune_topkd.export import Student
 from tune_topkd.export import StudentError
 from tune_topkd.export import load_tuned_config
+from tune_topkd.export.graph import Preprocessed
 from tune_topkd.models import build_configured
 from tune_topkd.models import network_fingerprint
 from tune_topkd.space import digest
@@ -49,7 +52,7 @@ SPACE = {
     "student": {"name": "digits_cnn_tiny", "kwargs": {"widths": [4, 6]}},
     "recipe": {"epochs": EPOCHS, "lr": 0.1, "ema": {"decay_epochs": 0.4}},
     "space": {"lr": {"low": 0.003, "high": 0.3, "log": True}},
-    "sweep": {"trials": 2, "asha": None, "points": [{"lr": 0.003}, {"lr": 0.1}]},
+    "sweep": {"trials": 2, "asha": None, "gpus_per_trial": 0, "points": [{"lr": 0.003}, {"lr": 0.1}]},
     "baselines": None,
 }
 
@@ -279,7 +282,7 @@ def test_a_sweep_without_an_answer_has_no_student(tmp_path):
 def test_a_format_that_fails_leaves_what_was_there(swept, tmp_path, monkeypatch):
     def failing(student, stream):
         stream.write(b"half")
-        raise StudentError("no")
+        raise StudentError("no") from OSError(5, "of another file")
 
     monkeypatch.setitem(STUDENT_WRITERS, "checkpoint", failing)
     (tmp_path / "student").write_text("before")
@@ -424,6 +427,45 @@ def test_a_network_that_resizes_does_so_in_the_graph(tmp_path, format_, network_
     expected = networks_logits(student.model, student.weights, student.dataset)
     found = GRAPHS[format_](written(student, format_, tmp_path))(all_images(student.dataset))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [24, 48])
+def test_resized_pixels_are_whole_and_halves_rounded_up_whatever_the_arithmetics_error(side):
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = Preprocessed(nn.Identity(), torch.zeros(3), torch.full((3,), 1 / 255), side)(images)
+    how = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    exact = nn.functional.interpolate(images.double(), (side, side), **how)
+    assert torch.equal(pixels, (exact + 0.5 + 1e-9).floor().float())
+    assert not torch.equal(pixels, exact.round().float())  # which takes halves to the even number
+
+
+@GRAPH
+def test_image_files_are_wanted_at_the_size_of_the_training(tmp_path, format_):
+    from PIL import Image
+
+    drawn = np.random.default_rng(0)
+    for part, name, number in product(("train", "val"), ("ant", "bee"), range(8)):
+        path = tmp_path / "images" / part / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    about = {"root": str(tmp_path / "images"), "image_size": 16, "val_fraction": 0.5}
+    config, data = ModelConfig(name="small_cnn"), DataConfig(name="image_folder", **about)
+    weights = build_configured(config, num_classes=2).state_dict()
+    student = Student(config, data, weights)
+    expected = networks_logits(config, weights, student.dataset)
+    images = all_images(student.dataset)
+    assert images.shape == (len(expected), 3, 16, 16)
+    found = GRAPHS[format_](written(student, format_, tmp_path))(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_dataset_that_is_gone_is_told_except_for_the_checkpoint(tmp_path):
+    data = DataConfig(name="cifar100", root=str(tmp_path / "gone"))
+    student = Student(ModelConfig(name="resnet8x4"), data, {"fc.bias": torch.zeros(100)})
+    assert written(student, "checkpoint", tmp_path).stat().st_size
+    for format_ in ("safetensors", "torch_export", "onnx"):
+        with pytest.raises(DataError, match=f"{tmp_path}/gone"):
+            STUDENT_WRITERS[format_](student, io.BytesIO())
 
 
 @GRAPH

@@ -1,5 +1,6 @@
 """The distilled student of a sweep: which trial's weights it is, and how it gets into another project's file."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,8 +75,9 @@ def write_student(
         DataError: the dataset, which all formats but `checkpoint` ask for its constants, cannot be had.
         OSError: the file cannot be written.
     """
-    student = student_of(config, state, folder, tuned)
-    write_atomically(path, lambda stream: STUDENT_WRITERS[format](student, stream))
+    content = io.BytesIO()  # an error of reading data or making a graph is none of the file's
+    STUDENT_WRITERS[format](student_of(config, state, folder, tuned), content)
+    write_atomically(path, lambda stream: stream.write(content.getbuffer()))
 
 
 def _checkpoint(folder: Path, record: TrialRecord, epochs: int) -> Mapping[str, Any]:
