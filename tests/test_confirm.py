@@ -57,6 +57,7 @@ from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import cost
 from tune_topkd.sweep.confirm import request
 from tune_topkd.sweep.remaining import training_total
+from tune_topkd.sweep.student import student_trial
 from tune_topkd.terminal import Console
 from tune_topkd.terminal import Terminal
 from tune_topkd.tracking.projection import Batch
@@ -537,6 +538,15 @@ def test_the_advice_is_what_the_intervals_allow(tmp_path, searched, monkeypatch,
     path = tmp_path / "ledger.jsonl"
     path.write_bytes(searched.read_bytes())
     assert told in verdict_of(drive(path, config(), plan=Plan(3, 8))).sentence
+
+
+def test_the_student_of_a_confirmed_answer_is_its_first_training_for_the_test_set_not_the_luckiest(searched, confirmed):
+    assert student_trial(state_of(searched)).key == TrialKey("search", 2)
+    state = state_of(confirmed)
+    state.arm(TEST)[0].value -= 5.0
+    first = student_trial(state)
+    assert (first.key, first.of_trial, first.seed) == (TrialKey(TEST, 0), CHOSEN, 10_005)
+    assert first.value < max(verdict_of(state).answer.values)
 
 
 def test_a_verdict_that_is_not_done_says_so(tmp_path, searched):

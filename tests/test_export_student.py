@@ -181,6 +181,7 @@ def test_safetensors_hold_the_same_weights_and_say_what_they_are(swept, tmp_path
         "sweep": "s",
         "sweep_id": swept.state.header.id,
         "trial": str(swept.best.key),
+        "seed": str(swept.config.sweep.seed),
         "val_top1": str(swept.best.value),
         "tuned_config": digest(tuned.model_dump(mode="json")),
     }

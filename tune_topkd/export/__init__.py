@@ -9,11 +9,11 @@ They need only this and `tune_topkd.loss`:
     criterion = build_loss(tuned.method, tuned.loss)
 """
 
-from tune_topkd.export.tuned import SCHEMA_FILE
 from tune_topkd.export.student import STUDENT_FILE
 from tune_topkd.export.student import STUDENT_WRITERS
 from tune_topkd.export.student import Student
 from tune_topkd.export.student import StudentError
+from tune_topkd.export.tuned import SCHEMA_FILE
 from tune_topkd.export.tuned import SCHEMA_VERSION
 from tune_topkd.export.tuned import TUNED_FILE
 from tune_topkd.export.tuned import BaselineEvidence
@@ -44,9 +44,9 @@ __all__ = [
     "FreshEvidence",
     "GainEvidence",
     "NoAnswerError",
-    "TestEvidence",
     "Student",
     "StudentError",
+    "TestEvidence",
     "TunedConfig",
     "TunedTeacher",
     "as_json",

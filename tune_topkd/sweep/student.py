@@ -13,6 +13,9 @@ from tune_topkd.export import StudentError
 from tune_topkd.export import TunedConfig
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import is_of_the_answer
+from tune_topkd.ledger import measured
+from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.space import digest
 from tune_topkd.storage import write_atomically
@@ -21,9 +24,15 @@ from tune_topkd.storage import write_atomically
 def student_trial(state: SweepState) -> TrialRecord | None:
     """The trial whose newest checkpoint is the sweep's student; None if there is no answer.
 
-    It is the search's own trial, also where the answer was chosen by fresh seeds.
+    Of a confirmed answer it is its first training on all images but the test set's, whatever the test set said of it: the
+    best of several would be chosen by the test set. Else it is the search's own trial.
     """
     winner = winner_of(state)
+    done = measured_done(state)
+    if winner is not None and is_of_the_answer(state) and done is not None and done[0] == done[1]:
+        answer = measured(state)[0]
+        for seed in answer.values:
+            return answer.repeats[seed]
     return None if winner is None else winner.record
 
 
@@ -50,7 +59,8 @@ def student_of(config: SweepConfig, state: SweepState, folder: Path, tuned: Tune
         "sweep": header.sweep,
         "sweep_id": header.id,
         "trial": str(record.key),
-        "val_top1": str(record.value),
+        "seed": str(config.sweep.seed if record.seed is None else record.seed),
+        record.key.metric: str(record.value),
         "tuned_config": digest(tuned.model_dump(mode="json")),
     }
     code = json.loads(content["config"]).get(CODE_KEY, {})
