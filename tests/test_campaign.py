@@ -86,7 +86,7 @@ def test_finalists_give_a_figure_of_fresh_seeds(tmp_path):
     assert row.measured_on == "fresh seeds"
     assert row.top1.mean == pytest.approx(80.0, abs=0.5)
     assert row.top1.interval.low < row.top1.mean < row.top1.interval.high
-    assert set(row.gains) == {"cross-entropy", "KD, T = 4", "the untuned defaults"}
+    assert set(row.gains) == {"cross-entropy", "KD, T = 4", "the untuned method"}
 
 
 def with_finalists(path, plan, formula):

@@ -505,20 +505,20 @@ def test_the_verdict_is_of_the_test_set_alone(confirmed):
     values = [TRUE["search"][3] + 5 + noise(seed, CHOSEN) for seed in range(10_005, 10_009)]
     assert found.answer.values == pytest.approx(values)
     assert found.answer.spread == pytest.approx(statistics.stdev(values))
-    assert [base.name for base in found.baselines] == ["cross-entropy", "the untuned defaults", "KD, T = 4"]
+    assert [base.name for base in found.baselines] == ["cross-entropy", "the untuned method", "KD, T = 4"]
     gains = {gain.base.record.key.arm: gain for gain in found.gains}
     assert gains["ce"].interval == mean_interval(gains["ce"].values, together=3)
     assert [gains[arm].is_told_apart for arm in ("ce", "defaults", "kd")] == [True, True, False]
-    assert found.sentence.startswith(f"tuned topkd has {statistics.fmean(values):.2f} % (")
+    assert found.sentence.startswith(f"Tuned topkd has {statistics.fmean(values):.2f} % (")
     assert "points over cross-entropy (+" in found.sentence
     assert f"{gains['kd'].mean:+.2f} points against KD, T = 4 ({gains['kd'].interval.low:+.2f} to" in found.sentence
     assert ": not told apart)." in found.sentence
     better = (
-        "Tuned topkd is better than cross-entropy and the untuned defaults; whether it is better than KD, T = 4 these "
+        "Tuned topkd is better than cross-entropy and the untuned method; whether it is better than KD, T = 4 these "
     )
     assert better in found.sentence
     assert found.sentence.endswith(
-        "The search trained 6 configs, as long as 6 in full; cross-entropy is the best of 1; the untuned defaults is the "
+        "The search trained 6 configs, as long as 6 in full; cross-entropy is the best of 1; the untuned method is the "
         "best of 1; KD, T = 4 is the best of 1."
     )
 
@@ -527,7 +527,7 @@ def test_the_verdict_is_of_the_test_set_alone(confirmed):
     ("truth", "told"),
     [
         ({"ce": [70.0], "kd": [70.0], "defaults": [71.0]}, "Tuned topkd is the best of these."),
-        ({"ce": [70.0], "kd": [85.0], "defaults": [90.0]}, "The untuned defaults is the better choice here."),
+        ({"ce": [70.0], "kd": [85.0], "defaults": [90.0]}, "The untuned method is the better choice here."),
         ({"ce": [77.0], "kd": [77.0], "defaults": [77.0]}, "Whether tuned topkd is better than"),
     ],
 )

@@ -144,7 +144,7 @@ _NAMES = {
     "kd": "KD, T = 4",
     "dkd": "DKD",
     "lskd": "logit-standardised KD",
-    "defaults": "the untuned defaults",
+    "defaults": "the untuned method",
 }
 _TUNED_NAMES = {"kd": "tuned KD", "dkd": "tuned DKD", "lskd": "tuned logit-standardised KD"}
 
@@ -192,9 +192,8 @@ class Verdict:
         if mean is None:
             return "the answer has no value on the test set: all of its trainings failed"
         within = "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
-        parts = [
-            f"{self.answer.name} has {mean:.2f} %{within} top-1 on the test set over {len(self.answer.values)} seeds"
-        ]
+        seeds = len(self.answer.values)
+        parts = [f"{_capital(self.answer.name)} has {mean:.2f} %{within} top-1 on the test set over {seeds} seeds"]
         parts += [gain.sentence for gain in self.gains]
         parts += [f"{base.name} has no value" for base in self.baselines if not base.values]
         again = (
