@@ -1,6 +1,7 @@
 """The student of a sweep in other projects' files: the weights of the answer, and graphs that give its logits."""
 
 import hashlib
+import importlib
 import io
 import json
 import re
@@ -557,6 +558,22 @@ def test_a_network_whose_code_has_changed_is_refused_but_for_its_weights(tmp_pat
         "head.weight",
         "head.bias",
     }
+
+
+def test_a_users_sweep_is_told_that_the_code_of_its_student_has_changed(tmp_path, users, monkeypatch):
+    name, code = "users_student:Tuple", tmp_path / "code" / "users_student.py"
+    code.write_text(USERS.replace("3 * 32 * 32", "8 * 8"))
+    changes = {"student": name, "recipe": {"epochs": 1}, "sweep": {"trials": 1, "asha": None, "gpus_per_trial": 0}}
+    sweep = Sweep.create(SPACE | changes, name="s", runs_dir=tmp_path, mlflow_uri="", address="local")
+    result = sweep.run(executor=Trains())
+    result.export(tmp_path / "student.pt2", "torch_export")
+    code.write_text(USERS.replace("3 * 32 * 32", "8 * 8").replace("features = images", "features = 2 * images"))
+    monkeypatch.delitem(sys.modules, "users_student")
+    importlib.invalidate_caches()
+    with pytest.raises(StudentError, match=f"^student.name = '{name}': its code computes something else"):
+        result.export(tmp_path / "student.pt2", "torch_export")
+    result.export(tmp_path / "student_best", "checkpoint")
+    assert len(torch.load(tmp_path / "student_best", weights_only=True)["model"]) == 2
 
 
 def test_weights_that_do_not_fit_the_network_are_refused(tmp_path, users):
