@@ -560,7 +560,7 @@ def test_a_network_whose_code_has_changed_is_refused_but_for_its_weights(tmp_pat
     }
 
 
-def test_a_users_sweep_is_told_that_the_code_of_its_student_has_changed(tmp_path, users, monkeypatch):
+def test_a_users_sweep_is_told_that_the_code_of_its_student_has_changed(tmp_path, users):
     name, code = "users_student:Tuple", tmp_path / "code" / "users_student.py"
     code.write_text(USERS.replace("3 * 32 * 32", "8 * 8"))
     changes = {"student": name, "recipe": {"epochs": 1}, "sweep": {"trials": 1, "asha": None, "gpus_per_trial": 0}}
@@ -568,7 +568,7 @@ def test_a_users_sweep_is_told_that_the_code_of_its_student_has_changed(tmp_path
     result = sweep.run(executor=Trains())
     result.export(tmp_path / "student.pt2", "torch_export")
     code.write_text(USERS.replace("3 * 32 * 32", "8 * 8").replace("features = images", "features = 2 * images"))
-    monkeypatch.delitem(sys.modules, "users_student")
+    sys.modules.pop("users_student")
     importlib.invalidate_caches()
     with pytest.raises(StudentError, match=f"^student.name = '{name}': its code computes something else"):
         result.export(tmp_path / "student.pt2", "torch_export")
