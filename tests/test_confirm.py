@@ -47,8 +47,10 @@ from tune_topkd.ledger import candidates
 from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import winner_of
+from tune_topkd.ledger.events import encode
 from tune_topkd.search import Search
 from tune_topkd.search import audit_decisions
+from tune_topkd.storage import file_hash
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
@@ -177,15 +179,11 @@ def test_the_line_that_the_test_set_is_read_stands_before_any_training_that_does
     assert not seen, "before the last epoch nothing is known of how good it is"
 
 
-def test_a_training_for_the_test_set_learns_from_all_other_images_and_needs_no_file_of_the_split_ones(confirmed):
-    from tune_topkd.config import SharedFiles
-
+def test_a_training_for_the_test_set_learns_from_all_other_images(confirmed):
     with Ledger.open(confirmed, is_durable=False) as ledger:
-        search, files = Search(config(), ledger), SharedFiles(teacher_bank="b", dataset_file="d")
-        arms = {arm: search.trial_config(search.state.arm(arm)[0], files) for arm in ("search", "repeat", TEST)}
-    assert [arms[arm].data.selection for arm in arms] == ["validation", "validation", "test_at_end"]
-    assert [arms[arm].dataset_file for arm in arms] == ["d", "d", None]
-    assert {arms[arm].teacher_bank for arm in arms} == {"b"}
+        search = Search(config(), ledger)
+        arms = [search.trial_config(search.state.arm(arm)[0]) for arm in ("search", "repeat", TEST)]
+    assert [trial.data.selection for trial in arms] == ["validation", "validation", "test_at_end"]
 
 
 def test_the_untuned_defaults_are_the_method_with_what_is_fixed(tmp_path, confirmed):
@@ -598,6 +596,10 @@ def test_all_images_but_the_test_sets_are_trained_on_and_normalised_as_in_the_se
     )
     assert measured.test.images.equal(searched.test.images)
     assert measured.val is measured.test
+    taught = load_dataset(data.model_copy(update={"selection": "all_training"}))
+    assert taught.train.images.equal(measured.train.images)
+    assert taught.val.images.equal(searched.val.images), "a teacher of these is not measured on the test set"
+    assert (taught.mean, taught.std) == (searched.mean, searched.std)
     assert load_dataset(data.model_copy(update={"selection": "best_test_epoch"})).mean != searched.mean
 
 
@@ -721,6 +723,50 @@ def test_a_sweep_is_confirmed_exported_and_shown(tmp_path, monkeypatch, capfd):
     assert f"; test set {test.test_top1:.2f} % (" in line_of(shown)
     assert [line for line in audit("s", place, with_mlflow=False) if "checkpoint" not in line] == []
     assert "".join(capfd.readouterr()) == ""
+
+
+class Watched(SimulatedExecutor):
+    """Formulas, and what they were given."""
+
+    work = None
+
+    def run(self, search, work):
+        self.work = work
+        return super().run(search, work)
+
+
+def test_a_teacher_with_a_recipe_learns_from_all_images_that_the_trainings_for_the_test_set_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = json.loads(json.dumps(SPACE)) | {"teacher": {"name": "digits_cnn", "recipe": {"epochs": 2, "lr": 0.1}}}
+    Sweep.create(space, name="s", mlflow_uri="", address="local").run(executor=SimulatedExecutor(planted))
+    sweep, executor = Sweep.open("s", mlflow_uri="", address="local"), Watched(interrupted_in_the_test)
+    state = sweep.confirm(seeds=2, executor=executor).state
+    work = executor.work
+    own, others = Path(work.files.teacher_checkpoint), Path(work.test_files.teacher_checkpoint)
+    assert own != others
+    assert state.confirm.teacher == file_hash(others) != file_hash(own)
+    assert work.hashes[str(others)] == file_hash(others)
+    config = yaml.safe_load((others.parent / "teacher.json").read_text())["config"]
+    assert config["data"]["selection"] == "all_training"
+    assert Path(work.test_files.dataset_file).name == "test-dataset.pt"
+    ledger = sweep.folder / "ledger.jsonl"
+    kept, events = ledger.read_bytes(), list(read_events(ledger)[0])
+    at = next(i for i, e in enumerate(events) if isinstance(e.content, Confirm))
+    events[at] = changed(events[at], teacher="0" * 64)
+    ledger.write_bytes(b"".join(map(encode, events)))
+    with pytest.raises(ConfigError, match="the teacher of the trainings for the test set is not the one that"):
+        sweep.resume(executor=Watched(planted))
+    ledger.write_bytes(kept)
+    done = sweep.resume(executor=Watched(planted))
+    assert done.verdict.is_done
+    assert done.answer.evidence.test.teacher == file_hash(others)
+    assert not list(done.folder.glob("*dataset.pt"))
+
+
+def interrupted_in_the_test(trial, epoch):
+    if trial.record.key == TrialKey(TEST, 1):
+        raise KeyboardInterrupt
+    return planted(trial, epoch)
 
 
 def test_the_console_says_the_cost_first_and_the_sentence_last(tmp_path, monkeypatch):

@@ -217,12 +217,14 @@ def _each_run(sweeps: Sequence[Sweep], workspace: Workspace, console: Console) -
     return results
 
 
-def _shown(run: Callable[..., Result], sweep: Sweep, console: Console, **arguments: Any) -> Result:
-    """Run a sweep, or go on with it, on the console; an interruption says how to go on."""
+def _shown(
+    run: Callable[..., Result], sweep: Sweep, console: Console, words: Sequence[str] = (), **arguments: Any
+) -> Result:
+    """Run a sweep, or go on with it, on the console; an interruption says by which words, by default `resume`, to go on."""
     from tune_topkd.cli.display import ConsoleCallback
 
     with listening() as interruption:
-        interruption.advice = f"; `{command_for(sweep.workspace, 'resume', sweep.name)}` goes on"
+        interruption.advice = f"; `{command_for(sweep.workspace, *(words or ('resume', sweep.name)))}` goes on"
         return run([ConsoleCallback(console, sweep.workspace)], **arguments)
 
 
@@ -289,8 +291,10 @@ def confirm(
     """Choose a finished sweep's answer on fresh seeds, then measure it and the baselines on the test set, once."""
     moved = [parse_set(text) for text in set_ or []]
     found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
-    result = _shown(found.confirm, found, console, finalists=finalists, seeds=seeds, again=again, moved=moved)
-    _conclude({sweep: result}, found.workspace, console)
+    words = ("confirm", sweep, "--finalists", str(finalists), "--seeds", str(seeds))
+    plan = {"finalists": finalists, "seeds": seeds, "again": again}
+    result = _shown(found.confirm, found, console, words, **plan, moved=moved)
+    _conclude({sweep: result}, found.workspace, console, words)
 
 
 @app.command()
@@ -539,7 +543,9 @@ def _names(sources: list[str], name: str | None) -> list[str]:
     return names
 
 
-def _conclude(results: Mapping[str, Result | str], workspace: Workspace, console: Console) -> None:
+def _conclude(
+    results: Mapping[str, Result | str], workspace: Workspace, console: Console, words: Sequence[str] = ()
+) -> None:
     """Tell of several sweeps in a table, of those that could not be run as well; exit with the highest code."""
     from tune_topkd.cli.display import summary_table
 
@@ -551,7 +557,7 @@ def _conclude(results: Mapping[str, Result | str], workspace: Workspace, console
                 console.print(f"{name}: not run: {error}", style="red", soft_wrap=True)
     for name, result in ended.items():
         if result.is_interrupted:
-            text = f"interrupted; `{command_for(workspace, 'resume', name)}` goes on"
+            text = f"interrupted; `{command_for(workspace, *(words or ('resume', name)))}` goes on"
             console.print(text, style="bold", soft_wrap=True)
     codes = [_exit_code(result) for result in ended.values()]
     codes += [USER_ERROR for _ in results.keys() - ended.keys()]

@@ -111,10 +111,10 @@ class DataConfig(_Section):
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share kept back for the final evaluation, where the dataset has no test part of its own."""
     split_seed: int = Field(0, ge=0)
-    selection: Literal["validation", "test_at_end", "best_test_epoch"] = "validation"
-    """`test_at_end` trains on the images of the validation split too, and reads the test part once, after the last epoch.
-    `best_test_epoch` does so after every epoch and reports the best one, as many published rows do; it marks the result.
-    A sweep refuses both."""
+    selection: Literal["validation", "test_at_end", "all_training", "best_test_epoch"] = "validation"
+    """`test_at_end` trains on the images of the validation split too, and reads the test part once, after the last epoch;
+    `all_training` does not read it: its `val_top1` is of images that it has learnt from. `best_test_epoch` reads it after
+    every epoch and reports the best one, as many published rows do; it marks the result. A sweep refuses all three."""
     image_size: int | None = Field(None, ge=1)
     """Side in pixels that images are resized to; by default the dataset's own."""
     mean: list[float] | None = None

@@ -181,13 +181,11 @@ def split_dataset(source: Source, config: DataConfig) -> Dataset:
     fractions = (config.val_fraction,) if own_test is not None else (config.val_fraction, config.test_fraction)
     indices = stratified(whole.labels, fractions, config.split_seed)
     test = whole.subset(indices[1]) if own_test is None else own_test
-    in_all = config.selection != "validation"
-    if in_all:
+    val, train = whole.subset(indices[0]), whole.subset(indices[-1])
+    searched = train  # what a search with this config trains on
+    if config.selection != "validation":
         train = whole.subset(torch.cat([indices[0], indices[-1]]).sort().values)
-        val = test
-    else:
-        val, train = whole.subset(indices[0]), whole.subset(indices[-1])
-    measured = whole.subset(indices[-1]) if config.selection == "test_at_end" else None
+    is_val_test = config.selection in ("test_at_end", "best_test_epoch")
     names = classes or tuple(map(str, range(num_classes)))
     counts = whole.labels.bincount(minlength=num_classes).tolist()
     del whole
@@ -200,8 +198,9 @@ def split_dataset(source: Source, config: DataConfig) -> Dataset:
             told = _told([f"{names[label]} ({counts[label]} in all)" for label in lacking])
             raise DataError(_left_without(config, kind, told, has_own_test=own_test is not None))
     train, test = _prepared(train, config), _prepared(test, config)
-    val = test if in_all else _prepared(val, config)
-    constants = _constants(source, config, train if measured is None else _prepared(measured, config))
+    val = test if is_val_test else _prepared(val, config)
+    of_all = config.selection in ("validation", "best_test_epoch")
+    constants = _constants(source, config, train if of_all else _prepared(searched, config))
     return Dataset(train, val, test, num_classes, constants.mean, constants.std, config.selection)
 
 

@@ -33,6 +33,7 @@ from tune_topkd.execution.nodes import kill_worker
 from tune_topkd.execution.nodes import whereabouts
 from tune_topkd.execution.worker import HANG_FILE
 from tune_topkd.execution.worker import folder_trouble
+from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import TrialKey
@@ -86,6 +87,7 @@ class Bridge:
         search: Search,
         folder: Path,
         files: SharedFiles,
+        test_files: SharedFiles,
         hashes: Mapping[str, str],
         interruption: Interruption | None,
         nodes: Nodes,
@@ -93,7 +95,7 @@ class Bridge:
         self.search = search
         self.trouble = ""
         self._folder = folder
-        self._files = files
+        self._files, self._test_files = files, test_files
         self._hashes = dict(hashes)
         self._interruption = interruption
         self._nodes = nodes
@@ -132,7 +134,8 @@ class Bridge:
         share = record.share
         if share is None or not self._nodes.cluster.room_for(share):  # the node with room for the larger one is gone
             share = share_of(self.search.config)
-        config = self.search.trial_config(record, self._files).model_copy(update=trial_part(share))
+        files = self._test_files if record.key.arm == TEST else self._files
+        config = self.search.trial_config(record, files).model_copy(update=trial_part(share))
         return {
             "label": f"{record.key}-{len(record.retries)}" if record.retries else str(record.key),
             "key": list(record.key),

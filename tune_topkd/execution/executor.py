@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
@@ -29,13 +30,15 @@ class Work:
     train: TrainFunction
     """Runs a trial; must be importable where trials run."""
     files: SharedFiles
-    """What all trials share."""
+    """What all trials share, but for those of the arm `test`."""
     hashes: Mapping[str, str]
     """SHA-256 by path of files that must still be what they were."""
     note: Callable[[str], None]
     """Is told what should be known and need not be acted on at once."""
     give_up: Callable[[str], None]
     """Is told why the process cannot go on, and ends it."""
+    test_files: SharedFiles = NO_FILES
+    """What the trials of the arm `test` share."""
 
 
 class Executor(Protocol):
@@ -81,6 +84,7 @@ class RayExecutor:
                 folder=work.folder,
                 train=work.train,
                 files=work.files,
+                test_files=work.test_files,
                 hashes=work.hashes,
                 interruption=self._interruption,
                 note=work.note,

@@ -57,6 +57,7 @@ def run_sweep(
     folder: Path,
     train: TrainFunction,
     files: SharedFiles = NO_FILES,
+    test_files: SharedFiles = NO_FILES,
     hashes: Mapping[str, str] = MappingProxyType({}),
     interruption: Interruption | None = None,
     note: Callable[[str], None] = _log.warning,
@@ -71,7 +72,8 @@ def run_sweep(
         cluster: the Ray to run on.
         folder: the sweep's folder, absolute, on storage that all nodes see.
         train: what runs a trial; must be importable on the workers.
-        files: what all trials share, where all nodes see it.
+        files: what all trials share, where all nodes see it, but for those of the arm `test`.
+        test_files: what these share.
         hashes: SHA-256 by path of files that must still be what they were; a trial that finds another ends the sweep.
         interruption: asks the sweep to end; by default Ctrl-C does.
         note: is told of nodes that trials do not go to, and why.
@@ -93,7 +95,7 @@ def run_sweep(
         bundle = {"CPU": config["share"][0], "GPU": config["share"][1]}
         return tune.PlacementGroupFactory([bundle], bundle_label_selector=config["placement"])
 
-    bridge = Bridge(search, folder, files, hashes, interruption, nodes)
+    bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes)
     with (
         scratch_folder() as scratch,
         _listening(interruption),

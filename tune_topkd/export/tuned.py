@@ -92,9 +92,11 @@ class TestEvidence(_Part):
     seeds: list[int]
     values: list[float | None]
     """By seed; none of a training that failed."""
+    teacher: str | None = None
+    """The content, in hex, of the weights of the teacher that was asked; None without one."""
 
     @classmethod
-    def of(cls, measured: Measured, look: int) -> "TestEvidence | None":
+    def of(cls, measured: Measured, look: int, teacher: str | None) -> "TestEvidence | None":
         """What there is of a config, if there is a value."""
         finalist = measured.finalist
         if finalist.mean is None:
@@ -107,6 +109,7 @@ class TestEvidence(_Part):
             look=look,
             seeds=seeds,
             values=[finalist.values.get(seed) for seed in seeds],
+            teacher=teacher,
         )
 
 
@@ -283,6 +286,7 @@ def _evidence(config: SweepConfig, state: SweepState, winner: Winner) -> Evidenc
     verdict = verdict_of(state) if is_of_the_answer(state) else None
     if verdict is not None and not verdict.is_done:
         verdict = None
+    teacher = state.confirm.teacher if state.confirm else None
     measured = {base.record.key: base for base in verdict.baselines} if verdict else {}
     gains = {gain.base.record.key: gain for gain in verdict.gains} if verdict else {}
     baselines: dict[str, BaselineEvidence] = {}
@@ -296,7 +300,7 @@ def _evidence(config: SweepConfig, state: SweepState, winner: Winner) -> Evidenc
                 trials=len(ranked),
                 loss=loss_part(params),
                 fresh=FreshEvidence.of(fresh.get(key)),
-                test=TestEvidence.of(measured[key], verdict.look) if verdict and key in measured else None,
+                test=TestEvidence.of(measured[key], verdict.look, teacher) if verdict and key in measured else None,
                 gain=GainEvidence.of(gains[key]) if key in gains else None,
             )
     return Evidence(
@@ -314,5 +318,5 @@ def _evidence(config: SweepConfig, state: SweepState, winner: Winner) -> Evidenc
         git_commit=header.git_commit,
         identities=dict(state.identities),
         fresh=FreshEvidence.of(winner.finalist),
-        test=None if verdict is None else TestEvidence.of(verdict.answer, verdict.look),
+        test=None if verdict is None else TestEvidence.of(verdict.answer, verdict.look, teacher),
     )

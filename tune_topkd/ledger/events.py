@@ -328,6 +328,8 @@ class Confirm(Content):
     """How many trials the search had that they were chosen from."""
     look: int
     """Which look at the test set this one is, from 1; a figure of a later one may have been chosen by an earlier."""
+    teacher: str | None = None
+    """The content, in hex, of the weights of the teacher in the trainings for the test set; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,13 @@ def to_measure(state: SweepState) -> list[tuple[TrialRecord, int]]:
     return unrepeated(state, [state.trials[key] for key in look.trials], look.seeds, TEST)
 
 
+def is_confirmed(state: SweepState) -> bool:
+    """Whether all has been done that was asked for to confirm the answer, as the search stands."""
+    known = state.confirm is not None and any(look.look == state.confirm.look for look in state.looks)
+    done = measured_done(state)
+    return known and done is not None and done[0] == done[1]
+
+
 def largest_seed(state: SweepState, seeds: int) -> int:
     """The largest seed of a look of so many that comes next."""
     return state.header.seed + _SEEDS_APART * (len(state.looks) + 1) + seeds - 1

@@ -281,10 +281,7 @@ class Search:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
         arm, config = record.origin.arm, self.config
         is_search = arm in (SEARCH, DEFAULTS)
-        if record.key.arm == TEST:
-            data, files = config.data.model_copy(update={"selection": "test_at_end"}), _without_dataset(files)
-        else:
-            data = config.data
+        data = config.data.model_copy(update={"selection": "test_at_end"}) if record.key.arm == TEST else config.data
         recipe, searched = config.recipe.model_dump() | recipe_part(record.params), loss_part(record.params)
         return TrialConfig(
             data=data,
@@ -392,8 +389,3 @@ class Search:
                 return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
             case _:
                 raise AssertionError(f"should not end on {decision}")
-
-
-def _without_dataset(files: SharedFiles) -> SharedFiles:
-    """What trials share, but for the file of the dataset, which is split otherwise."""
-    return files.model_copy(update={"dataset_file": None})

@@ -108,15 +108,18 @@ class Cost:
     """Trainings of the finalists and the baselines, that there are not yet."""
     to_measure: int
     """Trainings of the answer and the baselines for the test set."""
+    trains_teacher: bool
+    """Whether the teacher is trained again, on the images that the latter learn from."""
     seconds: float | None
     """Wall time, by the sweep's own trainings; none where they do not say."""
 
     def sentence(self) -> str:
         """In words."""
         about = "" if self.seconds is None else f"; about {duration(self.seconds)}, going by the sweep's own trainings"
+        teacher = "after one of the teacher, " if self.trains_teacher else ""
         return (
             f"{counted(self.to_choose, 'training')} to choose among the finalists, then "
-            f"{self.to_measure} on all images but the test set's, which is read once{about}"
+            f"{self.to_measure} on all images but the test set's, {teacher}which is read once{about}"
         )
 
 
@@ -139,7 +142,8 @@ def cost(config: SweepConfig, state: SweepState, line: Confirm | None) -> Cost:
     ahead = len(to_measure(state)) + under_way[TEST] if has_looked else (1 + len(bases)) * confirm.test_seeds
     each = _seconds_each(state)
     longer = 1 / (1 - config.data.val_fraction)  # the images of the validation split are trained on too
-    return Cost(to_choose, ahead, None if each is None else (to_choose + longer * ahead) * each)
+    is_trained = config.teacher is not None and config.teacher.recipe is not None and confirm is line
+    return Cost(to_choose, ahead, is_trained, None if each is None else (to_choose + longer * ahead) * each)
 
 
 def _seconds_each(state: SweepState) -> float | None:

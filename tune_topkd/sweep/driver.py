@@ -1,6 +1,7 @@
 """One process's turn at a sweep: from its claim on the ledger to the `stop` line, whatever comes between."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import uuid
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from tune_topkd.config import NO_FILES
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.config import Problem
@@ -37,6 +39,7 @@ from tune_topkd.ledger import Share
 from tune_topkd.ledger import Stop
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TeacherFile
+from tune_topkd.ledger import is_confirmed
 from tune_topkd.space import Space
 from tune_topkd.storage import file_hash
 from tune_topkd.storage import write_text
@@ -55,6 +58,7 @@ from tune_topkd.sweep.result import Result
 from tune_topkd.sweep.versions import git_commit
 from tune_topkd.sweep.versions import versions
 from tune_topkd.sweep.workspace import CONFIG_FILE
+from tune_topkd.sweep.workspace import TEST_DATASET_FILE
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.sweep.workspace import config_digest
 from tune_topkd.sweep.workspace import frozen_config
@@ -178,11 +182,13 @@ class Turn:
         """From the ledger's `driver` event, and what is to be confirmed, to its `stop` and the answer."""
         finalists = ledger.state.finalists or Finalists.configured(config.sweep.finalists)
         about = {"trials": config.sweep.trials, "finalists": finalists, "places": self.places}
-        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about), *([confirm] if confirm else []))
+        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about))
         try:
             executor = self.executor or _ray(self.workspace, interruption)
             config, files = self._prepare(config, ledger, executor)
-            reason, trouble = self._run(config, files, ledger, executor)
+            if (test := self._prepare_test(config, ledger.state, confirm)) is not None and confirm is not None:
+                ledger.append(dataclasses.replace(confirm, teacher=test.teacher))
+            reason, trouble = self._run(config, files, test, ledger, executor)
         except KeyboardInterrupt:
             interruption.close()
             reason, trouble = _stopped(ledger, "interrupted"), ""
@@ -231,22 +237,54 @@ class Turn:
         write_text(ledger.path.parent / CONFIG_FILE, dump_config(config))  # with the share as a number
         return config, files
 
-    def _run(self, config: SweepConfig, files: SharedFiles, ledger: Ledger, executor: "Executor") -> tuple[str, str]:
+    def _prepare_test(self, config: SweepConfig, state: SweepState, confirm: Confirm | None) -> "_Test | None":
+        """What trainings for the test set share; None where none are to come.
+
+        Raises:
+            ConfigError: the teacher cannot be had, or is not the one that earlier trainings had.
+        """
+        known = confirm or state.confirm
+        if known is None or (confirm is None and is_confirmed(state)):
+            return None
+        pair = prepare.for_the_test(config)
+        with self.watchers.phase("reading the data"):
+            prepare.ready_data(pair)
+        teacher = prepare.test_teacher(config, self.workspace, self.watchers)
+        files = prepare.teacher_files(teacher, pair, self.workspace, self.watchers, config.sweep.seed)
+        found = None if teacher is None else file_hash(teacher.path)
+        if confirm is None and known.teacher != found:
+            rule = (
+                "the teacher of the trainings for the test set is not the one that they began with; restore its weights in "
+                f"{self.workspace.teachers}"
+            )
+            raise ConfigError(state.header.sweep, [Problem(key=identity.TEACHER, rule=rule)])
+        hashes = {} if teacher is None or found is None else {str(teacher.path): found}
+        return _Test(pair, files, found, hashes)
+
+    def _run(
+        self, config: SweepConfig, files: SharedFiles, test: "_Test | None", ledger: Ledger, executor: "Executor"
+    ) -> tuple[str, str]:
         """Run the trials; why the sweep stopped, and what MLflow lacks."""
         folder, watchers = ledger.path.parent, self.watchers
         with (
             watchers.trials(config, folder, ledger.state),
             _mlflow(ledger.path, self.workspace.mlflow_uri) as mlflow,
             prepare.dataset_file(config, folder, watchers.note) as dataset_file,
+            contextlib.ExitStack() as stack,
         ):
             files = files.model_copy(update={"dataset_file": dataset_file})
-            reason = self._search(config, files, ledger, executor, [*mlflow, watchers])
+            if test is not None:
+                of_test = prepare.dataset_file(test.config, folder, watchers.note, TEST_DATASET_FILE)
+                shared = test.files.model_copy(update={"dataset_file": stack.enter_context(of_test)})
+                test = dataclasses.replace(test, files=shared)
+            reason = self._search(config, files, test, ledger, executor, [*mlflow, watchers])
         return reason, "".join(tracker.trouble for tracker in mlflow)
 
     def _search(
         self,
         config: SweepConfig,
         files: SharedFiles,
+        test: "_Test | None",
         ledger: Ledger,
         executor: "Executor",
         trackers: Sequence[Any],
@@ -269,7 +307,22 @@ class Turn:
             return search.stopped()
         weights = Path(files.teacher_checkpoint) if files.teacher_checkpoint else None
         hashes = identity.file_hashes(config, ledger.state.identities, weights)
-        return executor.run(search, Work(ledger.path.parent, train, files, hashes, note, give_up))
+        test_files = NO_FILES if test is None else test.files
+        hashes |= {} if test is None else test.hashes
+        return executor.run(search, Work(ledger.path.parent, train, files, hashes, note, give_up, test_files))
+
+
+@dataclass(frozen=True)
+class _Test:
+    """What the trainings for the test set share."""
+
+    config: SweepConfig
+    """The sweep's, with their data."""
+    files: SharedFiles
+    teacher: str | None
+    """The content of the teacher's weights; None without one."""
+    hashes: Mapping[str, str]
+    """Of files that must still be what they were, by path."""
 
 
 def _ray(workspace: Workspace, interruption: Interruption) -> "Executor":

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import TypeVar
 
 from tune_topkd.config import AUTO
 from tune_topkd.config import NO_FILES
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from tune_topkd.teacher import Teacher
 
 _log = logging.getLogger(__name__)
+
+PairT = TypeVar("PairT", bound=PairConfig)
 
 
 def ready_data(config: PairConfig) -> None:
@@ -80,7 +83,10 @@ def ready_teacher(
             raise ConfigError("teacher", [Problem(key="", rule=str(error))]) from error
     how = "found" if teacher.was_cached else "trained"
     when = f", measured {teacher.measured}" if teacher.measured else ""
-    watchers.info(f"teacher {name}: {how}, validation top-1 {teacher.val_top1:.2f} %{when}")
+    if config.data.selection == "all_training":
+        watchers.info(f"teacher {name}: {how} on all images but the test set's")
+    else:
+        watchers.info(f"teacher {name}: {how}, validation top-1 {teacher.val_top1:.2f} %{when}")
     return teacher
 
 
@@ -206,21 +212,46 @@ def packed(config: SweepConfig, files: SharedFiles, executor: "Executor", watche
     return with_share(config, Share(best.share.cpus, best.share.gpus))
 
 
+def for_the_test(config: PairT) -> PairT:
+    """The config of trainings on all images but the test set's, which is read at their end."""
+    return _selecting(config, "test_at_end")
+
+
+def test_teacher(config: PairConfig, workspace: Workspace, watchers: Watchers) -> "Teacher | None":
+    """The teacher of trainings for the test set; None if the config has none.
+
+    One that is trained by its recipe learns from all images that its students do, as those of the field's tables have.
+
+    Raises:
+        ConfigError: it cannot be had as the config says.
+    """
+    if config.teacher is None or config.teacher.checkpoint is not None:
+        return ready_teacher(config, workspace, watchers)
+    return ready_teacher(_selecting(config, "all_training"), workspace, watchers)
+
+
+def _selecting(config: PairT, selection: str) -> PairT:
+    return config.model_copy(update={"data": config.data.model_copy(update={"selection": selection})})
+
+
 @contextlib.contextmanager
-def dataset_file(config: SweepConfig, folder: Path, note: Callable[[str], None]) -> Iterator[str | None]:
+def dataset_file(
+    config: SweepConfig, folder: Path, note: Callable[[str], None], name: str = DATASET_FILE
+) -> Iterator[str | None]:
     """The dataset in a file, for as long as this lasts: the trials on a node map it, and hold its images once.
 
     Args:
         config: the sweep's.
         folder: the sweep's.
+        name: of the file.
         note: is told why each worker reads the dataset by itself, if it has to.
     """
     from tune_topkd.data import load_dataset
     from tune_topkd.data import save_dataset
 
-    path = folder / DATASET_FILE
+    path = folder / name
     try:
-        for left in folder.glob(f".{DATASET_FILE}.*"):  # of a driver that was killed as it wrote
+        for left in folder.glob(f".{name}.*"):  # of a driver that was killed as it wrote
             left.unlink()
         is_written = save_dataset(config.data, load_dataset(config.data), path)
     except OSError as error:

@@ -31,6 +31,8 @@ PARTIAL = ".partial"
 
 _SELECTED = {
     "validation": "nothing: the last epoch, measured on the validation split",
+    "test_at_end": "nothing: the last epoch, measured on the TEST set, once",
+    "all_training": "nothing: the last epoch, measured on validation images that it has LEARNT from",
     "best_test_epoch": "the best epoch on the TEST set: only comparable with published rows selected so",
 }
 

@@ -176,17 +176,17 @@ def verify(
     promise = promise_of(tuned, source)
     pair = pair_of(tuned, source, places or {})
     prepare.ready_data(pair)
+    trained = prepare.for_the_test(pair) if promise.metric == OBJECTIVE_TEST else pair
     files, teacher_file = NO_FILES, None
     if pair.method != "ce" and pair.teacher is not None:
-        teacher = prepare.ready_teacher(pair, workspace, watchers)
-        files = prepare.teacher_files(teacher, pair, workspace, watchers, max(promise.seeds) + 1)
+        first_of = prepare.test_teacher if promise.metric == OBJECTIVE_TEST else prepare.ready_teacher
+        teacher = first_of(pair, workspace, watchers)
+        files = prepare.teacher_files(teacher, trained, workspace, watchers, max(promise.seeds) + 1)
         teacher_file = teacher.path if teacher else None
     differences = _differences(tuned, pair, teacher_file)
     for text in differences:
         watchers.note(text)
-    trial = prepare.trial_with(pair, files, 0)
-    if promise.metric == OBJECTIVE_TEST:
-        trial = trial.model_copy(update={"data": trial.data.model_copy(update={"selection": "test_at_end"})})
+    trial = prepare.trial_with(trained, files, 0)
     values: dict[int, float | None] = {}
     first = max(promise.seeds) + 1
     for number, seed in enumerate(range(first, first + seeds), 1):
@@ -206,9 +206,11 @@ def _tell(show: Callable[[str], None], what: str, epoch: int, metrics: Mapping[s
 
 def _differences(tuned: TunedConfig, pair: PairConfig, teacher_file: Path | None) -> list[str]:
     """What results depend on, and is not as the config's evidence has it: a reason why a promise may not hold."""
-    before = tuned.evidence.identities
+    before, test = tuned.evidence.identities, tuned.evidence.test
     if not before:
         return []
+    if test is not None and test.teacher is not None:
+        before = before | {identity.TEACHER: test.teacher}
     now = identity.identities(pair, teacher_file)
     return [
         f"{identity.described(key)} is not what it was when the config was found: the figure may differ for that reason"

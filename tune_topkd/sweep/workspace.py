@@ -37,6 +37,7 @@ PRIVATE = "local"
 
 CONFIG_FILE = "sweep.yaml"
 DATASET_FILE = "dataset.pt"
+TEST_DATASET_FILE = "test-dataset.pt"
 LOG_FILE = "sweep.log"
 TEACHERS, TRAINED = "teachers", "trained"
 """Folders beside the sweeps: of trained teachers, of single trainings."""

@@ -65,7 +65,7 @@ VAL_TOP1 = OBJECTIVE
 VAL_TOP5 = "val_top5"
 """Percent with the label among the five largest logits; only where there are more than five classes."""
 TEST_TOP1 = OBJECTIVE_TEST
-"""Of the test images, in place of `val_top1`, where the data's selection is not `validation`; so is `test_top5`."""
+"""Of the test images, in place of `val_top1`, where the data's selection reads the test part; so is `test_top5`."""
 TEST_TOP5 = "test_top5"
 BEST_TEST_TOP1 = "best_epoch_test_top1"
 """The highest `test_top1` of the epochs so far: selected on the test set, comparable only with rows that are too."""
@@ -209,7 +209,7 @@ class Training:
         selection = self.config.data.selection
         if selection == "test_at_end" and self.epoch + 1 < self.config.recipe.epochs:
             return {}
-        found, on_test = self._evaluated(self.model), selection != "validation"
+        found, on_test = self._evaluated(self.model), selection in ("test_at_end", "best_test_epoch")
         self.hits = found.hits if selection == "test_at_end" else None
         top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
         accuracies = {top1: found.top1} | ({} if found.top5 is None else {top5: found.top5})
