@@ -12,6 +12,8 @@ import yaml
 from tune_topkd.config import METHODS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
+from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import BUNDLES
 from tune_topkd.export import SCHEMA_VERSION
 from tune_topkd.export import WRITERS
 from tune_topkd.export import NoAnswerError
@@ -31,6 +33,7 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.space import Space
 from tune_topkd.storage import write_text
+from tune_topkd.sweep import Result
 
 CONFIG = config_from(
     {
@@ -238,6 +241,19 @@ def test_odd_values_are_written_as_python_reads_them(tuned):
     }
     for value in (odd, {"deep": [odd, odd]}, [[]], "x"):
         assert ast.literal_eval(literal(value)) == value
+
+
+def test_a_result_writes_each_format(tmp_path, swept):
+    result = Result("digits", tmp_path, CONFIG, swept, "finished")
+    for name in WRITERS:
+        result.export(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == WRITERS[name](result.answer)
+    for name in BUNDLES:
+        result.export(tmp_path / "folder" / name, name)
+        texts = BUNDLES[name](result.answer)
+        assert {path.name for path in (tmp_path / "folder" / name).iterdir()} == set(texts)
+    with pytest.raises(TuneTopKDError, match=r"there is no 'torchdistil'; did you mean 'torchdistill'\? known: json, "):
+        result.export(tmp_path / "x", "torchdistil")
 
 
 def test_the_writers_are_the_formats_of_export():
@@ -449,6 +465,17 @@ def test_the_python_text_alone_is_the_loss_to_the_last_bit(tmp_path, monkeypatch
             terms = loss.terms(logits, teacher.to(dtype), labels)
             weighted = loss.total({term: v if term == "ce" else share * v for term, v in terms.items()})
             assert found == [value.item(), weighted.item(), logits.grad.double().tolist()], answer.method
+
+
+def test_single_values_can_be_changed_where_it_is_used(tuned):
+    for method, changed in (("topkd", {"k": 2}), ("dkd+topkd", {"base_beta": 1.5}), ("ce", {"ce_weight": 2.0})):
+        names = {}
+        exec(compile(as_python(of_method(tuned, method)), "tuned.py", "exec"), names)
+        with pytest.raises(ValueError, match="unknown parameters: kk; known: "):
+            names["criterion"](kk=2)
+        (name, value), made = *changed.items(), names["criterion"](**changed)
+        assert getattr(made if "base" not in name else made.base, name.removeprefix("base_")) == value
+        assert names["LOSS"][name] != value
 
 
 def test_the_distillation_terms_rise_as_in_the_sweep(tuned):

@@ -34,6 +34,7 @@ from tune_topkd.config import Problem
 from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import BUNDLES
 from tune_topkd.export import WRITERS
 from tune_topkd.interruption import listening
 from tune_topkd.storage import write_text
@@ -43,6 +44,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.result import export_bundle
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
@@ -54,7 +56,7 @@ from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
-Format = StrEnum("Format", {name: name for name in WRITERS})  # type: ignore[misc]  # the choices are the writers
+Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES)})  # type: ignore[misc]  # the choices are theirs
 YAML = Format("yaml")
 
 app = typer.Typer(
@@ -320,15 +322,23 @@ def audit(
 def export(
     sweep: SweepName,
     format_: Annotated[Format, typer.Option("--format")] = YAML,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="[default: stdout; a folder where the format is several files]"),
+    ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Write a sweep's tuned config for other projects."""
     found = Sweep(sweep, _workspace(runs_dir))
-    text, done = WRITERS[format_.value](found.answer()), found.status().finalists
+    tuned, done = found.answer(), found.status().finalists
     if done is not None and done[0] < done[1]:
         note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
         Console().print(note, style="yellow", soft_wrap=True)
+    if format_.value in BUNDLES:
+        for path in export_bundle(tuned, format_.value, output):
+            Console().print(f"written: {path}", soft_wrap=True)
+        return
+    text = WRITERS[format_.value](tuned)
     if output is None:
         terminal.result(text, is_document=True)
     else:

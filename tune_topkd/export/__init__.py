@@ -9,6 +9,8 @@ They need only this and `tune_topkd.loss`:
     criterion = build_loss(tuned.method, tuned.loss)
 """
 
+from tune_topkd.export.bundles import BUNDLES
+from tune_topkd.export.folders import write_files
 from tune_topkd.export.tuned import SCHEMA_VERSION
 from tune_topkd.export.tuned import TUNED_FILE
 from tune_topkd.export.tuned import BaselineEvidence
@@ -24,6 +26,7 @@ from tune_topkd.export.writers import as_python
 from tune_topkd.export.writers import as_yaml
 
 __all__ = [
+    "BUNDLES",
     "SCHEMA_VERSION",
     "TUNED_FILE",
     "WRITERS",
@@ -37,4 +40,5 @@ __all__ = [
     "as_yaml",
     "load_tuned_config",
     "tuned_config",
+    "write_files",
 ]

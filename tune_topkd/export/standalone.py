@@ -38,7 +38,7 @@ class Standalone:
     definitions: str
     """Classes, functions and constants, each after what it needs when it is defined."""
     construction: str
-    """The expression that constructs the loss from a mapping `LOSS` of its parameters, to follow a `return`."""
+    """The expression that constructs the loss from a mapping `values` of its parameters, to follow a `return`."""
     kind: str
     """What that gives: the name of its class, or of the one in `definitions` that it derives from."""
 
@@ -50,21 +50,15 @@ def standalone(method: str, loss: Mapping[str, Scalar]) -> Standalone:
 
     Args:
         method: as `build_loss` takes it.
-        loss: the parameters; the text reads their values from `LOSS`.
+        loss: the parameters; the text reads their values from `values`.
 
     Raises:
         ValueError: as `build_loss` does.
     """
     construction, kind = _construction(method, loss)
-    definitions, imports = _source()
-    wanted, kept = _names(ast.parse(construction)) | {kind}, set[str]()
-    while new := (wanted & definitions.keys()) - kept:
-        kept |= new
-        wanted |= set[str]().union(*(definitions[name].needs for name in new))
-    needed = [statement for name, statement in imports.items() if name in wanted]
+    needed, text = _kept(_names(ast.parse(construction)) | {kind}, *_source())
     if ":" in method:
         needed.append(f"import {method.partition(':')[0]}")
-    text = "\n\n\n".join(definition.text for name, definition in definitions.items() if name in kept)
     return Standalone(needed, text, construction, kind)
 
 
@@ -125,14 +119,14 @@ def _construction(method: str, loss: Mapping[str, Scalar]) -> tuple[str, str]:
 
     built = build_loss(method, loss)
     if not method.endswith(_PLUGIN):
-        return _made(method, built, ["**LOSS"] if loss else [], 4, "return ")
+        return _made(method, built, ["**values"] if loss else [], 4, "return ")
     assert isinstance(built, TopKDPlugin)
     base, own = method.removesuffix(_PLUGIN), defaults(TopKDPlugin)
-    of_base = [f'{name.removeprefix(_BASE)}=LOSS["{name}"]' for name in loss if name not in own]
+    of_base = [f'{name.removeprefix(_BASE)}=values["{name}"]' for name in loss if name not in own]
     if "ce_weight" in loss_parameters(base):
         of_base.insert(0, "ce_weight=0.0")  # the plug-in counts it
     first, _ = _made(base, built.base, of_base, 8, ",")
-    mine = [f'{name}=LOSS["{name}"]' for name in loss if name in own]
+    mine = [f'{name}=values["{name}"]' for name in loss if name in own]
     return _call("TopKDPlugin", [first, *mine], 4, "return "), "TopKDPlugin"
 
 
@@ -162,6 +156,37 @@ class _Definition:
     text: str
     needs: set[str]
     """Names in it, and those that its docstrings refer to."""
+    is_constant: bool
+
+
+def excerpt(room: str, module: str, names: Iterable[str]) -> tuple[list[str], str]:
+    """Some definitions of a module of this project, and what they need of it, as they stand there.
+
+    Args:
+        room: such as `train`.
+        module: of that room.
+        names: of classes, functions or constants.
+
+    Returns:
+        The import statements that they need, and their text.
+    """
+    definitions, imports = _read(room, module)
+    return _kept(set(names), definitions, imports)
+
+
+def _kept(
+    wanted: set[str], definitions: Mapping[str, _Definition], imports: Mapping[str, str]
+) -> tuple[list[str], str]:
+    """The import statements and the text of what is wanted and of all that it needs, in order."""
+    kept = set[str]()
+    while new := (wanted & definitions.keys()) - kept:
+        kept |= new
+        wanted = wanted.union(*(definitions[name].needs for name in new))
+    text = ""
+    for name, definition in definitions.items():
+        if name in kept:
+            text += ("\n" if definition.is_constant and text else "\n\n\n" if text else "") + definition.text
+    return [statement for name, statement in imports.items() if name in wanted], text
 
 
 def _source() -> tuple[dict[str, _Definition], dict[str, str]]:
@@ -169,14 +194,16 @@ def _source() -> tuple[dict[str, _Definition], dict[str, str]]:
     definitions: dict[str, _Definition] = {}
     imports: dict[str, str] = {}
     for module in _MODULES:
-        text = (resources.files("tune_topkd") / "loss" / f"{module}.py").read_text(encoding="utf-8")
-        tree = ast.parse(text)
-        for name, statement in _imported(tree):
-            imports[name] = statement
-        for name, definition in _defined(tree, text.splitlines()):
-            if module != "methods" or name == _OF_METHODS:
-                definitions[name] = definition
+        of_module, imported = _read("loss", module)
+        definitions |= {_OF_METHODS: of_module[_OF_METHODS]} if module == "methods" else of_module
+        imports |= imported
     return definitions, imports
+
+
+def _read(room: str, module: str) -> tuple[dict[str, _Definition], dict[str, str]]:
+    text = (resources.files("tune_topkd") / room / f"{module}.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    return dict(_defined(tree, text.splitlines())), dict(_imported(tree))
 
 
 def _imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -199,7 +226,8 @@ def _defined(tree: ast.Module, lines: list[str]) -> Iterator[tuple[str, _Definit
                 continue
         first = min(each.lineno for each in (node, *decorators))
         assert node.end_lineno is not None
-        yield name, _Definition("\n".join(lines[first - 1 : node.end_lineno]), _names(node) | _referred(node))
+        text = "\n".join(lines[first - 1 : node.end_lineno])
+        yield name, _Definition(text, _names(node) | _referred(node), isinstance(node, ast.Assign | ast.AnnAssign))
 
 
 def _names(tree: ast.AST) -> set[str]:

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import unknown_choice
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import BUNDLES
 from tune_topkd.export import WRITERS
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import tuned_config
+from tune_topkd.export import write_files
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
@@ -85,15 +89,19 @@ class Result:
         """Write the tuned config for another project.
 
         Args:
-            path: the file, which is replaced if it is there.
-            format: `yaml`, `json` or `python`.
+            path: the file, which is replaced if it is there; of several files the folder, where only those of such an export
+                are replaced.
+            format: `yaml`, `json` or `python`, one file; `torchdistill`, several.
 
         Raises:
             NoAnswerError: no trial reached the full budget.
-            TuneTopKDError: there is no such format.
-            OSError: the file cannot be written.
+            TuneTopKDError: there is no such format, or the folder holds a file of another origin that would be replaced.
+            OSError: a file cannot be written.
         """
-        write_text(Path(path), in_format(self.answer, format))
+        if format in BUNDLES:
+            export_bundle(self.answer, format, Path(path))
+        else:
+            write_text(Path(path), in_format(self.answer, format))
 
     def gains(self) -> list[Gain]:
         """What the answer is worth beside each baseline, in points and in images of the validation split."""
@@ -221,5 +229,23 @@ def in_format(tuned: TunedConfig, name: str) -> str:
         TuneTopKDError: there is no such format.
     """
     if name not in WRITERS:
-        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, WRITERS)}")
+        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, (*WRITERS, *BUNDLES))}")
     return WRITERS[name](tuned)
+
+
+def export_bundle(tuned: TunedConfig, name: str, folder: Path | None) -> list[Path]:
+    """Write a tuned config in a format of several files, and return the files.
+
+    Args:
+        tuned: the tuned config.
+        name: one of `BUNDLES`.
+        folder: where to.
+
+    Raises:
+        ConfigError: no folder is named, it is none, or a file in it that would be replaced is not of such an export.
+        OSError: a file cannot be written.
+    """
+    if folder is None:
+        rule = "is several files, so it needs a folder: add -o FOLDER"
+        raise ConfigError("--format", [Problem(key=name, rule=rule)])
+    return write_files(folder, BUNDLES[name](tuned))

@@ -1,0 +1,14 @@
+"""The formats of `export` that are several files, each for a framework of others.
+
+Inside: `torchdistill` writes its format, by the name of what consumes it; `common` holds what the formats share,
+`datasets` and `networks` say what is known of a dataset and a network there, `recipes` writes optimiser and schedule.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+
+from tune_topkd.export.bundles.torchdistill import as_torchdistill
+from tune_topkd.export.tuned import TunedConfig
+
+BUNDLES: Mapping[str, Callable[[TunedConfig], dict[str, str]]] = {"torchdistill": as_torchdistill}
+"""The formats that are several files, by name: a tuned config to the files' texts by their names."""
