@@ -28,13 +28,13 @@ def schedule_of(recipe: RecipeConfig) -> Schedule | None:
 
 
 def lr_factor(recipe: RecipeConfig) -> str:
-    """The function `lr_factor` of a recipe whose learning rate warms up."""
+    """The function `lr_factor`: the recipe's schedule, its warm-up included."""
     warmup, start = recipe.warmup_epochs, recipe.warmup_start
     lines = [
         "def lr_factor(done: int) -> float:",
         '    """Return the learning rate in units of the recipe\'s, when so many epochs are over, from 0."""',
     ]
-    if recipe.optimizer == "adamw":
+    if recipe.optimizer == "adamw" and warmup:
         lines += [f"    if done < {warmup}:", f"        return {start!r} + (1 - {start!r}) * done / {warmup}"]
     if recipe.schedule == "cosine":
         lines += [
@@ -47,6 +47,8 @@ def lr_factor(recipe: RecipeConfig) -> str:
         )
     else:
         lines.append("    factor = 1.0")
+    if not warmup:
+        return "\n".join([*lines, "    return factor"])
     lines += [f"    ramp = min(done / {warmup}, 1.0)", f"    return factor * ({start!r} * (1 - ramp) + ramp)"]
     return "\n".join(lines)
 
