@@ -558,3 +558,169 @@ def test_mdistiller_shows_the_teacher_images_of_its_size(mdistiller):
     _, steps = plugged(mdistiller, tuned)
     with pytest.raises(AssertionError, match="not close"):  # the stand-in records what it gives for others
         check_close(steps[0], tuned)
+
+
+# --- timm -----------------------------------------------------------------------------------------------------------
+
+TIMM = """
+import json, sys, torch, yaml
+from argparse import Namespace
+from timm.data import create_transform
+from timm.models import create_model
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+import tuned_timm
+
+torch.manual_seed(0)
+with open("tuned_timm.yaml") as stream:
+    args = Namespace(**yaml.safe_load(stream))
+said = vars(args)
+model = create_model(args.model, num_classes=args.num_classes, in_chans=args.in_chans, **said.get("model_kwargs", {}))
+task = tuned_timm.TunedTask(student_model=model, teacher_model=args.kd_model_name, loss_type="kl", temperature=4.0,
+                            device=torch.device("cpu"))
+optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **said.get("opt_kwargs", {}))
+scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=1)
+scheduler.step(0)
+steps, rates, same = [], [], True
+for epoch in range(epochs):
+    task.epoch = epoch + 1
+    rates.append(optimizer.param_groups[0]["lr"])
+    task.train()
+    for _ in range(2):
+        images, labels = torch.randn(args.batch_size, *args.input_size), torch.arange(args.batch_size) % args.num_classes
+        result = task(images, labels)
+        assert set(result) == {"loss", "output", "task_loss", "kd_loss"}
+        torch.testing.assert_close(result["loss"], result["task_loss"] + result["kd_loss"])
+        with torch.no_grad():
+            teacher = task.teacher(images)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+        steps.append(dict(student=result["output"].detach(), teacher=teacher, labels=labels, epoch=epoch + 1,
+                          value=result["loss"].detach(), task=result["task_loss"].detach()))
+    scheduler.step(epoch + 1)
+torch.save(steps, "steps.pt")
+names = ("scale", "ratio", "hflip", "interpolation", "mean", "std")
+transform = create_transform(args.input_size, is_training=True, auto_augment=args.aa, re_prob=args.reprob,
+                             re_mode=args.remode, color_jitter=args.color_jitter,
+                             **{name: said[name] for name in names if said[name] is not None})
+groups = [[len(group["params"]), group["weight_decay"]] for group in optimizer.param_groups]
+frozen = not any(weight.requires_grad for weight in task.teacher.parameters())
+print(json.dumps(dict(rates=rates, groups=groups, optimizer=str(optimizer), transform=str(transform), frozen=frozen,
+                      epochs=epochs)))
+"""
+
+
+def tasked(folder, tuned, script=TIMM):
+    pytest.importorskip("timm", reason="needs timm: pip install '.[vit]'")
+    written(folder, "timm", tuned)
+    return outcome(script, folder, ours=["tuned_timm"])
+
+
+@pytest.mark.parametrize("method", ["dkd+topkd", "topkd", "ce"])
+def test_timm_trains_by_it(tmp_path, method):
+    done = tasked(tmp_path, tuned := answer(method, milestones=[0.5], weight_decay=1e-3))
+    steps = torch.load(tmp_path / "steps.pt")
+    assert [step["epoch"] for step in steps] == [1, 1, 2, 2]
+    check_steps(steps, tuned)
+    for step in steps:
+        ce = torch.nn.functional.cross_entropy(step["student"], step["labels"])
+        torch.testing.assert_close(step["task"], tuned.loss["ce_weight"] * ce)
+    assert done["rates"] == pytest.approx(rates_of(tuned.recipe))
+    student = build_model("digits_cnn_tiny", num_classes=10, widths=[4, 8])
+    assert done["groups"] == groups_of(student, tuned.recipe)
+    assert "nesterov: False" in done["optimizer"]
+    assert done["frozen"]
+
+
+SMALL_VIT = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"img_size": 32, "depth": 1, "patch_size": 8}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "optimizer"),
+    [
+        (
+            {"optimizer": "adamw", "schedule": "cosine", "min_lr": 1e-5, "warmup_epochs": 2, "weight_decay": 0.05},
+            "AdamW",
+        ),
+        ({"nesterov": True, "schedule": "constant"}, "nesterov: True"),
+        ({"schedule": "cosine", "min_lr": 1e-3}, "SGD"),
+    ],
+)
+def test_timm_has_the_recipes_optimiser_and_schedule(tmp_path, recipe, optimizer):
+    data = {"name": "cifar100", "augment": {"crop_scale": [0.5, 1.0], "flip": True, "erase": 0.25}}
+    tuned = answer("kd", data=data, teacher="resnet20", student=SMALL_VIT, epochs=5, **recipe)
+    done = tasked(tmp_path, tuned)
+    check_steps(torch.load(tmp_path / "steps.pt"), tuned)
+    assert done["epochs"] == 5
+    assert done["rates"] == pytest.approx(rates_of(tuned.recipe))
+    assert optimizer in done["optimizer"]
+    student = build_model(SMALL_VIT["name"], num_classes=100, **SMALL_VIT["kwargs"])
+    if optimizer == "AdamW":
+        assert sorted(done["groups"]) == sorted(groups_of(student, tuned.recipe))
+    else:  # as its opening says
+        assert done["groups"] == [[2, 0.0], [18, 5e-4]]
+        assert "no_weight_decay()" in (tmp_path / "tuned_timm.yaml").read_text()
+    for part in ("RandomResizedCrop", "scale=(0.5, 1.0)", "RandomHorizontalFlip", "RandomErasing"):
+        assert part in done["transform"]
+    assert "ColorJitter" not in done["transform"]
+
+
+def test_timm_takes_randaugment_at_the_nearest_magnitude(tmp_path):
+    student = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"img_size": 64, "depth": 1}}
+    data = {"name": "cifar100", "image_size": 64, "augment": {"rand_augment": {"ops": 2, "magnitude": 9}}}
+    tuned = answer("kd", data=data, teacher={"name": "resnet20", "image_size": 32}, student=student, epochs=1)
+    done = tasked(tmp_path, tuned)
+    assert done["transform"].count("AugmentOp") >= 10
+    assert "m=3" in done["transform"]
+    assert "n=2" in done["transform"]
+
+
+def test_timms_task_has_to_be_told_the_epoch_where_the_terms_rise(tmp_path):
+    with pytest.raises(AssertionError, match=r"set `task\.epoch`, from 1, before each epoch"):
+        tasked(tmp_path, answer(), TIMM.replace("task.epoch = epoch + 1", "pass"))
+
+
+TRAIN = """
+import argparse
+import torch
+import yaml
+from timm.models import create_model
+from timm.task import LogitDistillationTask
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-c")
+    parser.add_argument("--data-dir")
+    given = parser.parse_args()
+    with open(given.c) as stream:
+        args = argparse.Namespace(**yaml.safe_load(stream))
+    model = create_model(args.model, num_classes=args.num_classes, in_chans=args.in_chans)
+    criterion = torch.nn.CrossEntropyLoss()
+    task = LogitDistillationTask(student_model=model, teacher_model=args.kd_model_name, criterion=criterion, loss_type="kl",
+                                 distill_loss_weight=None, task_loss_weight=None, temperature=4.0,
+                                 device=torch.device("cpu"), dtype=None, verbose=True)
+    for epoch in range(args.epochs):
+        train_one_epoch(epoch, model, task=task)
+
+def train_one_epoch(epoch, model, task=None):
+    result = task(torch.randn(4, 1, 8, 8), torch.arange(4))
+    print('"%s"' % [epoch, task.epoch, type(task).__name__, sorted(result)])
+"""
+"""What `main` of the export meets in timm's train.py, written anew: its names, and how it makes and calls a task."""
+
+
+def test_run_as_a_script_it_is_train_py_with_the_task(tmp_path):
+    pytest.importorskip("timm", reason="needs timm: pip install '.[vit]'")
+    written(tmp_path, "timm", answer())
+    (tmp_path / "train.py").write_text(TRAIN)
+    run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    last = outcome(run, tmp_path, "tuned_timm.py", "train.py", "-c", "tuned_timm.yaml", "--data-dir", ".")
+    assert last == "[1, 2, 'TunedTask', ['kd_loss', 'loss', 'output', 'task_loss']]"
+    (tmp_path / "train.py").write_text("def main(): pass\n")
+    with pytest.raises(
+        AssertionError, match=r"train\.py: has no distillation tasks; take the train\.py of timm 1\.0\.31"
+    ):
+        outcome(run, tmp_path, "tuned_timm.py", "train.py")
+    with pytest.raises(AssertionError, match=r"The first argument must be the path of timm's train\.py"):
+        outcome(run, tmp_path, "tuned_timm.py")
