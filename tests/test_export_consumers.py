@@ -1,6 +1,7 @@
 """The formats of several files, each run by the framework that it is for, and where they are written."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -152,6 +153,14 @@ def test_each_has_the_file_with_the_loss_and_says_what_it_is(format_):
         assert "sweep digits" in head
         assert "94.25 %" in head
         assert name == "tuned.py" or re.search("To fill in, marked FILL IN: |Nothing is to be filled in", head)
+
+
+@pytest.mark.parametrize("format_", ["torchdistill", "mdistiller", "timm"])
+def test_without_a_teacher_there_is_nothing_to_distil(format_):
+    with pytest.raises(ConfigError) as refused:
+        BUNDLES[format_](answer("ce", teacher=None))
+    known = "known formats without one: yaml, json, python, pytorch"
+    assert str(refused.value) == f"--format: method ce: has no teacher, which {format_} needs: {known}"
 
 
 MANY = {
@@ -724,3 +733,177 @@ def test_run_as_a_script_it_is_train_py_with_the_task(tmp_path):
         outcome(run, tmp_path, "tuned_timm.py", "train.py")
     with pytest.raises(AssertionError, match=r"The first argument must be the path of timm's train\.py"):
         outcome(run, tmp_path, "tuned_timm.py")
+
+
+# --- plain torch ----------------------------------------------------------------------------------------------------
+
+
+def ran(folder, *options):
+    """What the script prints, warnings being errors."""
+    command = [sys.executable, "-W", "error", "tuned_train.py", *map(str, options)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+
+
+DRY = {kind: known for kind, known in MANY.items() if kind != "own"} | {
+    "ce": {"method": "ce", "teacher": None, "distill_warmup": None},
+}
+
+
+@pytest.mark.parametrize("kind", DRY)
+def test_the_script_trains_on_random_images(tmp_path, kind):
+    tuned = answer(**DRY[kind])
+    data = tuned.data.model_copy(update={"image_size": 32})  # the tiny networks need no more
+    write_files(tmp_path, BUNDLES["pytorch"](tuned.model_copy(update={"data": data})))
+    done = ran(tmp_path, "--dry-run", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    told = re.findall(
+        r"^epoch (\d)/2: lr (\S+), loss (\d+\.\d+), top-1 \d+\.\d+ %(, of the average .*)?$", done.stdout, re.M
+    )
+    assert [epoch for epoch, *_ in told] == ["1", "2"], done.stdout
+    assert [float(rate) for _, rate, *_ in told] == pytest.approx(rates_of(tuned.recipe), rel=1e-2)
+    assert all(bool(average) == (kind == "vit") for *_, average in told)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["tuned.py", "tuned_train.py"]
+
+
+NETWORKS = """
+import torch
+
+def small(num_classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
+"""
+
+
+def test_the_script_says_what_is_missing_and_writes_the_students_weights(tmp_path):
+    write_files(tmp_path, BUNDLES["pytorch"](answer()))
+    (tmp_path / "mine.py").write_text(NETWORKS)
+    named = ["--student", "mine:small", "--teacher", "mine:small", "--device", "cpu"]
+    assert "FILL IN: the network digits_cnn_tiny, in student()" in ran(tmp_path, "--device", "cpu").stderr
+    assert "--teacher-checkpoint is needed, except for --dry-run" in ran(tmp_path, *named).stderr
+    assert ran(tmp_path, "--dry-run", *named).returncode == 0
+    state = {"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}
+    torch.save({"model": state}, tmp_path / "teacher.pt")
+    named += ["--teacher-checkpoint", "teacher.pt", "--output", tmp_path / "out"]
+    assert "FILL IN: digits, in loaders()" in ran(tmp_path, *named).stderr
+    script = tmp_path / "tuned_train.py"
+    script.write_text(
+        re.sub(r"    raise NotImplementedError\(.*loaders.*\n", "    return random_loaders()\n", script.read_text())
+    )
+    done = ran(tmp_path, *named)
+    assert done.returncode == 0, done.stderr
+    saved = torch.load(tmp_path / "out" / "student_last.pt")
+    assert (saved["epoch"], saved["model"].keys()) == (2, state.keys())
+    assert saved["model"]["1.weight"].abs().max() > 0
+
+
+def test_the_script_reads_cifar_as_the_sweep_augments_it(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    class Few(datasets.FakeData):
+        def __init__(self, root, train, download, transform):
+            super().__init__(20, (3, 32, 32), 100, transform=transform)
+            seen.append((root, train, download, str(transform)))
+
+    seen = []
+    monkeypatch.setattr(datasets, "CIFAR100", Few)
+    module = script_of(tmp_path, monkeypatch, answer(**MANY["cifar"]))
+    monkeypatch.setattr(module, "DataLoader", lambda *given, **_: torch.utils.data.DataLoader(*given))  # no processes
+    for loader in module.loaders("here"):
+        images, labels = next(iter(loader))
+        assert (images.shape, labels.shape) == ((16, 3, 32, 32), (16,))
+    (root, train, _, views), (_, test, _, plain) = seen
+    assert (root, train, test) == ("here", True, False)
+    assert re.findall(r"\n    (\w+)", views) == ["RandomCrop", "RandomHorizontalFlip", "ToTensor", "Normalize"]
+    assert re.findall(r"\n    (\w+)", plain) == ["ToTensor", "Normalize"]
+    assert "padding=4" in views
+    assert "mean=[0.5071, 0.4867, 0.4408]" in plain
+
+
+def script_of(folder, monkeypatch, tuned):
+    """The script as a module."""
+    import importlib
+
+    write_files(folder, BUNDLES["pytorch"](tuned))
+    monkeypatch.syspath_prepend(folder)
+    for name in ("tuned", "tuned_train"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module("tuned_train")
+    for name in ("tuned", "tuned_train"):
+        monkeypatch.delitem(sys.modules, name)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [
+        ("dkd+topkd", {"clip_grad": 0.5, "ema": {"decay_epochs": 0.4}, "milestones": [0.5]}),
+        ("topkd", {"schedule": "cosine", "min_lr": 1e-3, "warmup_epochs": 2, "nesterov": True}),
+        ("kd", {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 2, "weight_decay": 0.05}),
+        ("lskd", {"precision": "bfloat16", "schedule": "constant"}),
+        ("ce", {}),
+    ],
+)
+def test_the_script_trains_as_the_sweep_to_the_last_bit(tmp_path, monkeypatch, method, recipe):
+    """On the same batches from the same weights."""
+    import copy
+
+    from tune_topkd.config import TrialConfig
+    from tune_topkd.data import batches_of
+    from tune_topkd.train.loop import Training
+
+    cpu = torch.device("cpu")
+    tuned = answer(method, **{"epochs": 3, "batch_size": 256} | recipe)
+    module = script_of(tmp_path, monkeypatch, tuned)
+    torch.manual_seed(0)
+    network = build_model("digits_cnn", num_classes=10).eval()
+    torch.save({"model": network.state_dict()}, tmp_path / "teacher.pt")
+
+    def teacher(images):
+        return network(images).half().float()  # a sweep keeps its teacher's logits so, however they come
+
+    config = TrialConfig(
+        data=tuned.data,
+        student=tuned.student,
+        teacher=tuned.teacher,
+        method=method,
+        loss=tuned.loss,
+        recipe=tuned.recipe,
+        teacher_checkpoint=str(tmp_path / "teacher.pt"),
+    )
+    ours = Training(config, cpu)
+    student, loss = copy.deepcopy(ours.model), module.tuned.criterion()
+    optimizer = module.optimizer_of(student, loss)
+    scheduler = module.scheduler_of(optimizer)
+    batches = [[(b.images, b.labels) for b in batches_of(config, ours.dataset, ours.train_split, e)] for e in (1, 2, 3)]
+    steps = math.ceil(len(ours.train_split) / tuned.recipe.batch_size)
+    average = module.averaged(student, steps) if tuned.recipe.ema else None
+    for epoch, of_epoch in enumerate(batches, start=1):
+        ours.run_epoch()
+        value = module.train_epoch(student, teacher, loss, optimizer, average, of_epoch, epoch, cpu)
+        assert value == pytest.approx(ours.metrics["train_loss"], rel=1e-5)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(ours.metrics["lr"], rel=1e-12)
+        scheduler.step()
+        for name, weights in student.state_dict().items():
+            assert torch.equal(weights, ours.model.state_dict()[name]), name
+    if average is not None:
+        for name, weights in average.state_dict().items():
+            assert torch.equal(weights, ours.ema.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_script_has_the_recipes_learning_rate(tmp_path, monkeypatch, optimizer, schedule, warmup):
+    tuned = answer("kd", optimizer=optimizer, schedule=schedule, warmup_epochs=warmup, epochs=12, min_lr=1e-4)
+    module = script_of(tmp_path, monkeypatch, tuned)
+    student = build_model(SMALL_VIT["name"], num_classes=10, **SMALL_VIT["kwargs"])
+    made = module.optimizer_of(student, torch.nn.Module())
+    scheduler, rates = module.scheduler_of(made), []
+    for _ in range(12):
+        rates.append(made.param_groups[0]["lr"])
+        made.step()
+        scheduler.step()
+    assert rates == rates_of(tuned.recipe)
+    assert [[len(group["params"]), group["weight_decay"]] for group in made.param_groups] == groups_of(
+        student, tuned.recipe
+    )

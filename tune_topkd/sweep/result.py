@@ -91,7 +91,7 @@ class Result:
         Args:
             path: the file, which is replaced if it is there; of several files the folder, where only those of such an export
                 are replaced.
-            format: `yaml`, `json` or `python`, one file; `torchdistill`, `mdistiller` or `timm`, several.
+            format: `yaml`, `json` or `python`, one file; `torchdistill`, `mdistiller`, `timm` or `pytorch`, several.
 
         Raises:
             NoAnswerError: no trial reached the full budget.

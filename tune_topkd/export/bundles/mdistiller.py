@@ -290,6 +290,7 @@ def _lacking(tuned: TunedConfig) -> list[str]:
     ]
     if _augmented(data) != _AUGMENTED.get(data.name):
         found.append(f"the augmentation {flow(_augmented(data))}")
+    found.append("the last images of an epoch, too few for a batch, were left out")
     if recipe.precision == "bfloat16":
         found.append("the networks' layers ran in bfloat16 (autocast)")
     if recipe.ema is not None:

@@ -176,7 +176,7 @@ train:
   train_data_loader:
     dataset_id: *train
     sampler: {{class_or_func: !import_get {{key: torch.utils.data.RandomSampler}}, kwargs: null}}
-    kwargs: {{batch_size: {recipe.batch_size}, num_workers: 2}}
+    kwargs: {{batch_size: {recipe.batch_size}, num_workers: 2, drop_last: True}}
   val_data_loader: &val
     dataset_id: *test
     sampler: {{class_or_func: !import_get {{key: torch.utils.data.SequentialSampler}}, kwargs: null}}
