@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
@@ -161,6 +162,41 @@ def test_without_a_teacher_there_is_nothing_to_distil(format_):
         BUNDLES[format_](answer("ce", teacher=None))
     known = "known formats without one: yaml, json, python, pytorch"
     assert str(refused.value) == f"--format: method ce: has no teacher, which {format_} needs: {known}"
+
+
+@pytest.mark.parametrize("format_", BUNDLES)
+def test_what_of_the_sweep_an_export_has_not_is_told(format_):
+    student = {"name": "digits_cnn_tiny", "checkpoint": "c.pt", "linear_probe": True}
+    data = {"name": "cifar100", "augment": {"mixup": 0.3, "pad": 4}}
+    texts = BUNDLES[format_](answer("kd", data=data, student=student, ema={"decay_epochs": 0.4}))
+    told = " ".join(" ".join(text.replace("#", " ").split()) for name, text in texts.items() if name != "tuned.py")
+    told = told[told.index("Not here, and in the sweep: ") :]
+    assert (
+        "the student began with the weights of a checkpoint, all but its head's; only the student's head was trained."
+        in told
+    )
+    assert ("mixup" in told) == (format_ != "pytorch")  # the script has it
+    assert ("a moving average of the weights was measured besides" in told) == (format_ != "pytorch")
+
+
+def test_a_loss_without_parameters_is_written_too(tmp_path, monkeypatch):
+    (tmp_path / "plain_loss.py").write_text(
+        "def loss(student, teacher, labels):\n    return (student - teacher).square().mean()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for format_ in BUNDLES:
+        texts = BUNDLES[format_](answer("plain_loss:loss"))
+        assert '    return CallableLoss(functools.partial(plain_loss.loss), "plain_loss:loss")\n' in texts["tuned.py"]
+        assert all(yaml.load(text, _Loose) for name, text in texts.items() if name.endswith(".yaml"))
+    config = yaml.safe_load(BUNDLES["mdistiller"](answer("plain_loss:loss"))["tuned_mdistiller.yaml"])
+    assert config["TUNED_PLAIN_LOSS_LOSS"] == {}
+
+
+class _Loose(yaml.SafeLoader):
+    """Reads torchdistill's calls as mappings."""
+
+
+_Loose.add_multi_constructor("!import", lambda loader, _, node: loader.construct_mapping(node))
 
 
 MANY = {
@@ -621,7 +657,7 @@ print(json.dumps(dict(rates=rates, groups=groups, optimizer=str(optimizer), tran
 
 
 def tasked(folder, tuned, script=TIMM):
-    pytest.importorskip("timm", reason="needs timm: pip install '.[vit]'")
+    pytest.importorskip("timm.task", reason="needs timm 1.0.31: pip install 'timm>=1.0.31'")
     written(folder, "timm", tuned)
     return outcome(script, folder, ours=["tuned_timm"])
 
@@ -720,7 +756,7 @@ def train_one_epoch(epoch, model, task=None):
 
 
 def test_run_as_a_script_it_is_train_py_with_the_task(tmp_path):
-    pytest.importorskip("timm", reason="needs timm: pip install '.[vit]'")
+    pytest.importorskip("timm.task", reason="needs timm 1.0.31: pip install 'timm>=1.0.31'")
     written(tmp_path, "timm", answer())
     (tmp_path / "train.py").write_text(TRAIN)
     run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"

@@ -61,6 +61,13 @@ def flow(value: Any) -> str:
     ).strip()[1:-1]
 
 
+def of_the_student(tuned: TunedConfig) -> list[str]:
+    """What the sweep did with its student and no export does, in words."""
+    student = tuned.student
+    begun = ["the student began with the weights of a checkpoint, all but its head's"] if student.checkpoint else []
+    return begun + (["only the student's head was trained"] if student.linear_probe else [])
+
+
 def the_teacher(tuned: TunedConfig, format_: str) -> ModelConfig:
     """The teacher.
 

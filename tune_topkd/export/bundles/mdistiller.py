@@ -14,6 +14,7 @@ from tune_topkd.export.bundles.common import FILL_IN
 from tune_topkd.export.bundles.common import as_comments
 from tune_topkd.export.bundles.common import flow
 from tune_topkd.export.bundles.common import loss_file
+from tune_topkd.export.bundles.common import of_the_student
 from tune_topkd.export.bundles.common import opening
 from tune_topkd.export.bundles.common import the_teacher
 from tune_topkd.export.bundles.recipes import DECAY_GROUPS
@@ -266,7 +267,7 @@ def _yaml(tuned: TunedConfig) -> str:
         "SOLVER:"
         + ("  # the trainer `tuned` has its schedule from the plug-in, not from here" * _needs_trainer(recipe)),
         *(f"  {key}: {flow(value)}" for key, value in solver.items()),
-        f"{section}:",
+        f"{section}:{'' if tuned.loss else ' {}'}",
         *(f"  {name.upper()}: {flow(value)}" for name, value in tuned.loss.items()),
     ]
     return "\n".join(lines) + "\n"
@@ -297,11 +298,9 @@ def _lacking(tuned: TunedConfig) -> list[str]:
         found.append("a moving average of the weights was measured besides, which changes no training")
     if tuned.student.image_size is not None:
         found.append(f"the student was shown images of {tuned.student.image_size} pixels")
-    if tuned.student.linear_probe:
-        found.append("only the student's head was trained")
     if "contrastive_weight" in tuned.loss:
         found.append("the contrastive term saw whole batches, and sees parts of them on several GPUs")
-    return found
+    return found + of_the_student(tuned)
 
 
 def _augmented(data: DataConfig) -> dict[str, object]:

@@ -5,6 +5,7 @@ import textwrap
 from tune_topkd.config import RecipeConfig
 from tune_topkd.export.bundles.common import FILL_IN
 from tune_topkd.export.bundles.common import loss_file
+from tune_topkd.export.bundles.common import of_the_student
 from tune_topkd.export.bundles.common import opening
 from tune_topkd.export.bundles.datasets import Call
 from tune_topkd.export.bundles.datasets import KnownDataset
@@ -100,12 +101,7 @@ def _script(tuned: TunedConfig, data: KnownDataset) -> str:
 
 def _lacking(tuned: TunedConfig, data: KnownDataset) -> list[str]:
     """What of the sweep the script does not do, in words."""
-    found = [line for line in data.lacking if "mixup" not in line]
-    if tuned.student.checkpoint is not None:
-        found.append("the student began with the weights of a checkpoint, all but its head's")
-    if tuned.student.linear_probe:
-        found.append("only the student's head was trained")
-    return found
+    return [*(line for line in data.lacking if "mixup" not in line), *of_the_student(tuned)]
 
 
 # --- data and networks ----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from tune_topkd.export.bundles.common import FILL_IN
 from tune_topkd.export.bundles.common import as_comments
 from tune_topkd.export.bundles.common import flow
 from tune_topkd.export.bundles.common import loss_file
+from tune_topkd.export.bundles.common import of_the_student
 from tune_topkd.export.bundles.common import opening
 from tune_topkd.export.bundles.common import the_teacher
 from tune_topkd.export.bundles.datasets import KnownDataset
@@ -275,6 +276,4 @@ def _lacking(tuned: TunedConfig, data: KnownDataset) -> list[str]:
         found.append(
             f"a moving average of the weights was measured besides, which changes no training: model_ema_decay {steps}"
         )
-    if tuned.student.linear_probe:
-        found.append("only the student's head was trained")
-    return found
+    return found + of_the_student(tuned)

@@ -10,6 +10,7 @@ from tune_topkd.export.bundles.common import FILL_IN
 from tune_topkd.export.bundles.common import as_comments
 from tune_topkd.export.bundles.common import flow
 from tune_topkd.export.bundles.common import loss_file
+from tune_topkd.export.bundles.common import of_the_student
 from tune_topkd.export.bundles.common import opening
 from tune_topkd.export.bundles.common import the_teacher
 from tune_topkd.export.bundles.datasets import Call
@@ -141,7 +142,7 @@ def tuned_schedule(optimizer: Optimizer) -> LambdaLR:
 
 def _yaml(tuned: TunedConfig, data: KnownDataset) -> str:
     recipe = tuned.recipe
-    lacking = [*data.lacking, *_lacking(recipe)]
+    lacking = [*data.lacking, *_lacking(recipe), *of_the_student(tuned)]
     to_fill_in = [f"{data_} of {tuned.data.name}" for data_ in ("the datasets",) if data.train is None]
     to_fill_in += ["the teacher's checkpoint", f"what {MODULE}.py marks"]
     said = as_comments(opening(tuned, "config for torchdistill 1.1.5", _USE, to_fill_in))
