@@ -47,7 +47,7 @@ def sweep_config(**sections):
         },
         "relative": {"sum": 2.0, "of": ["ce_weight", "tdl_weight"]},
         "sweep": {"trials": 12, "asha": {"grace_epochs": 1, "reduction_factor": 3}, "max_concurrent": 1},
-        "baselines": {"trials": 2},
+        "baselines": {"methods": ["ce", "kd"], "trials": 2},
     }
     for name, section in sections.items():
         raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section

@@ -246,7 +246,10 @@ BROKEN = {
     "a number for a key": ({"loss": {1: 2}}, ["loss.1 = 1: a key must be text"]),
     "an unknown method": ({"method": "topdk"}, ["method = 'topdk'", "did you mean 'topkd'", "ce, dkd, dkd+topkd, kd"]),
     "an unknown schedule": ({"recipe.schedule": "cos"}, ["recipe.schedule = 'cos'", "known: constant, cosine, step"]),
-    "an unknown baseline": ({"baselines.methods": ["ce", "dkd"]}, ["baselines.methods.1 = 'dkd'", "known: ce, kd"]),
+    "an unknown baseline": (
+        {"baselines.methods": ["ce", "crd"]},
+        ["baselines.methods.1 = 'crd'", "known: ce, defaults, dkd, kd, lskd"],
+    ),
     "a baseline twice": ({"baselines.methods": ["ce", "ce"]}, ["baselines.methods = ['ce', 'ce']", "once"]),
     "zero": ({"sweep.trials": 0}, ["sweep.trials = 0: must be greater than or equal to 1"]),
     "infinite learning rate": ({"recipe.lr": math.inf}, ["recipe.lr = inf: must be a finite number"]),

@@ -252,7 +252,9 @@ def test_a_result_writes_each_format(tmp_path, swept):
         result.export(tmp_path / "folder" / name, name)
         texts = BUNDLES[name](result.answer)
         assert {path.name for path in (tmp_path / "folder" / name).iterdir()} == set(texts)
-    with pytest.raises(TuneTopKDError, match=r"there is no 'torchdistil'; did you mean 'torchdistill'\? known: json, "):
+    with pytest.raises(
+        TuneTopKDError, match=r"no 'torchdistil'; did you mean 'torchdistill'\? known: checkpoint, json, "
+    ):
         result.export(tmp_path / "x", "torchdistil")
 
 
@@ -272,20 +274,42 @@ def changed(folder, tuned, change):
     return path
 
 
-@pytest.mark.parametrize("version", [2, "1", 1.5, None, [1]])
+@pytest.mark.parametrize("version", [3, "1", 1.5, None, [1], True, 0])
 def test_a_file_of_another_schema_is_told_by_its_version_alone(tmp_path, tuned, version):
     path = changed(tmp_path, tuned, lambda raw: raw.update(schema_version=version, loses={}, method="new"))
     with pytest.raises(ConfigError) as caught:
         load_tuned_config(path)
-    said = f"{path}: schema_version = {version!r}: is not the schema version that this tune_topkd reads: known: 1"
-    assert str(caught.value) == said
+    said = f"{path}: schema_version = {version!r}: is not a schema version that this tune_topkd reads: known: 1 and 2"
+    newer = "; a newer tune_topkd wrote it: update this one" if version == 3 else ""
+    assert str(caught.value) == said + newer
+
+
+def test_a_file_of_the_first_version_is_read_as_one_that_lacks_what_came_later(tmp_path, tuned):
+    def as_first(raw):
+        raw["schema_version"] = 1
+        raw["teacher"] = {key: raw["teacher"][key] for key in ("name", "kwargs", "image_size", "checkpoint_key")}
+
+    found = load_tuned_config(changed(tmp_path, tuned, as_first))
+    assert (found.loss, found.recipe, found.data, found.student) == (
+        tuned.loss,
+        tuned.recipe,
+        tuned.data,
+        tuned.student,
+    )
+    assert (found.schema_version, found.teacher.name, found.teacher.recipe) == (SCHEMA_VERSION, "digits_cnn", None)
+    assert (found.evidence.identities, found.evidence.test) == ({}, None)
+
+
+def test_the_teachers_recipe_is_in_it_and_its_place_is_not(tuned):
+    assert tuned.teacher.recipe == CONFIG.teacher.recipe
+    assert "checkpoint" not in tuned.model_dump(mode="json")["teacher"]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         (lambda raw: raw.update(los={}), "los: unknown key; did you mean 'loss'? known: data, evidence, loss, method"),
-        (lambda raw: raw["evidence"].update(seed=1), "evidence.seed: unknown key; did you mean 'seeds' "),
+        (lambda raw: raw["evidence"].update(seedz=1), "evidence.seedz: unknown key; did you mean 'seeds'"),
         (lambda raw: raw["evidence"]["baselines"]["ce"].update(top1=1), "evidence.baselines.ce.top1: unknown key"),
         (lambda raw: raw["recipe"].update(epochs="8"), "recipe.epochs = '8': must be a valid integer"),
         (lambda raw: raw.update(method="topk"), "method = 'topk': did you mean 'topkd'"),

@@ -172,7 +172,7 @@ student: digits_cnn_tiny
 recipe: {epochs: 4, batch_size: 128}
 space: {k: {low: 1, high: 9, log: true}, lr: {low: 0.01, high: 0.5, log: true}}
 sweep: {trials: 8, asha: {grace_epochs: 1, reduction_factor: 2}}
-baselines: {trials: 1}
+baselines: {methods: [ce, kd], trials: 1}
 """
 
 
@@ -687,3 +687,43 @@ def test_a_head_that_says_nothing_for_some_seconds_costs_no_trial(program, clust
     assert sweep.ends() == 0, sweep.words()
     check_is_right(sweep)
     assert sweep.count("retry") == 0
+
+
+CONFIRM = ("--finalists", "2", "--seeds", "2")
+KILLED_AT = (3, 10)
+"""After so many ends of the fourteen trainings: one in the choice among the finalists, one in the look at the test set."""
+
+
+def confirmed_trainings(sweep):
+    """The trainings on fresh seeds and what they gave, and how often the test set was to be read."""
+    lines = sweep.lines()
+    about = {(e["arm"], e["number"]): (*e["of_trial"], e["seed"]) for e in lines if e["event"] == "repeat"}
+    ends = [
+        (about[key], e["value"]) for e in lines if e["event"] == "end" and (key := (e["arm"], e["number"])) in about
+    ]
+    assert len(about) == len(set(about.values())) == len(ends) == len(dict(ends))
+    return dict(ends), sum(e["event"] == "test" for e in lines)
+
+
+def test_an_answer_whose_confirmation_is_killed_again_and_again_is_confirmed_by_the_same_trainings(tmp_path, scratch):
+    """SIGKILL in either stage: the test set is still read for the same trainings, once, with the same figures."""
+    sweep = CommandLine(tmp_path / "runs" / "killed", scratch)
+    sweep.start()
+    assert sweep.ends() == 0, sweep.words()
+    shutil.copytree(sweep.runs, tmp_path / "copy")
+    whole = CommandLine(tmp_path / "copy" / "killed", scratch)
+    whole.launch("confirm", "killed", *CONFIRM)
+    assert whole.ends() == 0, whole.words()
+    before = sweep.count("end")
+    for ended in KILLED_AT:
+        sweep.launch("confirm", "killed", *CONFIRM)
+        if sweep.wait_for(lambda ended=ended: sweep.count("end") >= before + ended):
+            sweep.kill("all" if ended % 2 else "group")
+    sweep.launch("confirm", "killed", *CONFIRM)
+    assert sweep.ends() == 0, sweep.words()
+    assert sweep.lines()[-1]["reason"] == "finished"
+    assert confirmed_trainings(sweep) == confirmed_trainings(whole)
+    assert confirmed_trainings(sweep)[1] == 1
+    sweep.launch("audit", "killed")
+    assert sweep.ends() == 0, sweep.words()
+    assert not gone(sweep.marks + whole.marks, GRACE_OF_THE_KILLED)

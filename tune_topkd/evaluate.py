@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ class Evaluation:
     """Percent of the images with the label among the five largest logits; None of five classes or fewer."""
     largest_logit: float
     """The largest magnitude of all logits; NaN if one of them is."""
+    hits: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    """`(N,)` bool on the split's device: of which images the label has the largest logit, in the order of the split."""
 
 
 def evaluate(model: nn.Module, split: AnySplit, *, mean: Sequence[float], std: Sequence[float]) -> Evaluation:
@@ -40,15 +43,16 @@ def evaluate(model: nn.Module, split: AnySplit, *, mean: Sequence[float], std: S
     model.eval()
     hits = torch.zeros(2, dtype=torch.int64, device=split.device)
     largest = torch.zeros((), device=split.device)
-    classes = 0
+    classes, firsts = 0, []
     with torch.no_grad():
         for batch in eval_batches(split, mean=mean, std=std):
             logits = model(batch.images)
             classes = logits.shape[1]
             hit = logits.topk(min(5, classes)).indices == batch.labels[:, None]
             hits += torch.stack([hit[:, 0].sum(), hit.sum()])
+            firsts.append(hit[:, 0])
             largest = torch.maximum(largest, logits.abs().max())  # NaN stays NaN
     model.train(was_training)
     first, first_five, largest_logit = torch.cat([hits.double(), largest.double()[None]]).tolist()
     top1, top5 = (100 * count / len(split) for count in (first, first_five))
-    return Evaluation(top1, top5 if classes > 5 else None, largest_logit)
+    return Evaluation(top1, top5 if classes > 5 else None, largest_logit, torch.cat(firsts))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tune_topkd.config import BASELINE_SPACES
 from tune_topkd.config import INTEGER_PARAMETERS
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ParameterRange
@@ -72,6 +73,15 @@ class Space:
     def of_recipe(cls, config: SweepConfig) -> "Space":
         """The part of a sweep's space that is the recipe's: what a baseline is searched over."""
         return cls({name: r for name, r in config.space.items() if name in RECIPE_PARAMETERS})
+
+    @classmethod
+    def of_baseline(cls, config: SweepConfig, method: str) -> "Space":
+        """What a baseline is searched over: the recipe's part of the space, and its own where it is tuned alike."""
+        if config.baselines is None or not config.baselines.is_tuned_alike(method):
+            return cls.of_recipe(config)
+        own, relative = BASELINE_SPACES[method]
+        ranges = {name: ParameterRange(low=low, high=high, log=True) for name, (low, _, high) in own.items()}
+        return cls(ranges | {name: r for name, r in config.space.items() if name in RECIPE_PARAMETERS}, relative)
 
     def __len__(self) -> int:
         return len(self._ranges)

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import BUNDLES
+from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
 from tune_topkd.interruption import listening
 from tune_topkd.storage import write_text
@@ -44,6 +46,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.campaign import FORMATS
 from tune_topkd.sweep.result import export_bundle
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
@@ -52,12 +55,15 @@ from tune_topkd.sweep.workspace import NO_MLFLOW
 from tune_topkd.sweep.workspace import PRIVATE
 from tune_topkd.sweep.workspace import RAY_VARIABLE
 from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
+from tune_topkd.sweep.workspace import moved_places
 from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
-Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES)})  # type: ignore[misc]  # the choices are theirs
+Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES, *STUDENT_WRITERS)})  # type: ignore[misc]
 YAML = Format("yaml")
+Table = StrEnum("Table", {name: name for name in FORMATS})  # type: ignore[misc]
+MARKDOWN = Table("markdown")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -267,6 +273,51 @@ def resume(
 
 
 @app.command()
+def confirm(
+    sweep: SweepName,
+    finalists: Annotated[int, typer.Option(help="Trials of the search that are compared on fresh seeds.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds to choose on, and as many further ones to measure on.")] = 5,
+    again: Annotated[
+        bool, typer.Option("--again", help="Read a test set that has been read; the result is marked as that.")
+    ] = False,
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    mlflow_uri: MlflowUri = None,
+    address: Address = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
+    ] = None,
+) -> None:
+    """Choose a finished sweep's answer on fresh seeds, then measure it and the baselines on the test set, once."""
+    moved = [parse_set(text) for text in set_ or []]
+    found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
+    result = _shown(found.confirm, found, console, finalists=finalists, seeds=seeds, again=again, moved=moved)
+    _conclude({sweep: result}, found.workspace, console)
+
+
+@app.command()
+def verify(
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED.yaml")],
+    seeds: Annotated[int, typer.Option(help="Trainings, each on a seed that the config has not had.")] = 3,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Where files are: data.root=PATH, teacher.checkpoint=PATH."),
+    ] = None,
+) -> None:
+    """Train a tuned config again from its file alone and say whether its figure holds; exit 1 if it does not."""
+    from tune_topkd.sweep.verify import verify as verified
+
+    places = moved_places([parse_set(text) for text in set_ or []])
+    with tempfile.TemporaryDirectory(prefix="tune-topkd-verify-") as folder:  # nothing of a sweep's is of use here
+        workspace = Workspace.at(folder, NO_MLFLOW, PRIVATE)
+        found = verified(tuned, seeds, workspace, _on_console(workspace), places)
+    Console().print(found.sentence, style="bold", soft_wrap=True)
+    terminal.result(json.dumps(found.as_json(), indent=2) + "\n", is_document=True)
+    if not found.holds:
+        raise typer.Exit(FINDINGS)
+
+
+@app.command()
 def status(
     sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="[default: all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
@@ -284,6 +335,39 @@ def status(
         Console().print(f"no sweeps in {workspace.runs}")
     if any(entry["state"] == DAMAGED for entry in found):
         raise typer.Exit(USER_ERROR)
+
+
+@app.command()
+def report(
+    sweeps: Annotated[
+        list[str] | None, typer.Argument(metavar="[SWEEP]...", help="[default: all]", autocompletion=_sweeps)
+    ] = None,
+    format_: Annotated[Table, typer.Option("--format")] = MARKDOWN,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+) -> None:
+    """Tabulate sweeps, a row each: the best K and those equal to it, the parameters, the figure, the gains, the cost."""
+    workspace, console = _workspace(runs_dir), Console()
+    rows = []
+    for name in sweeps or workspace.sweeps():
+        try:
+            rows.append(Sweep(name, workspace).row())
+        except TuneTopKDError as error:
+            if sweeps:
+                raise
+            console.print(f"note: {name} is left out: {error}", style="yellow", soft_wrap=True)
+    if not rows:
+        raise ConfigError("report", [Problem(key="SWEEP", rule=f"there is none in {workspace.runs}")])
+    _give(FORMATS[format_.value](rows), output, console)
+
+
+def _give(text: str, output: Path | None, console: Console) -> None:
+    """A document, to a file or to stdout."""
+    if output is None:
+        terminal.result(text, is_document=True)
+    else:
+        write_text(output, text)
+        console.print(f"written: {output}", soft_wrap=True)
 
 
 @app.command()
@@ -328,8 +412,11 @@ def export(
     ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Write a sweep's tuned config for other projects."""
+    """Write a sweep's tuned config, or its student, for other projects."""
     found = Sweep(sweep, _workspace(runs_dir))
+    is_student = format_.value in STUDENT_WRITERS
+    if is_student and output is None:
+        raise ConfigError("--output", [Problem(key="", rule=f"must be given: {format_.value} is no text")])
     tuned, done = found.answer(), found.status().finalists
     if done is not None and done[0] < done[1]:
         note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
@@ -338,12 +425,14 @@ def export(
         for path in export_bundle(tuned, format_.value, output):
             Console().print(f"written: {path}", soft_wrap=True)
         return
-    text = WRITERS[format_.value](tuned)
     if output is None:
-        terminal.result(text, is_document=True)
+        terminal.result(WRITERS[format_.value](tuned), is_document=True)
+        return
+    if is_student:
+        found.export(output, format_.value)
     else:
-        write_text(output, text)
-        Console().print(f"written: {output}", soft_wrap=True)
+        write_text(output, WRITERS[format_.value](tuned))
+    Console().print(f"written: {output}", soft_wrap=True)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
 from tune_topkd.sweep.workspace import Workspace
 
 _WITHOUT_MLFLOW = ("export", "status")
+_WITH_RAY = ("resume", "confirm")
 
 
 def command_for(workspace: Workspace, *words: str) -> str:
@@ -21,7 +22,10 @@ def command_for(workspace: Workspace, *words: str) -> str:
     from tune_topkd.tracking import sqlite_uri
 
     is_default = workspace.mlflow_uri == sqlite_uri(workspace.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
-    uri, address = "" if is_default else workspace.mlflow_uri, workspace.address if words[0] == "resume" else None
+    uri, address = (
+        "" if is_default else workspace.mlflow_uri,
+        workspace.address if words[0] in ("resume", "confirm") else None,
+    )
     return command(*words, runs=workspace.runs, mlflow_uri=uri, address=address)
 
 

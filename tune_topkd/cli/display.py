@@ -35,6 +35,7 @@ from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import Winner
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
@@ -43,6 +44,7 @@ from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Result
 from tune_topkd.sweep.remaining import Pace
 from tune_topkd.sweep.remaining import training_total
+from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
 from tune_topkd.sweep.wording import short
 from tune_topkd.sweep.wording import short_params
@@ -50,6 +52,9 @@ from tune_topkd.sweep.wording import title
 from tune_topkd.sweep.workspace import LOG_FILE
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.terminal import Console
+from tune_topkd.verdict import LEVEL
+from tune_topkd.verdict import Interval
+from tune_topkd.verdict import Verdict
 
 STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 SECONDS_PER_FRAME = 0.5
@@ -132,7 +137,12 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
             console.print(f"  trial {result.best.key.number}: {told}", soft_wrap=True)
         for gain in result.gains():
             console.print(f"  {gain.sentence}", style="bold" if gain.counts else "", soft_wrap=True)
-        if advice := result.advice():
+        if (verdict := result.verdict) is not None:
+            console.print(verdict_table(verdict))
+            console.print(f"  {verdict.sentence}", style="bold", soft_wrap=True)
+            if (images := result.image_spread()) is not None:
+                console.print(f"  {images.sentence(verdict)}", soft_wrap=True)
+        elif advice := result.advice():
             console.print(f"  {advice}", soft_wrap=True)
         for told in (*(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence()):
             console.print(f"  {told}", soft_wrap=True)
@@ -166,7 +176,10 @@ def _tell_where(result: Result, workspace: Workspace, console: Console) -> None:
         console.print(f"  MLflow       {ui_command(workspace.mlflow_uri)}", soft_wrap=True)
     if Path("analysis/sweep.ipynb").exists():
         console.print("  the analysis analysis/sweep.ipynb")
-    following = ("export", name, "--format", "python") if state.stop_reason == "finished" else ("resume", name)
+    if state.stop_reason != "finished":
+        following: tuple[str, ...] = ("resume", name)
+    else:
+        following = ("confirm", name) if result.verdict is None else ("export", name, "--format", "python")
     console.print(f"next: {command_for(workspace, *following)}", style="bold", soft_wrap=True)
 
 
@@ -288,6 +301,8 @@ class ProgressDisplay:
             text.append(f"best {winner.figure} (trial {best.key.number}{k})", "bold")
         if self._state.size(REPEAT) and (done := finalists_done(self._state)) is not None:
             text.append(f"  finalists {done[0]}/{done[1]}", "dim")
+        if (done := measured_done(self._state)) is not None:
+            text.append(f"  test {done[0]}/{done[1]}", "dim")
         return text
 
     def _running(self) -> Iterator[Table | Text]:
@@ -296,11 +311,11 @@ class ProgressDisplay:
         running = self._state.running()
         room = max(self._console.height - 5, 1)
         for record in running[:room]:
-            value = record.reports.get(record.epoch, {}).get("val_top1")
+            value = record.reports.get(record.epoch, {}).get(record.key.metric)
             table.add_row(
                 Text(f"  {_short_title(record)}", no_wrap=True),
                 Text(f"epoch {record.epoch}/{self._config.recipe.epochs}" if record.epoch else "starts", no_wrap=True),
-                Text("" if value is None else f"val_top1 {value:.2f} %", no_wrap=True),
+                Text("" if value is None else f"{record.key.metric} {value:.2f} %", no_wrap=True),
                 Text(short_params(record.params), "dim", overflow="ellipsis", no_wrap=True),
             )
         yield table
@@ -308,7 +323,9 @@ class ProgressDisplay:
             yield Text(f"  and {len(running) - room} more")
 
     def _line(self, record: TrialRecord) -> str:
-        value = f"val_top1 {record.value:.2f} %" if record.value is not None else record.error or record.reason
+        value = (
+            f"{record.key.metric} {record.value:.2f} %" if record.value is not None else record.error or record.reason
+        )
         best = winner_of(self._state)
         tail = f"; best {best.figure} (trial {best.record.key.number})" if best else ""
         what = f"{title(record)} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
@@ -334,6 +351,40 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     for name in names:
         table.add_row(name, *(short(record.params[name]) if name in record.params else "" for _, record in shown))
     return table
+
+
+def verdict_table(verdict: Verdict) -> Table:
+    """The answer and the baselines on the test set, a row each."""
+    seeds = len(verdict.answer.finalist.seeds)
+    table = Table(title=f"test set, look {verdict.look}: trained on all other images, {counted(seeds, 'seed')} each")
+    table.add_column("")
+    for column in (
+        "trial",
+        "test top-1 %",
+        "± over seeds",
+        f"{LEVEL:.0%} interval",
+        "tuned is above by",
+        "interval of that",
+    ):
+        table.add_column(column, justify="right")
+    gains = {gain.base.name: gain for gain in verdict.gains}
+    for arm in (verdict.answer, *verdict.baselines):
+        gain, mean = gains.get(arm.name), arm.finalist.mean
+        table.add_row(
+            arm.name,
+            str(arm.record.key),
+            "–" if mean is None else f"{mean:.2f}",
+            "–" if arm.spread is None else f"{arm.spread:.2f}",
+            _from_to(arm.interval),
+            f"{gain.mean:+.2f}" if gain else "",
+            _from_to(gain.interval, "+") if gain else "",
+            style="bold" if arm is verdict.answer else "",
+        )
+    return table
+
+
+def _from_to(interval: Interval | None, sign: str = "") -> str:
+    return "–" if interval is None else f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
 
 
 def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:

@@ -38,6 +38,14 @@ def line_of(entry: dict[str, Any]) -> str:
         )
     elif entry.get("finalists") and entry["finalists"]["done"] < entry["finalists"]["of"]:
         tail += f"; finalists: {entry['finalists']['done']} of {entry['finalists']['of']} trainings"
+    if (test := entry.get("test")) is not None:
+        is_done = test["done"] == test["of"] and test["top1"] is not None
+        within = f" ({test['interval'][0]:.2f} to {test['interval'][1]:.2f})" if is_done and test["interval"] else ""
+        tail += (
+            f"; test set {test['top1']:.2f} %{within}"
+            if is_done
+            else f"; test: {test['done']} of {test['of']} trainings"
+        )
     return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
 
 
@@ -68,4 +76,25 @@ def standing(name: str, workspace: Workspace) -> dict[str, Any]:
         values = {str(seed): value for seed, value in finalist.values.items()}
         fresh = {"val_top1": finalist.mean, "error": finalist.error, "values": values}
         entry["best"] = entry["best"] | {"fresh": fresh}
+    if (verdict := found.verdict) is not None:
+        done, of = verdict.trainings
+        answer, interval = verdict.answer, verdict.answer.interval
+        entry["test"] = {
+            "look": verdict.look,
+            "done": done,
+            "of": of,
+            "trial": answer.record.key.number,
+            "top1": answer.finalist.mean,
+            "interval": None if interval is None else list(interval),
+            "values": {str(seed): value for seed, value in answer.finalist.values.items()},
+            "gains": {
+                gain.base.record.key.arm: {
+                    "points": gain.mean,
+                    "interval": None if gain.interval is None else list(gain.interval),
+                    "is_told_apart": gain.is_told_apart,
+                }
+                for gain in verdict.gains
+            },
+            "sentence": verdict.sentence,
+        }
     return entry

@@ -23,6 +23,7 @@ from tune_topkd.config.files import dump_config
 from tune_topkd.config.files import load_config
 from tune_topkd.config.files import load_pair
 from tune_topkd.config.files import new_config
+from tune_topkd.config.files import pair_from
 from tune_topkd.config.files import parse_set
 from tune_topkd.config.files import read_yaml
 from tune_topkd.config.placement import placements
@@ -30,11 +31,15 @@ from tune_topkd.config.placement import value_at
 from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
 from tune_topkd.config.sections import AUTO
+from tune_topkd.config.sections import BASELINE_SPACES
+from tune_topkd.config.sections import DEFAULTS
 from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
+from tune_topkd.config.sections import LARGEST_SEED
 from tune_topkd.config.sections import NO_FILES
 from tune_topkd.config.sections import OBJECTIVE
 from tune_topkd.config.sections import OBJECTIVE_EMA
+from tune_topkd.config.sections import OBJECTIVE_TEST
 from tune_topkd.config.sections import RECIPE_PARAMETERS
 from tune_topkd.config.sections import SWEEP_NAME
 from tune_topkd.config.sections import AshaConfig
@@ -63,12 +68,16 @@ from tune_topkd.config.validation import validated
 
 __all__ = [
     "AUTO",
+    "BASELINE_SPACES",
+    "DEFAULTS",
     "EFFECTS",
     "INTEGER_PARAMETERS",
+    "LARGEST_SEED",
     "METHODS",
     "NO_FILES",
     "OBJECTIVE",
     "OBJECTIVE_EMA",
+    "OBJECTIVE_TEST",
     "RECIPE_PARAMETERS",
     "SAMPLERS",
     "SCHEDULERS",
@@ -105,6 +114,7 @@ __all__ = [
     "load_pair",
     "loss_part",
     "new_config",
+    "pair_from",
     "parse_set",
     "placements",
     "read_yaml",

@@ -72,6 +72,15 @@ def load_pair(path: Path | str, overrides: Sequence[Override] = ()) -> PairConfi
     return validated_pair(raw, str(path), origins)
 
 
+def pair_from(raw: Mapping[str, Any], source: str, overrides: Sequence[Override] = ()) -> PairConfig:
+    """The config of a single training from plain data; `source` stands in the error.
+
+    Raises:
+        ConfigError: a key or value breaks a rule; all such problems at once.
+    """
+    return validated_pair(_applied(raw, source, overrides), source, list(overrides))
+
+
 def _overridden(path: Path | str, overrides: Sequence[Override]) -> tuple[dict[str, Any], list[Override]]:
     raw, inherited = _extended(Path(path), ())
     for override in overrides:

@@ -144,13 +144,20 @@ def _recipe_problems(config: PairConfig) -> list[Problem]:
 
 def _sweep_problems(config: SweepConfig) -> list[Problem]:
     problems = []
-    if config.data.selection == "best_test_epoch":
-        rule = "a sweep never selects on the test set; `train` takes it, to compare with published rows that do"
+    if config.data.selection != "validation":
+        rule = (
+            "a sweep never looks at the test set; `train` takes it, to compare with published rows, and `confirm` measures "
+            "a sweep's answer on it, once"
+        )
         value = config.data.selection
         problems.append(Problem(key="data.selection", rule=rule, value=value, has_value=True))
-    if config.teacher is None and config.baselines and "kd" in config.baselines.methods:
-        rule = "kd learns from a teacher, and there is none; choose [ce], or null"
+    learning = [m for m in (config.baselines.methods if config.baselines else ()) if m in ("kd", "dkd", "lskd")]
+    if config.teacher is None and learning:
+        rule = f"{learning[0]} learns from a teacher, and there is none; choose [ce], or null"
         problems.append(Problem(key="baselines.methods", rule=rule))
+    if config.baselines and config.baselines.match and not learning:
+        rule = "there is no baseline to tune alike: that is for kd, dkd and lskd; name one in baselines.methods"
+        problems.append(Problem(key="baselines.match", rule=rule, value=True, has_value=True))
     asha = config.sweep.asha
     if asha and asha.grace_epochs > config.recipe.epochs:
         rule = (

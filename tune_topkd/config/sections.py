@@ -37,6 +37,9 @@ OBJECTIVE = "val_top1"
 OBJECTIVE_EMA = "val_top1_ema"
 """The same of the moving average of the weights, where `recipe.ema` is set."""
 
+OBJECTIVE_TEST = "test_top1"
+"""The metric of a training that is measured on the test set, where the data's selection says so."""
+
 LARGEST_SEED = 2**63 - 1
 
 SWEEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -108,9 +111,10 @@ class DataConfig(_Section):
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share kept back for the final evaluation, where the dataset has no test part of its own."""
     split_seed: int = Field(0, ge=0)
-    selection: Literal["validation", "best_test_epoch"] = "validation"
-    """`best_test_epoch` trains on all training images and reports the best epoch on the test part, as many published
-    rows do; it marks the result, and a sweep refuses it."""
+    selection: Literal["validation", "test_at_end", "best_test_epoch"] = "validation"
+    """`test_at_end` trains on the images of the validation split too, and reads the test part once, after the last epoch.
+    `best_test_epoch` does so after every epoch and reports the best one, as many published rows do; it marks the result.
+    A sweep refuses both."""
     image_size: int | None = Field(None, ge=1)
     """Side in pixels that images are resized to; by default the dataset's own."""
     mean: list[float] | None = None
@@ -373,14 +377,45 @@ class AshaConfig(_Section):
         return found
 
 
+DEFAULTS = "defaults"
+"""The baseline that is the search's own method, untuned."""
+
+
+BASELINE_SPACES: Mapping[str, tuple[Mapping[str, tuple[float, float, float]], RelativeConfig | None]] = {
+    "kd": (
+        {"temperature": (1.0, 4.0, 16.0), "ce_weight": (0.05, 0.1, 1.0), "kd_weight": (0.5, 0.9, 1.0)},
+        RelativeConfig(sum=1.0, of=["ce_weight", "kd_weight"]),
+    ),
+    "dkd": ({"temperature": (1.0, 4.0, 8.0), "alpha": (0.25, 1.0, 4.0), "beta": (0.5, 8.0, 16.0)}, None),
+    "lskd": (
+        {"temperature": (1.0, 2.0, 8.0), "ce_weight": (0.02, 0.1, 2.0), "kd_weight": (4.0, 9.0, 9.0)},
+        RelativeConfig(sum=9.1, of=["ce_weight", "kd_weight"]),
+    ),
+}
+"""What a baseline that is tuned alike is searched for over, logarithmically: by parameter the lowest value, the default and
+the highest value; and the weights of which only the ratio is searched, which then have the sum of their defaults."""
+
+
 class BaselinesConfig(_Section):
     """What the tuned student is compared with: each method at its defaults, with the recipe's part of the space.
 
     Each method gets `trials` runs over the same learning-rate range that the search has, all to the full budget.
     """
 
-    methods: Annotated[list[Literal["ce", "kd"]], AfterValidator(_each_once)] = ["ce", "kd"]
+    methods: Annotated[list[Literal["ce", "kd", "dkd", "lskd", "defaults"]], AfterValidator(_each_once)] = [
+        "ce",
+        "kd",
+        "defaults",
+    ]
+    """`defaults` is the method that is tuned, with what `loss` fixes and its defaults for the rest."""
     trials: int = Field(6, ge=1)
+    match: Annotated[bool | None, LATER] = None
+    """Tune KD, DKD and logit-standardised KD as the search tunes its method: over `BASELINE_SPACES` besides the recipe's
+    part of the space, with the same sampler, and with as many full trainings as the search trains epochs."""
+
+    def is_tuned_alike(self, method: str) -> bool:
+        """Whether a baseline is searched for over more than the recipe."""
+        return bool(self.match) and method in BASELINE_SPACES
 
 
 AUTO = "auto"

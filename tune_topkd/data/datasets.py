@@ -181,11 +181,13 @@ def split_dataset(source: Source, config: DataConfig) -> Dataset:
     fractions = (config.val_fraction,) if own_test is not None else (config.val_fraction, config.test_fraction)
     indices = stratified(whole.labels, fractions, config.split_seed)
     test = whole.subset(indices[1]) if own_test is None else own_test
-    if config.selection == "best_test_epoch":
+    in_all = config.selection != "validation"
+    if in_all:
         train = whole.subset(torch.cat([indices[0], indices[-1]]).sort().values)
         val = test
     else:
         val, train = whole.subset(indices[0]), whole.subset(indices[-1])
+    measured = whole.subset(indices[-1]) if config.selection == "test_at_end" else None
     names = classes or tuple(map(str, range(num_classes)))
     counts = whole.labels.bincount(minlength=num_classes).tolist()
     del whole
@@ -198,8 +200,8 @@ def split_dataset(source: Source, config: DataConfig) -> Dataset:
             told = _told([f"{names[label]} ({counts[label]} in all)" for label in lacking])
             raise DataError(_left_without(config, kind, told, has_own_test=own_test is not None))
     train, test = _prepared(train, config), _prepared(test, config)
-    val = test if config.selection == "best_test_epoch" else _prepared(val, config)
-    constants = _constants(source, config, train)
+    val = test if in_all else _prepared(val, config)
+    constants = _constants(source, config, train if measured is None else _prepared(measured, config))
     return Dataset(train, val, test, num_classes, constants.mean, constants.std, config.selection)
 
 

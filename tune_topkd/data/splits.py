@@ -123,8 +123,8 @@ AnySplit: TypeAlias = Split | FileSplit
 class Dataset:
     """Three disjoint splits, and the constants `mean` and `std` that images are normalised with.
 
-    The constants are per channel, with pixels from 0 to 1. With the `selection` "best_test_epoch", `train` has all
-    training images and `val` is the test split: a result that is chosen by it must be marked so.
+    The constants are per channel, with pixels from 0 to 1. With the `selection` "test_at_end" or "best_test_epoch", `train`
+    has all training images and `val` is the test split: a result that is chosen by it must be marked so.
     """
 
     train: AnySplit

@@ -21,7 +21,6 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SharedFiles
 from tune_topkd.execution.checkpoints import checkpoints
 from tune_topkd.execution.cluster import ResourceError
@@ -96,7 +95,6 @@ class Bridge:
         self._folder = folder
         self._files = files
         self._hashes = dict(hashes)
-        self._needed = {OBJECTIVE, search.config.rung_metric}
         self._interruption = interruption
         self._nodes = nodes
         self._room = nodes.cluster.room(search.config)
@@ -169,7 +167,7 @@ class Bridge:
                 case "failed":
                     what = message["reason"], message["error"], message["traceback"]
                     self._failed_or_moved(key, *what, message["node"], is_surroundings=message["is_surroundings"])
-                case "report" if lacking := self._needed - message["metrics"].keys():
+                case "report" if lacking := self.search.needed(key, message["epoch"]) - message["metrics"].keys():
                     told = ", ".join(sorted(lacking))
                     self._failed(key, "error", f"KeyError: the train function reported no {told}", "")
                 case "report":

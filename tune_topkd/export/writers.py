@@ -121,7 +121,12 @@ def distill_warmup(tuned: TunedConfig) -> int:
 
 def figures(evidence: Evidence) -> str:
     """Its value in words; that of fresh seeds first, where there are any."""
-    own, fresh = f"{evidence.val_top1:.2f} %", evidence.fresh
+    own, fresh, test = f"{evidence.val_top1:.2f} %", evidence.fresh, evidence.test
+    if test is not None:
+        within = "" if test.interval is None else f" ({test.interval[0]:.2f} to {test.interval[1]:.2f})"
+        look = "" if test.look == 1 else f", look {test.look} at it"
+        seeds = sum(value is not None for value in test.values)
+        return f"{own} in the search; on the test set {test.test_top1:.2f} %{within} over {seeds} fresh seeds{look}"
     if fresh is None:
         return own
     error = "" if fresh.error is None else f" ± {fresh.error:.2f}"

@@ -3,13 +3,17 @@
 Every suggestion, report, decision and end is one line of `ledger.jsonl`, on the disk before it is acted on. All else
 (Optuna's study, ASHA's rungs, the MLflow runs, the tables) is a view that can be rebuilt from it.
 
-Inside: `events` are the lines, `state` is what they tell, `finalists` is which trial is the answer, `log` is the file,
-`trackers` is who watches.
+Inside: `events` are the lines, `state` is what they tell, `finalists` is which trial is the answer, `looks` is what it
+gives on the test set, `baselines` is how many trials these have, `log` is the file, `trackers` is who watches.
 """
 
+from tune_topkd.ledger.baselines import baseline_target
 from tune_topkd.ledger.events import LEDGER_VERSION
 from tune_topkd.ledger.events import REPEAT
+from tune_topkd.ledger.events import REPEATING
 from tune_topkd.ledger.events import SEARCH
+from tune_topkd.ledger.events import TEST
+from tune_topkd.ledger.events import Confirm
 from tune_topkd.ledger.events import Content
 from tune_topkd.ledger.events import Decision
 from tune_topkd.ledger.events import Driver
@@ -18,6 +22,7 @@ from tune_topkd.ledger.events import Event
 from tune_topkd.ledger.events import Finalists
 from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
+from tune_topkd.ledger.events import Look
 from tune_topkd.ledger.events import Prepared
 from tune_topkd.ledger.events import Repeat
 from tune_topkd.ledger.events import Report
@@ -34,12 +39,17 @@ from tune_topkd.ledger.finalists import ERRORS_APART
 from tune_topkd.ledger.finalists import Difference
 from tune_topkd.ledger.finalists import Finalist
 from tune_topkd.ledger.finalists import Winner
+from tune_topkd.ledger.finalists import apart_by_seed
+from tune_topkd.ledger.finalists import baseline_trials
 from tune_topkd.ledger.finalists import difference
+from tune_topkd.ledger.finalists import different
+from tune_topkd.ledger.finalists import finalist_of
 from tune_topkd.ledger.finalists import finalist_trials
 from tune_topkd.ledger.finalists import finalists
 from tune_topkd.ledger.finalists import finalists_done
 from tune_topkd.ledger.finalists import finalists_to_repeat
 from tune_topkd.ledger.finalists import fresh_seeds
+from tune_topkd.ledger.finalists import repeats_of
 from tune_topkd.ledger.finalists import standings
 from tune_topkd.ledger.finalists import unrepeated
 from tune_topkd.ledger.finalists import winner_of
@@ -49,6 +59,15 @@ from tune_topkd.ledger.log import is_driven
 from tune_topkd.ledger.log import read_events
 from tune_topkd.ledger.log import read_header
 from tune_topkd.ledger.log import read_state
+from tune_topkd.ledger.looks import MOST_SEEDS
+from tune_topkd.ledger.looks import candidates
+from tune_topkd.ledger.looks import confirmation
+from tune_topkd.ledger.looks import due_look
+from tune_topkd.ledger.looks import is_of_the_answer
+from tune_topkd.ledger.looks import largest_seed
+from tune_topkd.ledger.looks import measured
+from tune_topkd.ledger.looks import measured_done
+from tune_topkd.ledger.looks import to_measure
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.ledger.state import TrialRecord
 from tune_topkd.ledger.trackers import Tracker
@@ -58,8 +77,12 @@ __all__ = [
     "ERRORS_APART",
     "LEDGER_FILE",
     "LEDGER_VERSION",
+    "MOST_SEEDS",
     "REPEAT",
+    "REPEATING",
     "SEARCH",
+    "TEST",
+    "Confirm",
     "Content",
     "Decision",
     "Difference",
@@ -71,6 +94,7 @@ __all__ = [
     "Header",
     "Ledger",
     "LedgerError",
+    "Look",
     "Prepared",
     "Repeat",
     "Report",
@@ -87,18 +111,32 @@ __all__ = [
     "TrialRecord",
     "TrialStatus",
     "Winner",
+    "apart_by_seed",
+    "baseline_target",
+    "baseline_trials",
+    "candidates",
+    "confirmation",
     "difference",
+    "different",
+    "due_look",
+    "finalist_of",
     "finalist_trials",
     "finalists",
     "finalists_done",
     "finalists_to_repeat",
     "fresh_seeds",
     "is_driven",
+    "is_of_the_answer",
+    "largest_seed",
+    "measured",
+    "measured_done",
     "read_events",
     "read_header",
     "read_state",
+    "repeats_of",
     "standings",
     "tell_all",
+    "to_measure",
     "unrepeated",
     "winner_of",
 ]

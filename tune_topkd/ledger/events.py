@@ -9,6 +9,8 @@ A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 
 | `driver` | `Driver` | a process began to drive the sweep, towards a number of trials |
 | `prepared` | `Prepared` | what all trials share is there; once, before the first trial |
 | `suggest` | `Suggest` | a trial was made: what the sampler chose, what the trial is given |
+| `confirm` | `Confirm` | the answer is to be confirmed: which trials are the finalists, on how many fresh seeds |
+| `test` | `Look` | the test set is about to be read: for which trials, trained again on which seeds |
 | `repeat` | `Repeat` | a trial was made that is another one on another seed |
 | `start` | `Start` | a worker began it, or went on from its checkpoint |
 | `report` | `Report` | one epoch's metrics and what was decided on them |
@@ -19,7 +21,8 @@ A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 
 The keys of a line are the fields of its class, in their order; a trial's `key` is written as `arm` and `number`. A reader
 passes over keys that it does not know, and a field with a default may be missing, as in a ledger of an older version.
 Version 1 has no `retry`. Versions 1 and 2 have no `prepared`: their `teacher_file` stands in the `sweep` event. A program
-that does not know `repeat` refuses the line, so it takes no repeat for a trial of the search or of a baseline.
+that does not know `repeat`, `confirm` or `test` refuses the line, so it takes no repeat for a trial of the search or of a
+baseline.
 """
 
 import dataclasses
@@ -40,6 +43,8 @@ from typing import NamedTuple
 from typing import Self
 from typing import TypeAlias
 
+from tune_topkd.config import OBJECTIVE
+from tune_topkd.config import OBJECTIVE_TEST
 from tune_topkd.config import FinalistsConfig
 from tune_topkd.config import Scalar
 from tune_topkd.errors import TuneTopKDError
@@ -50,6 +55,10 @@ SEARCH = "search"
 """The arm of the search's own trials."""
 REPEAT = "repeat"
 """The arm of the trials that repeat others on fresh seeds."""
+TEST = "test"
+"""The arm of the trials that repeat others on all images but those of the test set, and are evaluated on it once."""
+REPEATING = frozenset({REPEAT, TEST})
+"""The arms whose trials are others' again."""
 
 
 class LedgerError(TuneTopKDError):
@@ -132,12 +141,17 @@ class Finalists:
 class TrialKey(NamedTuple):
     """A trial's identity within its sweep.
 
-    The arm is what it belongs to: `search`, the method of a baseline (`ce`, `kd`), or `repeat`. Each arm numbers its
+    The arm is what it belongs to: `search`, a baseline (`ce`, `kd`, `defaults`), `repeat` or `test`. Each arm numbers its
     trials from 0.
     """
 
     arm: str
     number: int
+
+    @property
+    def metric(self) -> str:
+        """What is the trial's value, at its last epoch."""
+        return OBJECTIVE_TEST if self.arm == TEST else OBJECTIVE
 
     def __str__(self) -> str:
         return f"{self.number:04d}" if self.arm == SEARCH else f"{self.arm}-{self.number:04d}"
@@ -293,6 +307,44 @@ class Prepared(Content):
         return super().data() | {"teacher_file": teacher_file}
 
 
+def _keys(values: Sequence[Sequence[Any]]) -> tuple[TrialKey, ...]:
+    return tuple(TrialKey(*value) for value in values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirm(Content):
+    """The answer is to be confirmed, by trainings on seeds that took no part in the search."""
+
+    NAME = "confirm"
+    _PARSERS: ClassVar[_Parsers] = {"finalists": _keys}
+
+    finalists: Sequence[TrialKey]
+    """Trials of the search, the most promising first: the one with the best mean over its fresh seeds is the answer."""
+    seeds: int
+    """On which each finalist, and the best trial of each baseline, is trained again, to choose."""
+    test_seeds: int
+    """On which the answer and the baselines are then trained once more, to be measured on the test set."""
+    of_trials: int
+    """How many trials the search had that they were chosen from."""
+    look: int
+    """Which look at the test set this one is, from 1; a figure of a later one may have been chosen by an earlier."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look(Content):
+    """The test set is about to be read, for these trainings and no others."""
+
+    NAME = "test"
+    _PARSERS: ClassVar[_Parsers] = {"trials": _keys, "seeds": tuple}
+
+    look: int
+    """Which one it is, from 1."""
+    trials: Sequence[TrialKey]
+    """What is trained again: the answer first, then the best trial of each baseline."""
+    seeds: Sequence[int]
+    """On each of which every one of them is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialContent(Content):
     """What a line says that is about one trial."""
@@ -325,7 +377,10 @@ class Suggest(TrialContent):
 
 @dataclass(frozen=True, kw_only=True)
 class Repeat(TrialContent):
-    """A trial was made that is another one, of the same parameters, on another seed."""
+    """A trial was made that is another one, of the same parameters, on another seed.
+
+    One of the arm `test` trains on the images of the validation split too, and its value is of the test set.
+    """
 
     NAME = "repeat"
     _PARSERS: ClassVar[_Parsers] = {"of_trial": lambda values: TrialKey(*values)}
@@ -420,7 +475,8 @@ class Stop(Content):
 
 
 _CLASSES: Mapping[str, type[Content]] = {
-    each.NAME: each for each in (Header, Driver, Prepared, Suggest, Repeat, Start, Report, Retry, End, Stop)
+    each.NAME: each
+    for each in (Header, Driver, Prepared, Confirm, Look, Suggest, Repeat, Start, Report, Retry, End, Stop)
 }
 
 

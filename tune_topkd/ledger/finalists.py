@@ -4,7 +4,8 @@ The best of many trials is in part the luckiest of them. So when a search is ove
 baseline may be repeated: trained once more, in full, on fresh seeds, the same seeds for all. The answer is then the
 finalist with the best mean over these; the value that it was found by takes no part.
 
-All of it is a function of the ledger. `unrepeated` does not ask where its trials and seeds come from.
+A sweep that is over may be confirmed: its finalists are then chosen once, at the ledger's `confirm`, and repeated on as many
+seeds as it says. All of it is a function of the ledger. `unrepeated` does not ask where its trials and seeds come from.
 """
 
 import math
@@ -29,40 +30,62 @@ sign: by chance alone it happens about three times in ten."""
 # --- which trials are repeated ----------------------------------------------------------------------------------------
 
 
-def repeats_of(state: SweepState, trial: TrialRecord) -> dict[int, TrialRecord]:
-    """A trial's repeats by their seeds; those of a trial of the same arm and parameters are its own too."""
+def repeats_of(state: SweepState, trial: TrialRecord, arm: str = REPEAT) -> dict[int, TrialRecord]:
+    """A trial's repeats by their seeds; those of a trial of the same arm and parameters are its own too.
+
+    Args:
+        state: the sweep.
+        trial: one of the search or of a baseline.
+        arm: of the repeats: `repeat`, or `test`.
+    """
     found: dict[int, TrialRecord] = {}
-    for repeat in state.arm(REPEAT):
+    for repeat in state.arm(arm):
         if repeat.seed is not None and repeat.origin.arm == trial.key.arm and repeat.params == trial.params:
             found.setdefault(repeat.seed, repeat)
     return found
 
 
-def unrepeated(state: SweepState, trials: Iterable[TrialRecord], seeds: Iterable[int]) -> list[tuple[TrialRecord, int]]:
+def unrepeated(
+    state: SweepState, trials: Iterable[TrialRecord], seeds: Iterable[int], arm: str = REPEAT
+) -> list[tuple[TrialRecord, int]]:
     """Which of these trials have not been begun on which of these seeds, in the order in which they are to be.
 
     Seed by seed: what an interruption leaves is a comparison on fewer seeds.
     """
-    known = [(trial, repeats_of(state, trial)) for trial in trials]
+    known = [(trial, repeats_of(state, trial, arm)) for trial in trials]
     return [(trial, seed) for seed in seeds for trial, repeats in known if seed not in repeats]
 
 
 def finalist_trials(state: SweepState) -> list[TrialRecord]:
     """The trials that are repeated: the search's best, those of the same parameters once, and the best of each baseline."""
-    if state.finalists is None:
+    if state.confirm is not None:
+        chosen = [state.trials[key] for key in state.confirm.finalists]
+    elif state.finalists is not None:
+        chosen = different(state.ranked(), state.finalists.count)
+    else:
         return []
+    return chosen + baseline_trials(state)
+
+
+def baseline_trials(state: SweepState) -> list[TrialRecord]:
+    """The best trial of each baseline."""
+    return [record for method in state.baseline_methods() if (record := state.best(method)) is not None]
+
+
+def different(records: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
+    """The first so many with parameters that none before them has."""
     chosen: list[TrialRecord] = []
-    for record in state.ranked():
-        if len(chosen) < state.finalists.count and all(record.params != other.params for other in chosen):
+    for record in records:
+        if len(chosen) < count and all(record.params != other.params for other in chosen):
             chosen.append(record)
-    bases = (state.best(method) for method in state.baseline_methods())
-    return chosen + [record for record in bases if record is not None]
+    return chosen
 
 
 def fresh_seeds(state: SweepState) -> range:
     """The seeds that finalists are repeated on; never the search's own."""
     first = state.header.seed + 1
-    return range(first, first + (state.finalists.seeds if state.finalists else 0))
+    counts = [plan.seeds for plan in (state.finalists, state.confirm) if plan is not None]
+    return range(first, first + max(counts, default=0))
 
 
 def finalists_to_repeat(state: SweepState) -> list[tuple[TrialRecord, int]]:
@@ -149,14 +172,21 @@ class Finalist:
 
 def finalists(state: SweepState) -> list[Finalist]:
     """The finalists as the search stands, those of the search first, best first by its own values."""
+    return [finalist_of(state, record) for record in finalist_trials(state)]
+
+
+def finalist_of(
+    state: SweepState, record: TrialRecord, seeds: Sequence[int] | None = None, arm: str = REPEAT
+) -> Finalist:
+    """A trial with what the repeats of an arm gave on some seeds; by default those of the finalists."""
     classes = state.header.num_classes
-    chance, seeds = (100 / classes if classes else 0.0), fresh_seeds(state)
-    return [Finalist(record, repeats_of(state, record), seeds, chance) for record in finalist_trials(state)]
+    chance = 100 / classes if classes else 0.0
+    return Finalist(record, repeats_of(state, record, arm), fresh_seeds(state) if seeds is None else seeds, chance)
 
 
 def finalists_done(state: SweepState) -> tuple[int, int] | None:
     """How many of the finalists' trainings have ended, and of how many, as the search stands; None if none are to be."""
-    if state.finalists is None:
+    if state.finalists is None and state.confirm is None:
         return None
     found = finalists(state)
     ended = sum(f.repeats[seed].status.is_end for f in found for seed in f.seeds if seed in f.repeats)
@@ -178,10 +208,15 @@ class Difference(NamedTuple):
         return self.error is not None and abs(self.mean) > ERRORS_APART * self.error
 
 
+def apart_by_seed(one: Finalist, other: Finalist) -> list[float]:
+    """By how much one is above the other on each of the seeds that both have a value of, in points."""
+    mine, others = one.values, other.values
+    return [mine[seed] - others[seed] for seed in mine if seed in others]
+
+
 def difference(one: Finalist, other: Finalist) -> Difference | None:
     """By how much one is above the other on the seeds that both have a value of; none if there are none."""
-    mine, others = one.values, other.values
-    apart = [mine[seed] - others[seed] for seed in mine if seed in others]
+    apart = apart_by_seed(one, other)
     return Difference(statistics.fmean(apart), _error(apart), len(apart)) if apart else None
 
 

@@ -9,8 +9,9 @@ from dataclasses import field
 from typing import Any
 
 from tune_topkd.config import Scalar
-from tune_topkd.ledger.events import REPEAT
+from tune_topkd.ledger.events import REPEATING
 from tune_topkd.ledger.events import SEARCH
+from tune_topkd.ledger.events import Confirm
 from tune_topkd.ledger.events import Decision
 from tune_topkd.ledger.events import Driver
 from tune_topkd.ledger.events import End
@@ -18,6 +19,7 @@ from tune_topkd.ledger.events import Event
 from tune_topkd.ledger.events import Finalists
 from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
+from tune_topkd.ledger.events import Look
 from tune_topkd.ledger.events import Prepared
 from tune_topkd.ledger.events import Repeat
 from tune_topkd.ledger.events import Report
@@ -93,6 +95,10 @@ class SweepState:
         """How many trials the search is to have."""
         self.finalists: Finalists | None = None
         """Which trials are repeated once the search is over; None if none are."""
+        self.confirm: Confirm | None = None
+        """How the answer is to be confirmed; None if nobody asked for it."""
+        self.looks: tuple[Look, ...] = ()
+        """The looks at the test set that there have been."""
         self.stop_reason = ""
         """Why the last driver let go; empty while one is at work, or when it was killed."""
         self.stop_error = ""
@@ -152,6 +158,12 @@ class SweepState:
                 self.prepared = prepared
             case Stop() as stop:
                 self.stop_reason, self.stop_error = stop.reason, stop.error
+            case Confirm() as confirm:
+                self._check_known(event, confirm.finalists)
+                self.confirm = confirm
+            case Look() as look:
+                self._check_known(event, look.trials)
+                self.looks += (look,)
             case Suggest() as suggest:
                 record = TrialRecord(suggest.key, dict(suggest.params), dict(suggest.proposal))
                 self._add(event, record)
@@ -203,7 +215,7 @@ class SweepState:
 
     def baseline_methods(self) -> list[str]:
         """The methods of the baselines that have trials, by name."""
-        return sorted(self._by_arm.keys() - {SEARCH, REPEAT})
+        return sorted(self._by_arm.keys() - {SEARCH} - REPEATING)
 
     def ranked(self, arm: str = SEARCH) -> list[TrialRecord]:
         """The arm's trials that reached the full budget, best first; of equals the earlier one first."""
@@ -214,9 +226,14 @@ class SweepState:
         """The best trial that reached the full budget, if any did."""
         return next(iter(self.ranked(arm)), None)
 
+    def _check_known(self, event: Event, keys: Iterable[TrialKey]) -> None:
+        for key in keys:
+            if key not in self.trials or key.arm in REPEATING:
+                raise LedgerError(f"line {event.seq + 1}: `{event.name}` names trial {key}, which was never suggested")
+
     def _apply_repeat(self, event: Event, repeat: Repeat) -> None:
         original = self.trials.get(repeat.of_trial)
-        if repeat.key.arm != REPEAT:
+        if repeat.key.arm not in REPEATING:
             raise LedgerError(f"line {event.seq + 1}: `repeat` for trial {repeat.key}, which is of another arm")
         if original is None or original.of_trial is not None:
             what = "was never suggested" if original is None else "is a repeat itself"
@@ -228,7 +245,7 @@ class SweepState:
         key = record.key
         if key in self.trials:
             raise LedgerError(f"line {event.seq + 1}: trial {key} is suggested a second time")
-        if (key.arm == REPEAT) != (record.of_trial is not None):
+        if (key.arm in REPEATING) != (record.of_trial is not None):
             raise LedgerError(f"line {event.seq + 1}: trial {key} does not say which trial it repeats")
         record.suggested_at = event.time
         self.trials[key] = record

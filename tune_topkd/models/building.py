@@ -166,7 +166,7 @@ def _logits_alone(
     if isinstance(named, Tensor):
         return named
     parts = list(outputs.values() if isinstance(outputs, Mapping) else outputs) if isinstance(outputs, Iterable) else []
-    shape = (len(inputs[0]), num_classes)
+    shape = (inputs[0].shape[0], num_classes)  # not its len, which torch.export takes for a constant
     found = [part for part in parts if isinstance(part, Tensor) and part.shape == shape]
     if len(found) == 1:
         return found[0]

@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from importlib import metadata
 
-from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Confirm
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
+from tune_topkd.ledger import Look
 from tune_topkd.ledger import Repeat
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
@@ -31,7 +33,13 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import confirmation
+from tune_topkd.ledger import due_look
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import to_measure
+from tune_topkd.search.baselines import baseline_samplers
+from tune_topkd.search.baselines import baseline_spaces
+from tune_topkd.search.baselines import first_of_baseline
 from tune_topkd.search.choosing import ChoiceError
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
@@ -81,9 +89,10 @@ class _Audit:
         self._config = config
         self._events = events
         self._space = Space.of(config)
-        self._recipe_space = Space.of_recipe(config)
+        self._spaces = {SEARCH: self._space, **baseline_spaces(config)}
         self._scheduler = scheduler_of(config)
         self._sampler = sampler_of(config)(self._space.axes(), config.sweep.seed)
+        self._samplers = {SEARCH: self._sampler, **baseline_samplers(config, sampler_of(config))}
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
         self._is_driven = False
@@ -117,6 +126,11 @@ class _Audit:
             case Repeat() as repeat:
                 yield from self._repeat_findings(repeat)
                 yield from self._beginning_findings(repeat.key)
+            case Confirm() as confirm:
+                yield from self._confirm_findings(confirm)
+            case Look() as look:
+                if look != (expected := due_look(self.state)):
+                    yield f"the test set is to be read for {_told(look)}, where {_told(expected)} is right"
             case Start(key=key):
                 if not self._may_start.get(key) and self.state.header.version > 1:  # 1 had no `retry`
                     yield f"trial {key} is started again without a retry or a new driver"
@@ -144,34 +158,40 @@ class _Audit:
     def _after(self, event: Event) -> Iterator[str]:
         match event.content:
             case End(key=key):
-                if key.arm == SEARCH:
-                    self._sampler.tell(self.state.trials[key])
+                if (sampler := self._samplers.get(key.arm)) is not None:
+                    sampler.tell(self.state.trials[key])
                 self._common_error.take(self.state.trials[key])
             case Stop(reason="finished"):
                 if left := self.state.running():
                     yield f"the sweep is finished, but {_named(left)} not"
                 if self.state.size() != self.state.target:
                     yield f"the sweep is finished with {self.state.size()} trials, not {self.state.target}"
-                if lacking := finalists_to_repeat(self.state):
+                if lacking := finalists_to_repeat(self.state) or to_measure(self.state):
                     yield f"the sweep is finished without {_on_seed(*lacking[0])}, and {len(lacking) - 1} more like it"
+                if (look := due_look(self.state)) is not None:
+                    yield f"the sweep is finished without the look at the test set for {_told(look)}"
 
     def _proposal_findings(self, suggest: Suggest) -> Iterator[str]:
         key, proposal, params = suggest.key, suggest.proposal, suggest.params
-        space = self._space if key.arm == SEARCH else self._recipe_space
+        space = self._spaces.get(key.arm) or Space.of_recipe(self._config)
         if not _alike(space.params(proposal), params):
             yield f"the parameters of trial {key} are not what its proposal gives"
-        if key.arm != SEARCH:
+        sampler = self._samplers.get(key.arm)
+        if sampler is None:
             return
-        first = self.state.header.first
+        first = self.state.header.first if key.arm == SEARCH else []
+        begun_with = first_of_baseline(self._config, key.arm) if key.arm != SEARCH and key.number == 0 else None
         if key.number < len(first):
             expected: Mapping[str, Scalar] | None = self._space.proposal(first[key.number])
+        elif begun_with is not None:
+            expected = begun_with
         elif key.number % self._stride == 0 and self._has_the_same_optuna():
-            expected = self._sampler.ask(key.number)
+            expected = sampler.ask(key.number)
         else:
             expected = None
         if expected is not None and not _alike(expected, proposal):
             yield f"the proposal of trial {key} is not what the sampler proposes"
-        self._sampler.take(key.number, proposal)
+        sampler.take(key.number, proposal)
 
     def _beginning_findings(self, key: TrialKey) -> Iterator[str]:
         self._may_start[key] = True
@@ -179,11 +199,11 @@ class _Audit:
             yield f"trial {key} is suggested although the newest have all failed alike"
 
     def _repeat_findings(self, repeat: Repeat) -> Iterator[str]:
-        """Whether the search was over, and this training of a finalist is the one that comes next."""
+        """Whether the search was over, and this training of a finalist, or of the test, is the one that comes next."""
         is_at_work = any(record.of_trial is None for record in self.state.running())
         if is_at_work or self.state.size() < self.state.target:
             yield f"trial {repeat.key} repeats a finalist although the search is not over"
-        lacking = finalists_to_repeat(self.state)
+        lacking = finalists_to_repeat(self.state) if repeat.key.arm == REPEAT else to_measure(self.state)
         if not lacking or (lacking[0][0].key, lacking[0][1]) != (repeat.of_trial, repeat.seed):
             expected = _on_seed(*lacking[0]) if lacking else "nothing"
             yield f"trial {repeat.key} repeats {repeat.of_trial} on seed {repeat.seed}, where {expected} comes next"
@@ -192,6 +212,20 @@ class _Audit:
         given, expected = driver.finalists or self.state.finalists, Finalists.configured(self._config.sweep.finalists)
         if given != expected:
             yield f"finalists are {given or 'none'}, where the config says {expected or 'none'}"
+
+    def _confirm_findings(self, confirm: Confirm) -> Iterator[str]:
+        """Whether the finalists are those that the search had to offer, and the looks at the test set are counted."""
+        if self.state.size() < self.state.target or self.state.running():
+            yield "the answer is to be confirmed although the search is not over"
+        count = len(confirm.finalists)
+        expected = confirmation(self.state, count, confirm.seeds, confirm.test_seeds)
+        if confirm.finalists != expected.finalists:
+            names = ", ".join(map(str, expected.finalists)) or "nothing"
+            yield f"the finalists are {', '.join(map(str, confirm.finalists))}, where {names} is to be confirmed"
+        if confirm.look != expected.look:
+            yield f"this is look {confirm.look} at the test set, where {expected.look} is right"
+        if confirm.of_trials != expected.of_trials:
+            yield f"the finalists are of {confirm.of_trials} trials, but the search has {expected.of_trials}"
 
     def _knows_common_errors(self) -> bool:
         """Whether the program that began the sweep gave up by the rule of today."""
@@ -237,10 +271,10 @@ class _Audit:
             yield f"trial {key} ends {status} after the decision {record.decision or 'none'}"
         if end.epoch != record.epoch:
             yield f"trial {key} ends at epoch {end.epoch}, but its last report is of {record.epoch}"
-        last = record.reports.get(record.epoch, {}).get(OBJECTIVE)
+        last = record.reports.get(record.epoch, {}).get(key.metric)
         expected = None if status is TrialStatus.FAILED else last
         if end.value != expected:
-            yield f"trial {key} ends with {end.value}, but its last {OBJECTIVE} is {expected}"
+            yield f"trial {key} ends with {end.value}, but its last {key.metric} is {expected}"
 
     def _whole_findings(self) -> Iterator[str]:
         if isinstance(self._sampler, TpeSampler):
@@ -269,6 +303,12 @@ def _alike(one: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
 
 def _on_seed(trial: TrialRecord, seed: int) -> str:
     return f"{trial.key} on seed {seed}"
+
+
+def _told(look: Look | None) -> str:
+    if look is None:
+        return "nothing"
+    return f"{', '.join(map(str, look.trials))} on seeds {', '.join(map(str, look.seeds))} (look {look.look})"
 
 
 def _named(records: list[TrialRecord]) -> str:

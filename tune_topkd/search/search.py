@@ -12,8 +12,8 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
+from tune_topkd.config import DEFAULTS
 from tune_topkd.config import NO_FILES
-from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import RecipeConfig
 from tune_topkd.config import Scalar
 from tune_topkd.config import SharedFiles
@@ -24,6 +24,7 @@ from tune_topkd.config import recipe_part
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Content
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import End
@@ -41,11 +42,18 @@ from tune_topkd.ledger import Tracker
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import baseline_target
+from tune_topkd.ledger import due_look
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import tell_all
+from tune_topkd.ledger import to_measure
+from tune_topkd.search.baselines import baseline_samplers
+from tune_topkd.search.baselines import baseline_spaces
+from tune_topkd.search.baselines import first_of_baseline
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
 from tune_topkd.search.failing import CommonError
+from tune_topkd.search.samplers import Sampler
 from tune_topkd.search.samplers import SamplerFactory
 from tune_topkd.search.samplers import proposal_problem
 from tune_topkd.search.schedulers import Scheduler
@@ -103,7 +111,10 @@ class Search:
         self.ledger = ledger
         self._trackers = list(trackers)
         self._space = Space.of(config)
-        self.sampler = (sampler or sampler_of(config))(self._space.axes(), config.sweep.seed)
+        factory = sampler or sampler_of(config)
+        self.sampler = factory(self._space.axes(), config.sweep.seed)
+        self._baseline_spaces = baseline_spaces(config)
+        self._baseline_samplers = baseline_samplers(config, factory)
         self._scheduler = scheduler or scheduler_of(config)
         self._stopped_by = type(scheduler).__name__ if scheduler else config.sweep.scheduler.name
         self._clock = clock
@@ -117,6 +128,11 @@ class Search:
             raise UndecidedError.of(error) from error
         self._common_error = CommonError.of(self.state)
         self._to_reissue = list(self.state.running())
+
+    @property
+    def _samplers(self) -> dict[str, Sampler]:
+        """By arm, of those that have one."""
+        return {SEARCH: self.sampler, **self._baseline_samplers}
 
     @property
     def state(self) -> SweepState:
@@ -135,17 +151,18 @@ class Search:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every trial, every baseline and every training of a finalist has ended."""
-        return self._is_searched and not self.state.running() and self._next_repeat() is None
+        """Whether every trial, every baseline, every training of a finalist and every one of the test has ended."""
+        is_idle = self._is_searched and not self.state.running()
+        return is_idle and due_look(self.state) is None and self._next_repeat() is None
 
     @property
     def _is_searched(self) -> bool:
         """Whether all that finalists are chosen from has ended."""
-        counts_reached = self.state.size() >= self.state.target and self._next_baseline() is None
-        return counts_reached and all(record.of_trial is not None for record in self.state.running())
+        is_all_there = self.state.size() >= self.state.target and self._baseline_to_come() is None
+        return is_all_there and all(record.of_trial is not None for record in self.state.running())
 
     def next_trial(self) -> TrialRecord | None:
-        """The next trial to start: an interrupted one again, a new proposal, a baseline, or a finalist on a fresh seed.
+        """The next trial to start: an interrupted one again, a new proposal, a baseline, or one of these on a fresh seed.
 
         None when there is none to start now: those at work may be lost, or be finalists when they have ended.
         """
@@ -156,10 +173,14 @@ class Search:
         number = self.state.size()
         if number < self.state.target:
             return self._suggest(TrialKey(SEARCH, number), self._propose(number), self._space)
-        if (baseline := self._next_baseline()) is not None:
-            key, proposal, space = baseline
-            return self._suggest(key, proposal, space)
-        if self._is_searched and (repeat := self._next_repeat()) is not None:
+        if (baseline := self._baseline_to_come()) is not None:
+            method, target = baseline
+            return None if target is None else self._suggest_baseline(method, target)
+        if not self._is_searched:
+            return None
+        if (look := due_look(self.state)) is not None:
+            self._write(look)  # before any training that will read the test set
+        if (repeat := self._next_repeat()) is not None:
             self._write(repeat)
             return self.state.trials[repeat.key]
         return None
@@ -170,13 +191,19 @@ class Search:
         if not record.status.is_end:
             self._write(Start(key=key, attempt=record.attempts + 1))
 
+    def needed(self, key: TrialKey, epoch: int) -> set[str]:
+        """The metrics that a trial's report of an epoch must have."""
+        if key.arm == TEST:
+            return {key.metric} if epoch >= self.config.recipe.epochs else set()
+        return {key.metric, self.config.rung_metric}
+
     def reported(self, key: TrialKey, epoch: int, metrics: Mapping[str, float]) -> Decision:
         """Take a trial's report of one epoch and decide whether it goes on.
 
         An epoch that the ledger has already (a trial gone back to its checkpoint) changes nothing.
 
         Raises:
-            KeyError: the metrics lack the objective.
+            KeyError: the metrics lack the trial's value, and it is over.
         """
         record = self.state.trials[key]
         if record.status.is_end or epoch <= record.epoch:
@@ -184,7 +211,8 @@ class Search:
         decision = self._decide(key, epoch, metrics)
         contents: list[Content] = [Report(key=key, epoch=epoch, metrics=metrics, decision=decision)]
         if decision is not Decision.CONTINUE:
-            contents.append(self._end(key, decision, epoch, metrics[OBJECTIVE]))
+            value = math.nan if decision is Decision.DIVERGED else metrics[key.metric]
+            contents.append(self._end(key, decision, epoch, value))
         self._write(*contents)
         if decision is not Decision.CONTINUE:
             self._over(record)
@@ -252,14 +280,19 @@ class Search:
     def trial_config(self, record: TrialRecord, files: SharedFiles = NO_FILES) -> TrialConfig:
         """All that one training needs: the sweep's config with this trial's parameters in it."""
         arm, config = record.origin.arm, self.config
+        is_search = arm in (SEARCH, DEFAULTS)
+        if record.key.arm == TEST:
+            data, files = config.data.model_copy(update={"selection": "test_at_end"}), _without_dataset(files)
+        else:
+            data = config.data
         recipe, searched = config.recipe.model_dump() | recipe_part(record.params), loss_part(record.params)
         return TrialConfig(
-            data=config.data,
+            data=data,
             student=config.student,
             teacher=config.teacher.model if config.teacher else None,
             **files.model_dump(),
-            method=config.method if arm == SEARCH else arm,  # an arm is a method's name
-            loss=config.loss | searched if arm == SEARCH else {},
+            method=config.method if is_search else arm,  # a baseline's arm is its method's name
+            loss=config.loss | searched if is_search else searched,
             recipe=RecipeConfig.model_validate(recipe),
             seed=config.sweep.seed if record.seed is None else record.seed,
         )
@@ -281,22 +314,32 @@ class Search:
             return self.sampler.take(number, self._space.proposal(first[number]))
         return self.sampler.take(number, self.sampler.ask(number))
 
-    def _next_baseline(self) -> tuple[TrialKey, dict[str, Scalar], Space] | None:
-        baselines = self.config.baselines
-        if baselines is None:
-            return None
-        space = Space.of_recipe(self.config)
-        trials = baselines.trials if len(space) else 1
-        for method in baselines.methods:
-            number = self.state.size(method)
-            if number < trials:
-                return TrialKey(method, number), lattice(space.axes(), trials)[number], space
-        return None
+    def _baseline_to_come(self) -> tuple[str, int | None] | None:
+        """The first baseline that lacks a trial, and how many it is to have, if that is known by now."""
+        later = None
+        for method in self.config.baselines.methods if self.config.baselines else ():
+            target = baseline_target(self.config, self.state, method)
+            if target is None:
+                later = later or (method, None)
+            elif self.state.size(method) < target:
+                return method, target
+        return later
+
+    def _suggest_baseline(self, method: str, target: int) -> TrialRecord:
+        """The next trial of a baseline: of a lattice over the recipe's part of the space, or its own sampler's proposal."""
+        number, space = self.state.size(method), self._baseline_spaces[method]
+        sampler = self._baseline_samplers.get(method)
+        if sampler is None:
+            return self._suggest(TrialKey(method, number), lattice(space.axes(), target)[number], space)
+        first = first_of_baseline(self.config, method) if number == 0 else None
+        proposal = sampler.take(number, first or sampler.ask(number))
+        return self._suggest(TrialKey(method, number), proposal, space)
 
     def _next_repeat(self) -> Repeat | None:
-        """The next training of the finalists, as the search stands."""
-        for trial, seed in finalists_to_repeat(self.state):
-            return Repeat(key=TrialKey(REPEAT, self.state.size(REPEAT)), of_trial=trial.key, seed=seed)
+        """The next training of the finalists, as the search stands; after them the next one of the test."""
+        for arm, to_come in ((REPEAT, finalists_to_repeat), (TEST, to_measure)):
+            for trial, seed in to_come(self.state):
+                return Repeat(key=TrialKey(arm, self.state.size(arm)), of_trial=trial.key, seed=seed)
         return None
 
     def _decide(self, key: TrialKey, epoch: int, metrics: Mapping[str, float]) -> Decision:
@@ -310,23 +353,24 @@ class Search:
 
     def _over(self, record: TrialRecord) -> None:
         """The trial's end is written: tell the sampler, and look whether all trials end so."""
-        if record.key.arm == SEARCH:
-            self.sampler.tell(record)
+        if (sampler := self._samplers.get(record.key.arm)) is not None:
+            sampler.tell(record)
         self._common_error.take(record)
 
     def _rebuild(self) -> None:
         """Bring Optuna's study and ASHA's rungs to where the ledger is, and write the ends a kill left out."""
         for record in self.state.running():
             if record.decision not in (None, Decision.CONTINUE):
-                value = record.reports[record.epoch][OBJECTIVE]
+                value = record.reports[record.epoch].get(record.key.metric, math.nan)
                 self._write(self._end(record.key, record.decision, record.epoch, value))
-        axes = self._space.axes()
-        for record in self.state.arm(SEARCH):
-            if problem := proposal_problem(record.proposal, axes):
-                raise ValueError(f"trial {record.key} does not fit the space: {problem}")
-            self.sampler.take(record.key.number, record.proposal)
-            if record.status.is_end:
-                self.sampler.tell(record)
+        for arm, sampler in self._samplers.items():
+            axes = (self._space if arm == SEARCH else self._baseline_spaces[arm]).axes()
+            for record in self.state.arm(arm):
+                if problem := proposal_problem(record.proposal, axes):
+                    raise ValueError(f"trial {record.key} does not fit the space: {problem}")
+                sampler.take(record.key.number, record.proposal)
+                if record.status.is_end:
+                    sampler.tell(record)
         self._scheduler.replay(self.state)
 
     def _end(self, key: TrialKey, decision: Decision | None, epoch: int, value: float) -> End:
@@ -348,3 +392,8 @@ class Search:
                 return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
             case _:
                 raise AssertionError(f"should not end on {decision}")
+
+
+def _without_dataset(files: SharedFiles) -> SharedFiles:
+    """What trials share, but for the file of the dataset, which is split otherwise."""
+    return files.model_copy(update={"dataset_file": None})

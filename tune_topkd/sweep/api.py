@@ -26,6 +26,9 @@ from tune_topkd.ledger import winner_of
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.callbacks import Callback
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.campaign import Row
+from tune_topkd.sweep.campaign import row_of
+from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.driver import Turn
 from tune_topkd.sweep.result import Result
 from tune_topkd.sweep.result import answer
@@ -37,6 +40,8 @@ from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.sweep.workspace import condition
 from tune_topkd.sweep.workspace import frozen_config
 from tune_topkd.sweep.workspace import moved_places
+from tune_topkd.verdict import Verdict
+from tune_topkd.verdict import verdict_of
 
 if TYPE_CHECKING:
     from tune_topkd.execution import Executor
@@ -68,6 +73,8 @@ class Status:
     """The answer, with what its fresh seeds gave, if it was chosen by them."""
     finalists: tuple[int, int] | None = None
     """How many of the finalists' trainings have ended, and of how many; None if none are to be."""
+    verdict: Verdict | None = None
+    """What the newest look at the test set says; None if there was none."""
 
 
 @dataclass(frozen=True)
@@ -239,6 +246,41 @@ class Sweep:
         places = moved_places(as_overrides(moved))
         return Turn(self.workspace, Watchers(callbacks), executor, places).resume(self.name, trials, time_budget)
 
+    def confirm(
+        self,
+        callbacks: Sequence[Callback] = (),
+        *,
+        finalists: int = 3,
+        seeds: int = 5,
+        again: bool = False,
+        moved: Overrides = (),
+        executor: "Executor | None" = None,
+    ) -> Result:
+        """Confirm the answer of a sweep that is over: choose it on fresh seeds, then measure it on the test set, once.
+
+        First the most promising trials and the best one of each baseline are trained again on the same fresh seeds; the
+        trial with the best mean on the validation split is the answer. Then the answer and the baselines are trained on
+        further seeds, on the images of the validation split too, and evaluated on the test set after their last epoch.
+        What an interruption leaves, this goes on with, and so does `resume`.
+
+        Args:
+            callbacks: watch it.
+            finalists: trials that are compared.
+            seeds: of each of the two stages.
+            again: look at a test set that has been read; the result is marked as of a further look.
+            moved: as for `resume`.
+            executor: where trainings run; by default the workspace's Ray.
+
+        Raises:
+            ConfigError: the search is not over or has too few trials of the full budget, the test set has been read, or
+                as for `resume`. Nothing has then been written.
+            LedgerError: the ledger is damaged, or another process drives the sweep.
+            TuneTopKDError: it cannot go on; what it has is safe.
+            OSError: the disk is full or read-only; what it has is safe.
+        """
+        turn = Turn(self.workspace, Watchers(callbacks), executor, moved_places(as_overrides(moved)))
+        return turn.confirm(self.name, Plan(finalists, seeds, again))
+
     def status(self) -> Status:
         """How it stands.
 
@@ -263,8 +305,21 @@ class Sweep:
             baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
             winner=winner,
             finalists=finalists_done(state),
+            verdict=verdict_of(state),
             spend=spend(state),
         )
+
+    def row(self) -> Row:
+        """What it found, as a row of a campaign's table.
+
+        Raises:
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+        """
+        folder = self.workspace.existing(self.name)
+        state = read_state(folder / LEDGER_FILE)
+        config = frozen_config(folder, state)
+        return row_of(config, state, preflight.complete_parameters(config))
 
     def answer(self) -> TunedConfig:
         """The tuned config.
@@ -277,6 +332,19 @@ class Sweep:
         folder = self.workspace.existing(self.name)
         state = read_state(folder / LEDGER_FILE)
         return answer(frozen_config(folder, state), state)
+
+    def export(self, path: str | Path, format: str = "yaml") -> None:
+        """Write the tuned config or the student for another project, as `Result.export` does.
+
+        Raises:
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+            TuneTopKDError: as `Result.export`; so is what follows.
+            OSError: the file cannot be written.
+        """
+        folder = self.workspace.existing(self.name)
+        state = read_state(folder / LEDGER_FILE)
+        Result(self.name, folder, frozen_config(folder, state), state, state.stop_reason).export(path, format)
 
 
 def default_name(space: str | Path | Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from tune_topkd.export import as_yaml
 from tune_topkd.interruption import Interruption
 from tune_topkd.interruption import listening
 from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import Confirm
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
@@ -43,6 +44,9 @@ from tune_topkd.sweep import identity
 from tune_topkd.sweep import prepare
 from tune_topkd.sweep.callbacks import SILENT
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.confirm import Plan
+from tune_topkd.sweep.confirm import cost
+from tune_topkd.sweep.confirm import request
 from tune_topkd.sweep.preflight import Checked
 from tune_topkd.sweep.preflight import check_again
 from tune_topkd.sweep.preflight import first_proposals
@@ -137,6 +141,24 @@ class Turn:
             self._check_unchanged(config, state)
             return self._carry_on(config, ledger, interruption)
 
+    def confirm(self, name: str, plan: Plan) -> Result:
+        """Train the finalists of a sweep that is over on fresh seeds, and measure the best of them on the test set.
+
+        Raises:
+            ConfigError: as `resume`, or the answer cannot be confirmed as the plan says. Nothing has then been written.
+            LedgerError: the ledger is damaged, or another process drives the sweep.
+        """
+        folder = self.workspace.existing(name)
+        with listening() as interruption, Ledger.open(folder / LEDGER_FILE) as ledger:
+            state, source = ledger.state, str(folder / CONFIG_FILE)
+            config = _resumed(frozen_config(folder, state), source, self.places, state, None, None)
+            line = request(config, state, plan)
+            began_in = state.last_driver.folder if state.last_driver is not None else None
+            check_again(config, source, began_in)
+            self._check_unchanged(config, state)
+            self.watchers.info(f"confirm {name}: {cost(config, state, line).sentence()}")
+            return self._carry_on(config, ledger, interruption, line)
+
     def _check_unchanged(self, config: SweepConfig, state: SweepState) -> None:
         """Compare what the sweep's results depend on with what it was when the sweep was prepared.
 
@@ -150,11 +172,13 @@ class Turn:
             if now.get(package, before) != before:
                 self.watchers.note(f"the sweep began with {package} {before}, this is {now[package]}")
 
-    def _carry_on(self, config: SweepConfig, ledger: Ledger, interruption: Interruption) -> Result:
-        """From the ledger's `driver` event to its `stop` and the answer."""
+    def _carry_on(
+        self, config: SweepConfig, ledger: Ledger, interruption: Interruption, confirm: Confirm | None = None
+    ) -> Result:
+        """From the ledger's `driver` event, and what is to be confirmed, to its `stop` and the answer."""
         finalists = ledger.state.finalists or Finalists.configured(config.sweep.finalists)
         about = {"trials": config.sweep.trials, "finalists": finalists, "places": self.places}
-        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about))
+        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about), *([confirm] if confirm else []))
         try:
             executor = self.executor or _ray(self.workspace, interruption)
             config, files = self._prepare(config, ledger, executor)

@@ -81,6 +81,11 @@ def file_hashes(config: PairConfig, found: Mapping[str, str], teacher_file: Path
     return {str(path): found[key] for key, path in paths.items() if path is not None and key in found}
 
 
+def described(key: str) -> str:
+    """What an identity is of, in words."""
+    return _WHAT.get(key, f"this file of yours ({key.removeprefix(CODE).strip()})")
+
+
 def changes(before: Mapping[str, str], now: Mapping[str, str], config: PairConfig) -> list[Problem]:
     """A problem for each identity that has changed; those that only one of the two has are not compared."""
     values = {

@@ -115,9 +115,18 @@ def load_checked_pair(source: str, overrides: Sequence[Override] = ()) -> PairCo
         ConfigError: with every problem found.
     """
     path = space_path(source)
-    config = _with_absolute_paths(load_pair(path, overrides))
+    return checked_pair(load_pair(path, overrides), str(path))
+
+
+def checked_pair(config: PairConfig, source: str) -> PairConfig:
+    """A config of a single training with absolute paths, checked as `load_checked_pair` does; `source` stands in errors.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    config = _with_absolute_paths(config)
     if problems := list(_pair_problems(config)):
-        raise ConfigError(str(path), problems)
+        raise ConfigError(source, problems)
     return config
 
 

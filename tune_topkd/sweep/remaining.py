@@ -1,16 +1,20 @@
 """How long a sweep will still take, by what its ledger tells of the time since this driver began."""
 
+import math
+
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AshaConfig
 from tune_topkd.config import SweepConfig
-from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import baseline_target
+from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import to_measure
 
 _WEIGHT_OF_THE_EXPECTED = 4
 """Of how many ended trials what ASHA is expected to do counts as much: those that end first are the short ones."""
@@ -67,17 +71,35 @@ def training_total(config: SweepConfig, state: SweepState) -> int:
 
 
 def _baselines_ahead(config: SweepConfig, state: SweepState) -> int:
-    return max(baseline_total(config) - sum(state.size(method) for method in state.baseline_methods()), 0)
+    methods = config.baselines.methods if config.baselines else []
+    known = {method: baseline_target(config, state, method) for method in methods}
+    alike = math.ceil(state.target * mean_epochs(config, state) / config.recipe.epochs)
+    wanted = {method: alike if target is None else target for method, target in known.items()}
+    return sum(max(target - state.size(method), 0) for method, target in wanted.items())
+
+
+def is_searched(config: SweepConfig, state: SweepState) -> bool:
+    """Whether all that finalists are chosen from has ended."""
+    searched = [record for record in state.trials.values() if record.of_trial is None]
+    is_all_there = state.size() >= state.target and not _baselines_ahead(config, state)
+    return is_all_there and all(record.status.is_end for record in searched)
 
 
 def _repeats_ahead(config: SweepConfig, state: SweepState) -> int:
-    """Trainings of finalists to come: as many as can be while the search goes on, then those of the finalists."""
-    searched = [record for record in state.trials.values() if record.key.arm != REPEAT]
-    is_over = state.size() >= state.target and not _baselines_ahead(config, state)
-    if is_over and all(record.status.is_end for record in searched):
-        return len(finalists_to_repeat(state))
+    """Trainings on fresh seeds to come: as many as can be while the search goes on, then those of the finalists."""
+    if is_searched(config, state):
+        return len(finalists_to_repeat(state)) + _measurements_ahead(state)
     begun = sum(len(f.repeats.keys() & set(f.seeds)) for f in finalists(state))
     return max(finalist_total(config, state.finalists, state.target) - begun, 0)
+
+
+def _measurements_ahead(state: SweepState) -> int:
+    """Trainings for the test set to come."""
+    if state.confirm is None:
+        return 0
+    if any(look.look == state.confirm.look for look in state.looks):
+        return len(to_measure(state))
+    return (1 + len(baseline_trials(state))) * state.confirm.test_seeds
 
 
 def finalist_total(config: SweepConfig, finalists: Finalists | None, trials: int) -> int:
@@ -112,8 +134,13 @@ def expected_epochs(asha: AshaConfig, epochs: int) -> float:
 
 
 def baseline_total(config: SweepConfig) -> int:
-    """How many baseline trials a sweep has."""
+    """How many baseline trials a sweep has; of baselines that are tuned alike, as many as are expected."""
     if config.baselines is None:
         return 0
     searched = any(name in RECIPE_PARAMETERS for name in config.space)
-    return len(config.baselines.methods) * (config.baselines.trials if searched else 1)
+    expected = float(config.recipe.epochs)
+    if config.sweep.asha is not None:
+        expected = expected_epochs(config.sweep.asha, config.recipe.epochs)
+    alike = math.ceil(config.sweep.trials * expected / config.recipe.epochs)
+    grid = config.baselines.trials if searched else 1
+    return sum(alike if config.baselines.is_tuned_alike(method) else grid for method in config.baselines.methods)

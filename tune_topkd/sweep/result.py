@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tune_topkd.config import DEFAULTS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import unknown_choice
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import BUNDLES
+from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import tuned_config
@@ -23,13 +25,17 @@ from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.storage import write_text
+from tune_topkd.sweep.images import ImageSpread
+from tune_topkd.sweep.images import image_spread
 from tune_topkd.sweep.spend import RungRank
 from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import rung_ranks
 from tune_topkd.sweep.spend import spend
+from tune_topkd.sweep.student import write_student
 from tune_topkd.sweep.wording import short
-
-BASELINE_NAMES = {"ce": "cross-entropy", "kd": "KD, T = 4"}
+from tune_topkd.verdict import Verdict
+from tune_topkd.verdict import baseline_name
+from tune_topkd.verdict import verdict_of
 
 
 @dataclass(frozen=True)
@@ -86,19 +92,24 @@ class Result:
         return answer(self.config, self.state)
 
     def export(self, path: str | Path, format: str = "yaml") -> None:
-        """Write the tuned config for another project.
+        """Write the tuned config, or the student that was trained with it, for another project.
 
         Args:
             path: the file, which is replaced if it is there; of several files the folder, where only those of such an export
                 are replaced.
-            format: `yaml`, `json` or `python`, one file; `torchdistill`, `mdistiller`, `timm` or `pytorch`, several.
+            format: `yaml`, `json` or `python`, one file; `torchdistill`, `mdistiller`, `timm` or `pytorch`, several; of the
+                student `checkpoint`, `safetensors`, `torch_export` or `onnx`.
 
         Raises:
             NoAnswerError: no trial reached the full budget.
+            StudentError: the student's weights are not there, or cannot be written in this format.
+            DataError: the dataset, which all formats of the student but `checkpoint` need, cannot be had.
             TuneTopKDError: there is no such format, or the folder holds a file of another origin that would be replaced.
             OSError: a file cannot be written.
         """
-        if format in BUNDLES:
+        if format in STUDENT_WRITERS:
+            write_student(Path(path), format, self.config, self.state, self.folder, self.answer)
+        elif format in BUNDLES:
             export_bundle(self.answer, format, Path(path))
         else:
             write_text(Path(path), in_format(self.answer, format))
@@ -114,6 +125,16 @@ class Result:
     def finalists(self) -> str:
         """What the finalists' fresh seeds gave, or that they are not done, in a sentence; nothing where none are to be."""
         return finalists_sentence(self.state)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the newest look at the test set says; None if there was none."""
+        return verdict_of(self.state)
+
+    def image_spread(self) -> ImageSpread | None:
+        """How much the verdict depends on which images the test set has; None before it is done, or without checkpoints."""
+        verdict = self.verdict
+        return None if verdict is None or not verdict.is_done else image_spread(self.folder, verdict)
 
     def spend(self) -> Spend:
         """What its trainings have cost, and what stopping some of them early has saved."""
@@ -161,11 +182,11 @@ def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
             continue
         rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
         if winner.finalist is not None:
-            found.append(_fresh_gain(winner.finalist, fresh[base.key], BASELINE_NAMES[method], rate, images))
+            found.append(_fresh_gain(winner.finalist, fresh[base.key], baseline_name(base), rate, images))
             continue
         points = (winner.record.value or 0.0) - (base.value or 0.0)
         worth = round(points / 100 * images)
-        over = f"{points:+.2f} points over {BASELINE_NAMES[method]} ({base.value:.2f} %{rate})"
+        over = f"{points:+.2f} points over {baseline_name(base)} ({base.value:.2f} %{rate})"
         found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
     return found
 
@@ -200,11 +221,12 @@ def advice(config: SweepConfig, state: SweepState) -> str:
     def value(record: TrialRecord) -> float | None:
         return fresh[record.key].mean if fresh else record.value
 
-    found = [(record, method) for method in BASELINE_NAMES if (record := state.best(method)) is not None]
-    bases = [(worth, method) for record, method in found if (worth := value(record)) is not None]
-    if not bases or max(bases)[0] < winner.value:
+    found = [record for method in _baselines(config) if (record := state.best(method)) is not None]
+    bases = [(worth, record) for record in found if record.key.arm != DEFAULTS and (worth := value(record)) is not None]
+    best = max(bases, key=lambda base: base[0], default=None)
+    if best is None or best[0] < winner.value:
         return ""
-    name = BASELINE_NAMES[max(bases)[1]]
+    name = baseline_name(best[1])
     more = (
         "more trials (`resume --trials N`)" if state.stop_reason == "finished" else "the rest of the trials (`resume`)"
     )
@@ -229,7 +251,8 @@ def in_format(tuned: TunedConfig, name: str) -> str:
         TuneTopKDError: there is no such format.
     """
     if name not in WRITERS:
-        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, (*WRITERS, *BUNDLES))}")
+        known = (*WRITERS, *BUNDLES, *STUDENT_WRITERS)
+        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, known)}")
     return WRITERS[name](tuned)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tune_topkd.config import Scalar
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import TEST
 from tune_topkd.ledger import TrialRecord
 
 
@@ -39,7 +40,8 @@ def is_same(params: Mapping[str, Scalar], other: Mapping[str, Scalar]) -> bool:
 def title(record: TrialRecord) -> str:
     """A trial as a person is told of it: `trial 0007`, `baseline kd-0001`, `trial 0007 on seed 2`."""
     kind = "trial" if record.origin.arm == SEARCH else "baseline"
-    return f"{kind} {record.origin}" + ("" if record.of_trial is None else f" on seed {record.seed}")
+    on = "" if record.of_trial is None else f" on seed {record.seed}"
+    return f"{kind} {record.origin}{on}" + (", for the test set" if record.key.arm == TEST else "")
 
 
 def counted(number: float, noun: str) -> str:

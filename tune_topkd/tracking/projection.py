@@ -9,7 +9,9 @@ from typing import Any
 from typing import NamedTuple
 
 from tune_topkd.ledger import REPEAT
+from tune_topkd.ledger import REPEATING
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
@@ -25,6 +27,8 @@ from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import measured
+from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.tracking.cleaning import LONGEST_NAME
 from tune_topkd.tracking.cleaning import LONGEST_PARAM
@@ -48,6 +52,9 @@ TRIAL_TAG = "trial_number"
 """Of the runs of the search's trials."""
 REPEAT_TAG = "repeat_number"
 """Of the runs of the trainings that repeat trials on fresh seeds."""
+MEASUREMENT_TAG = "test_number"
+"""Of the runs of the trainings that are evaluated on the test set."""
+_NUMBER_TAGS = {REPEAT: REPEAT_TAG, TEST: MEASUREMENT_TAG}
 
 SWEEP_NOTE = """One sweep; its trials are the nested runs.
 
@@ -57,6 +64,8 @@ SWEEP_NOTE = """One sweep; its trials are the nested runs.
 - With finalists: their trainings on fresh seeds are nested runs with the tags `arm`, `repeats` and `seed`. Once the tag
   `finalists` says done, `best_trial` is the one with the best mean over its seeds (`finalist_val_top1`, standard error
   `finalist_error`; `finalist_<method>_…` of a baseline), and `best_val_top1` is still its own value, of one seed.
+- Confirmed: the trainings for the test set are nested runs with the tag `test_number`; `test_top1` is the mean of the
+  answer's, with the standard error `test_error` (`test_<method>_…` of a baseline), `test_look` which look it was.
 """
 
 
@@ -120,9 +129,11 @@ class Projection:
     def _enter_repeat(self, event: Event, repeat: Repeat, batch: "Batch") -> None:
         """A finalist is trained on a fresh seed: a run of its own, which is none of the search's trials."""
         run, of_trial = str(repeat.key), repeat.of_trial
-        about = {REPEAT_TAG: str(repeat.key.number), "arm": of_trial.arm, "repeats": str(of_trial)}
+        tag = _NUMBER_TAGS[repeat.key.arm]
+        about = {tag: str(repeat.key.number), "arm": of_trial.arm, "repeats": str(of_trial)}
         tags = self._tags() | about | {"seed": str(repeat.seed), "trial_status": "running"}
         name = f"{'trial ' if of_trial.arm == SEARCH else ''}{of_trial}, seed {repeat.seed}"
+        name += ", test" if repeat.key.arm == TEST else ""
         batch.open(run, name, event.time, self.state.trials[repeat.key].params, tags)
 
     def _enter_finalists(self, event: Event, batch: "Batch") -> None:
@@ -138,11 +149,17 @@ class Projection:
         if self._best.get(SEARCH) is not winner.record:
             self._best[SEARCH] = winner.record
             batch.metrics("", event.time, _best_metrics(winner.record), step=event.seq)
+        self._enter_changed(event, _test_metrics(self.state), batch)
         if winner.finalist is not None:
             bases = [finalist for finalist in finalists(self.state) if finalist.record.key.arm != SEARCH]
             values = {name: value for each in (winner.finalist, *bases) for name, value in _fresh_metrics(each).items()}
-            changed = {name: value for name, value in values.items() if self._finalists.get(name) != value}
-            self._finalists |= values
+            self._enter_changed(event, values, batch)
+
+    def _enter_changed(self, event: Event, values: Mapping[str, float], batch: "Batch") -> None:
+        """Those of the values of fresh seeds that are not as they were last written."""
+        changed = {name: value for name, value in values.items() if self._finalists.get(name) != value}
+        self._finalists |= values
+        if changed:
             batch.metrics("", event.time, changed, step=event.seq)
 
     def _enter_end(self, event: Event, batch: "Batch") -> None:
@@ -159,7 +176,7 @@ class Projection:
     def _enter_value(self, event: Event, record: TrialRecord, batch: "Batch") -> None:
         """What a trial's end changes in the sweep's own run."""
         key, status = record.key, record.status
-        if key.arm == REPEAT:
+        if key.arm in REPEATING:
             return
         if status is not TrialStatus.COMPLETED or record.value is None or not math.isfinite(record.value):
             return
@@ -288,13 +305,15 @@ class Batch:
 
 def run_of(key: TrialKey) -> str | None:
     """Which run is a trial's; none of a baseline's, which is in the metrics of the sweep's own."""
-    return str(key.number) if key.arm == SEARCH else str(key) if key.arm == REPEAT else None
+    return str(key.number) if key.arm == SEARCH else str(key) if key.arm in REPEATING else None
 
 
 def run_in(tags: Mapping[str, str]) -> str:
     """Which run has these tags; that of the sweep itself is ""."""
-    number = tags.get(REPEAT_TAG, "")
-    return str(TrialKey(REPEAT, int(number))) if number.isdigit() else tags.get(TRIAL_TAG, "")
+    for arm, tag in _NUMBER_TAGS.items():
+        if (number := tags.get(tag, "")).isdigit():
+            return str(TrialKey(arm, int(number)))
+    return tags.get(TRIAL_TAG, "")
 
 
 def run_name(run: str) -> str:
@@ -331,6 +350,18 @@ def _fresh_metrics(finalist: Finalist) -> dict[str, float]:
     values = {f"{prefix}_val_top1": finalist.mean, f"{prefix}_error": finalist.error}
     found = {name: value for name, value in values.items() if value is not None}
     return found | ({f"{prefix}_trial": float(key.number)} if key.arm == SEARCH else {})
+
+
+def _test_metrics(state: SweepState) -> dict[str, float]:
+    """What the newest look at the test set gave, once all of its trainings have ended."""
+    done = measured_done(state)
+    if done is None or done[0] < done[1]:
+        return {}
+    values: dict[str, float | None] = {"test_look": float(state.looks[-1].look)}
+    for number, finalist in enumerate(measured(state)):
+        prefix = f"test_{finalist.record.key.arm}_" if number else "test_"
+        values |= {f"{prefix}top1": finalist.mean, f"{prefix}error": finalist.error}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _rank(record: TrialRecord) -> tuple[float, int]:

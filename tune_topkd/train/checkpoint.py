@@ -31,8 +31,12 @@ from tune_topkd.user_code import is_users
 CHECKPOINT_NAME = "checkpoint.pt"
 CODE_KEY = "code"
 """In the config of a checkpoint: what the user's code that it names computes."""
+HITS_KEY = "test_hits"
+"""Of a training that is measured on the test set at its end: about which images it is right, `(N,)` bool."""
 EMA_KEY = "ema"
 """In a checkpoint: the moving average of the weights, where `recipe.ema` is set."""
+HITS_KEY = "test_hits"
+"""In the last checkpoint of a training that reads the test set at its end: about which images it is right, `(N,)` bool."""
 LOSS_KEY = "loss"
 """In a checkpoint: the state of the loss, where it has any."""
 _KEYS = {WEIGHTS_KEY, "optimizer", "scheduler", "rng", "epoch", "metrics", "config"}

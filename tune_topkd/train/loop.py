@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import nn
 
 from tune_topkd.config import OBJECTIVE
+from tune_topkd.config import OBJECTIVE_TEST
 from tune_topkd.config import StudentConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.data import AnySplit
@@ -41,6 +42,7 @@ from tune_topkd.models import to_channels_last
 from tune_topkd.teacher import TeacherLogits
 from tune_topkd.train.checkpoint import CHECKPOINT_NAME
 from tune_topkd.train.checkpoint import EMA_KEY
+from tune_topkd.train.checkpoint import HITS_KEY
 from tune_topkd.train.checkpoint import LOSS_KEY
 from tune_topkd.train.checkpoint import check_same_config
 from tune_topkd.train.checkpoint import config_identity
@@ -62,8 +64,8 @@ VAL_TOP1 = OBJECTIVE
 """Percent of the validation images whose label has the largest logit."""
 VAL_TOP5 = "val_top5"
 """Percent with the label among the five largest logits; only where there are more than five classes."""
-TEST_TOP1 = "test_top1"
-"""Of the test images, in place of `val_top1`, where the data's selection is `best_test_epoch`; so is `test_top5`."""
+TEST_TOP1 = OBJECTIVE_TEST
+"""Of the test images, in place of `val_top1`, where the data's selection is not `validation`; so is `test_top5`."""
 TEST_TOP5 = "test_top5"
 BEST_TEST_TOP1 = "best_epoch_test_top1"
 """The highest `test_top1` of the epochs so far: selected on the test set, comparable only with rows that are too."""
@@ -173,6 +175,8 @@ class Training:
         self.ema = None if config.recipe.ema is None else averaged(self.model, config.recipe.ema, steps)
         self.epoch = 0
         self.metrics: dict[str, float] = {}
+        self.hits: Tensor | None = None
+        """Of which test images it is right, once the test set has been read at the end."""
         self.rng: dict[str, Tensor] = {}
 
     @property
@@ -193,17 +197,23 @@ class Training:
         seconds = time.perf_counter() - started
         best = self.metrics.get(BEST_TEST_TOP1, 0.0)
         self.metrics = dict(zip(names, means.tolist(), strict=True)) | accuracies
-        if TEST_TOP1 in accuracies:
+        if self.config.data.selection == "best_test_epoch":
             self.metrics[BEST_TEST_TOP1] = max(best, accuracies[TEST_TOP1])
         self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
 
     def _validate(self) -> dict[str, float]:
-        """The accuracies on the validation split, in percent, under the names of what that split is."""
-        found = self._evaluated(self.model)
-        on_test = self.config.data.selection == "best_test_epoch"
+        """The accuracies on the validation split, in percent, under the names of what that split is.
+
+        Where the test set is read once, there are none but those of the last epoch, of the weights alone.
+        """
+        selection = self.config.data.selection
+        if selection == "test_at_end" and self.epoch + 1 < self.config.recipe.epochs:
+            return {}
+        found, on_test = self._evaluated(self.model), selection != "validation"
+        self.hits = found.hits if selection == "test_at_end" else None
         top1, top5 = (TEST_TOP1, TEST_TOP5) if on_test else (VAL_TOP1, VAL_TOP5)
         accuracies = {top1: found.top1} | ({} if found.top5 is None else {top5: found.top5})
-        if self.ema is not None:
+        if self.ema is not None and selection != "test_at_end":
             accuracies[f"{top1}{EMA_SUFFIX}"] = self._evaluated(self.ema).top1
         return accuracies
 
@@ -226,6 +236,8 @@ class Training:
             content[LOSS_KEY] = loss
         if self.ema is not None:
             content[EMA_KEY] = self.ema.state_dict()
+        if self.hits is not None:
+            content[HITS_KEY] = self.hits.cpu()
         write_checkpoint(folder, content)
 
     def restore(self, folder: Path) -> None:

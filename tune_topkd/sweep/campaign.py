@@ -1,0 +1,330 @@
+"""A campaign: many sweeps side by side, a row for each dataset, teacher and student."""
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Any
+
+from tune_topkd.config import Scalar
+from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import Finalist
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import apart_by_seed
+from tune_topkd.ledger import baseline_trials
+from tune_topkd.ledger import finalist_of
+from tune_topkd.ledger import finalists
+from tune_topkd.ledger import is_of_the_answer
+from tune_topkd.ledger import standings
+from tune_topkd.ledger import winner_of
+from tune_topkd.sweep.spend import spend
+from tune_topkd.sweep.wording import short
+from tune_topkd.verdict import Interval
+from tune_topkd.verdict import baseline_name
+from tune_topkd.verdict import mean_interval
+from tune_topkd.verdict import verdict_of
+
+SHOWN = ("scale_top", "scale_last", "scale_gt", "ce_weight", "tdl_weight", "contrastive_weight", "temperature", "lr")
+"""Parameters that have a column, after K, in campaigns that have them."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean, and where it may lie; in percent, or in points of a difference."""
+
+    mean: float
+    interval: Interval | None = None
+    """At 95 %; none of one seed."""
+
+    def text(self, sign: str = "") -> str:
+        """In words: the mean and half the interval's length."""
+        half = "" if self.interval is None else f" ± {(self.interval.high - self.interval.low) / 2:.2f}"
+        return f"{self.mean:{sign}.2f}{half}"
+
+    def data(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"mean": self.mean, "interval": None if self.interval is None else list(self.interval)}
+
+
+@dataclass(frozen=True)
+class EqualK:
+    """The K that cannot be told from the best one."""
+
+    values: list[int]
+    how: str
+    """By what they cannot."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a sweep found, for the table."""
+
+    sweep: str
+    dataset: str
+    teacher: str
+    student: str
+    method: str
+    state: str
+    """`finished` or why its last driver let go."""
+    params: Mapping[str, Scalar] = field(default_factory=dict)
+    """Of the answer, complete; empty without one."""
+    equal_k: EqualK | None = None
+    top1: Figure | None = None
+    measured_on: str = ""
+    """`test set`, `fresh seeds` (the validation split), or `one seed`, which is optimistic."""
+    gains: Mapping[str, Figure] = field(default_factory=dict)
+    """In points over each baseline, by its name."""
+    trials: int = 0
+    """Of the search."""
+    trainings: int = 0
+    """Of all arms."""
+    cpu_hours: float = 0.0
+    gpu_hours: float = 0.0
+
+    def data(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        equal = self.equal_k
+        return {
+            "sweep": self.sweep,
+            "dataset": self.dataset,
+            "teacher": self.teacher,
+            "student": self.student,
+            "method": self.method,
+            "state": self.state,
+            "params": dict(self.params),
+            "equal_k": None if equal is None else {"values": equal.values, "how": equal.how},
+            "top1": None if self.top1 is None else self.top1.data(),
+            "measured_on": self.measured_on,
+            "gains": {name: gain.data() for name, gain in self.gains.items()},
+            "trials": self.trials,
+            "trainings": self.trainings,
+            "cpu_hours": round(self.cpu_hours, 4),
+            "gpu_hours": round(self.gpu_hours, 4),
+        }
+
+
+def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar]) -> Row:
+    """What a sweep found.
+
+    Args:
+        config: the sweep's frozen config.
+        state: its trials.
+        complete: its parameters as the config has them, those that it searches at their defaults.
+    """
+    hours = spend(state).total / 3600
+    share = state.prepared.share if state.prepared else None
+    about: dict[str, Any] = {
+        "sweep": state.header.sweep,
+        "dataset": config.data.name,
+        "teacher": config.teacher.name if config.teacher else "–",
+        "student": config.student.name,
+        "method": config.method,
+        "state": state.stop_reason or "under way",
+        "trials": state.size(),
+        "trainings": len(state.trials),
+        "cpu_hours": hours * (share.cpus if share else 1.0),
+        "gpu_hours": hours * (share.gpus if share else 0.0),
+    }
+    winner = winner_of(state)
+    if winner is None:
+        return Row(**about)
+    return Row(**about, params={**complete, **winner.record.params}, equal_k=equal_k(state), **_figures(state))
+
+
+def _figures(state: SweepState) -> dict[str, Any]:
+    """The answer's figure and its gains, from the best evidence that there is."""
+    verdict, winner = verdict_of(state), winner_of(state)
+    assert winner is not None, "there is an answer"
+    if verdict is not None and verdict.is_done and is_of_the_answer(state) and verdict.answer.values:
+        gains = {gain.base.name: Figure(gain.mean, gain.interval) for gain in verdict.gains}
+        top1 = Figure(statistics.fmean(verdict.answer.values), verdict.answer.interval)
+        return {"top1": top1, "measured_on": "test set", "gains": gains}
+    bases = baseline_trials(state)
+    if winner.finalist is not None:
+        found = [(base, apart_by_seed(winner.finalist, finalist_of(state, base))) for base in bases]
+        known = [(baseline_name(base), values) for base, values in found if values]
+        gains = {n: Figure(statistics.fmean(v), mean_interval(v, together=len(known))) for n, v in known}
+        top1 = Figure(winner.value, mean_interval(list(winner.finalist.values.values())))
+        return {"top1": top1, "measured_on": "fresh seeds", "gains": gains}
+    gains = {baseline_name(base): Figure(winner.value - (base.value or 0.0)) for base in bases}
+    return {"top1": Figure(winner.value), "measured_on": "one seed", "gains": gains}
+
+
+def equal_k(state: SweepState) -> EqualK | None:
+    """The K that a sweep cannot tell from that of its answer; None where K is not searched, or there is no answer.
+
+    Where finalists have several K it is those whose mean is not told apart from the answer's, seed by seed. Else it is the K
+    of all full trials within two standard errors of a difference of the best value, by the spread over seeds of what was
+    repeated.
+    """
+    winner = winner_of(state)
+    if winner is None or "k" not in winner.record.params:
+        return None
+    own = int(winner.record.params["k"])
+    best, others = next(iter(standings(state)), None), standings(state)[1:]
+    if best is not None and any(other.record.params["k"] != own for other in others):
+        apart = {int(other.record.params["k"]): _is_apart(best, other, len(others)) for other in reversed(others)}
+        return EqualK(sorted({own, *(k for k, is_apart in apart.items() if not is_apart)}), "finalists on fresh seeds")
+    noise = _noise(state)
+    if noise is None:
+        return EqualK([own], "the best trial alone: nothing was repeated")
+    top = state.best()
+    assert top is not None, "there is an answer"
+    near = (r for r in state.ranked() if (top.value or 0.0) - (r.value or 0.0) <= 2 * math.sqrt(2) * noise)
+    return EqualK(sorted({own, *(int(r.params["k"]) for r in near)}), "trials within the noise of a seed")
+
+
+def _is_apart(best: Finalist, other: Finalist, together: int) -> bool:
+    interval = mean_interval(apart_by_seed(best, other), together=together)
+    return interval is not None and interval.excludes_zero
+
+
+def _noise(state: SweepState) -> float | None:
+    """The standard deviation over seeds, pooled over what was repeated; none where nothing was."""
+    groups = [list(finalist.values.values()) for finalist in finalists(state)]
+    squares = sum(statistics.variance(values) * (len(values) - 1) for values in groups if len(values) > 1)
+    degrees = sum(len(values) - 1 for values in groups if len(values) > 1)
+    return math.sqrt(squares / degrees) if degrees else None
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row of texts for each sweep."""
+    shown = [name for name in SHOWN if any(name in row.params for row in rows)]
+    bases = list(dict.fromkeys(name for row in rows for name in row.gains))
+    headings = ["sweep", "dataset", "teacher", "student", "K", "equal K", *shown, "top-1 %", "on"]
+    headings += [f"over {name}" for name in bases] + ["trials", "CPU h", "GPU h"]
+    return headings, [
+        [
+            row.sweep,
+            row.dataset,
+            row.teacher,
+            row.student,
+            _value(row.params, "k"),
+            "–" if row.equal_k is None else _ranges(row.equal_k.values),
+            *(_value(row.params, name) for name in shown),
+            "–" if row.top1 is None else row.top1.text(),
+            row.measured_on or row.state,
+            *(row.gains[name].text("+") if name in row.gains else "–" for name in bases),
+            str(row.trials),
+            f"{row.cpu_hours:.2f}",
+            f"{row.gpu_hours:.2f}",
+        ]
+        for row in rows
+    ]
+
+
+def _value(params: Mapping[str, Scalar], name: str) -> str:
+    return short(params[name]) if name in params else "–"
+
+
+def _ranges(values: Sequence[int]) -> str:
+    """Whole numbers, those that follow one another as a range: `1, 3–5`."""
+    groups: list[list[int]] = []
+    for value in values:
+        if groups and value == groups[-1][-1] + 1:
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in groups)
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What must be known to read the table."""
+    how: dict[str, list[str]] = {}
+    for row in rows:
+        if row.equal_k is not None:
+            how.setdefault(row.equal_k.how, []).append(row.sweep)
+    told = [f"equal K of {', '.join(names)}: {what}" for what, names in how.items()]
+    if any(row.measured_on == "one seed" for row in rows):
+        told.append(
+            "a figure of one seed was chosen by the images that it is measured on, and is too high: `confirm` it"
+        )
+    return ["± is half of a 95 % interval over seeds; those of gains hold for all baselines of a sweep at once", *told]
+
+
+def as_markdown(rows: Sequence[Row]) -> str:
+    """A table and its notes."""
+    headings, cells = _cells(rows)
+    lines = [_line(headings), "|" + "|".join("---" for _ in headings) + "|", *(_line(row) for row in cells)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(rows))]) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line for each sweep, intervals in columns of their own; numbers are whole."""
+    bases = list(dict.fromkeys(name for row in rows for name in row.gains))
+    params = list(dict.fromkeys(name for row in rows for name in row.params))
+    lines = []
+    for row in rows:
+        content = row.data()
+        flat = {name: content[name] for name in ("sweep", "dataset", "teacher", "student", "method", "state")}
+        flat |= {name: row.params.get(name, "") for name in params}
+        flat["equal_k"] = "" if row.equal_k is None else " ".join(map(str, row.equal_k.values))
+        flat |= _flat("top1", row.top1) | {"measured_on": row.measured_on}
+        for name in bases:
+            flat |= _flat(f"gain over {name}", row.gains.get(name))
+        flat |= {name: content[name] for name in ("trials", "trainings", "cpu_hours", "gpu_hours")}
+        lines.append(flat)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else ["sweep"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _flat(name: str, figure: Figure | None) -> dict[str, float | str]:
+    low, high = figure.interval if figure and figure.interval else ("", "")
+    return {name: figure.mean if figure else "", f"{name}, low": low, f"{name}, high": high}
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """A list of objects."""
+    return json.dumps([row.data() for row in rows], indent=2, ensure_ascii=False) + "\n"
+
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "–": "--",
+        "−": "$-$",
+    }
+)
+
+
+def as_latex(rows: Sequence[Row]) -> str:
+    """A `tabular` for booktabs, its notes as comments."""
+    headings, cells = _cells(rows)
+    lines = [f"% {note}" for note in notes(rows)]
+    lines += [rf"\begin{{tabular}}{{{'l' * 4}{'r' * (len(headings) - 4)}}}", r"\toprule"]
+    lines += [_latex_line(headings), r"\midrule", *map(_latex_line, cells), r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_line(cells: Iterable[str]) -> str:
+    return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+
+FORMATS: Mapping[str, Callable[[Sequence[Row]], str]] = {
+    "markdown": as_markdown,
+    "csv": as_csv,
+    "json": as_json,
+    "latex": as_latex,
+}
+"""What a campaign's table can be written as, by name."""

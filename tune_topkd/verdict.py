@@ -1,0 +1,251 @@
+"""What a confirmed sweep says: the answer and the baselines on the test set, and how sure that is.
+
+The values are of seeds that had no part in any choice, so their means need no correction. What is said of them:
+
+- **Interval**: Student's t over seeds, of a mean or of differences on the same seeds. All gains of a sweep are told
+  together: their intervals are as wide as it takes for all of them to hold at once (Bonferroni), so that the sentence claims
+  a difference that is none in at most 5 of 100 sweeps.
+- **Prediction interval**: where the mean of so many further trainings is to be expected (Student's t; Hahn & Meeker 1991,
+  *Statistical Intervals*, §4.6). It is wider than that of the mean, and it is what a stranger's re-run is held to.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tune_topkd.config import loss_part
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Finalist
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import apart_by_seed
+from tune_topkd.ledger import finalist_of
+from tune_topkd.ledger import measured
+from tune_topkd.ledger import measured_done
+
+LEVEL = 0.95
+"""Of the intervals that are told."""
+
+
+class Interval(NamedTuple):
+    """From where to where a figure is to be expected, in the units of its values."""
+
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether all of it lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+def mean_interval(values: Sequence[float], level: float = LEVEL, together: int = 1) -> Interval | None:
+    """Where the mean lies that these values were drawn around; none of fewer than two.
+
+    Args:
+        values: independent, of one normal distribution.
+        level: the share of such intervals that hold.
+        together: how many intervals are to hold at once, this being one of them.
+    """
+    return _interval(values, 1 / len(values) if values else 0.0, level, together)
+
+
+def prediction_interval(values: Sequence[float], further: int, level: float = LEVEL) -> Interval | None:
+    """Where the mean of so many further values lies, drawn as these were; none of fewer than two."""
+    return _interval(values, 1 / len(values) + 1 / further if values else 0.0, level, 1)
+
+
+def _interval(values: Sequence[float], variances: float, level: float, together: int) -> Interval | None:
+    """Around the mean; `variances` is the figure's variance in units of one value's."""
+    from scipy import stats  # takes long, and reading a tuned config does not need it
+
+    if len(values) < 2:
+        return None
+    quantile = float(stats.t.ppf(1 - (1 - level) / 2 / together, len(values) - 1))
+    mean, half = statistics.fmean(values), quantile * statistics.stdev(values) * math.sqrt(variances)
+    return Interval(mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A config on the test set, after training on all other images."""
+
+    name: str
+    """In words."""
+    finalist: Finalist
+    """Its trainings of the newest look, the values in percent of the test images."""
+    chosen_by: Finalist
+    """Its trainings on other seeds, the values in percent of the validation images."""
+
+    @property
+    def record(self) -> TrialRecord:
+        """The trial that it is: of the search, or the best one of a baseline."""
+        return self.finalist.record
+
+    @property
+    def values(self) -> list[float]:
+        """By seed."""
+        return list(self.finalist.values.values())
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over seeds; none of fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    @property
+    def interval(self) -> Interval | None:
+        """Of its mean."""
+        return mean_interval(self.values)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much the answer is above a baseline on the test set, on the same seeds."""
+
+    base: Measured
+    values: Sequence[float]
+    """In points, by seed."""
+    interval: Interval | None
+    """Of the mean; as wide as it takes for those of all baselines to hold together."""
+
+    @property
+    def mean(self) -> float:
+        """In points."""
+        return statistics.fmean(self.values)
+
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether there is a difference: the interval lies on one side of zero."""
+        return self.interval is not None and self.interval.excludes_zero
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        return f"{self.mean:+.2f} points {_over(self)}"
+
+
+def _over(gain: Gain) -> str:
+    name = gain.base.name
+    if gain.interval is None:
+        return f"against {name} (one seed: nothing is sure)"
+    low, high = gain.interval
+    if not gain.is_told_apart:
+        return f"against {name} ({low:+.2f} to {high:+.2f}: not told apart)"
+    return f"{'over' if gain.mean > 0 else 'against'} {name} ({low:+.2f} to {high:+.2f})"
+
+
+_NAMES = {
+    "ce": "cross-entropy",
+    "kd": "KD, T = 4",
+    "dkd": "DKD",
+    "lskd": "logit-standardised KD",
+    "defaults": "the untuned method",
+}
+_TUNED_NAMES = {"kd": "tuned KD", "dkd": "tuned DKD", "lskd": "tuned logit-standardised KD"}
+
+
+def baseline_name(record: TrialRecord) -> str:
+    """What the baseline that a trial is of is called: whether it was tuned alike shows in what it was given."""
+    arm = record.origin.arm
+    return _TUNED_NAMES[arm] if loss_part(record.params) else _NAMES[arm]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the newest look at the test set says of a sweep's answer."""
+
+    look: int
+    """Which one it is; a later one than the first may have been prompted by what an earlier one showed."""
+    answer: Measured
+    baselines: Sequence[Measured]
+    trainings: tuple[int, int]
+    """How many have ended, and of how many."""
+    effort: str
+    """How much each was searched for, in a sentence."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of its trainings have ended."""
+        return self.trainings[0] == self.trainings[1]
+
+    @property
+    def gains(self) -> list[Gain]:
+        """Over each baseline that has a value on a seed of the answer's."""
+        pairs = [(base, apart_by_seed(self.answer.finalist, base.finalist)) for base in self.baselines]
+        found = [(base, values) for base, values in pairs if values]
+        return [Gain(base, values, mean_interval(values, together=len(found))) for base, values in found]
+
+    @property
+    def sentence(self) -> str:
+        """The answer in plain words."""
+        ended, total = self.trainings
+        if not self.is_done:
+            return (
+                f"the answer is not measured yet: {ended} of {total} trainings of the test are done; `resume` goes on"
+            )
+        mean, interval = self.answer.finalist.mean, self.answer.interval
+        if mean is None:
+            return "the answer has no value on the test set: all of its trainings failed"
+        within = "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
+        seeds = len(self.answer.values)
+        parts = [f"{_capital(self.answer.name)} has {mean:.2f} %{within} top-1 on the test set over {seeds} seeds"]
+        parts += [gain.sentence for gain in self.gains]
+        parts += [f"{base.name} has no value" for base in self.baselines if not base.values]
+        again = (
+            f" This is look {self.look} at the test set: it may have been chosen by an earlier one."
+            if self.look > 1
+            else ""
+        )
+        broken = "".join(f" Seed {seed} {how}." for seed, how in self.answer.finalist.broken.items())
+        return f"{'; '.join(parts)}. {_advice(self.answer.name, self.gains)}{broken} {self.effort}{again}"
+
+
+def _advice(answer: str, gains: Sequence[Gain]) -> str:
+    """Which to use, in one sentence."""
+    behind = [gain for gain in gains if gain.is_told_apart and gain.mean < 0]
+    ahead = [gain for gain in gains if gain.is_told_apart and gain.mean > 0]
+    equal = [gain for gain in gains if not gain.is_told_apart]
+    if behind:
+        best = max(behind, key=lambda gain: -gain.mean)
+        return f"{_capital(best.base.name)} is the better choice here."
+    if not gains:
+        return "There is no baseline to compare it with."
+    if not equal:
+        return f"{_capital(answer)} is the best of these."
+    same = _listed([gain.base.name for gain in equal])
+    if ahead:
+        better = _listed([gain.base.name for gain in ahead])
+        return f"{_capital(answer)} is better than {better}; whether it is better than {same} these seeds do not tell."
+    return f"Whether {answer} is better than {same} these seeds do not tell."
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def verdict_of(state: SweepState) -> Verdict | None:
+    """What the newest look at a sweep's test set says; None if there was none."""
+    found, done = measured(state), measured_done(state)
+    if not found or done is None:
+        return None
+    names = [f"tuned {state.header.method}", *(baseline_name(finalist.record) for finalist in found[1:])]
+    arms = [Measured(n, f, finalist_of(state, f.record)) for n, f in zip(names, found, strict=True)]
+    return Verdict(state.looks[-1].look, arms[0], arms[1:], done, _effort(state, arms[1:]))
+
+
+def _effort(state: SweepState, baselines: Sequence[Measured]) -> str:
+    """How many trainings each was chosen from: a baseline that was searched for less may be better than it looks."""
+    search = state.arm(SEARCH)
+    full = sum(record.epoch for record in search) / max(state.header.epochs or 1, 1)
+    own = f"the search trained {len(search)} configs, as long as {full:.0f} in full"
+    each = [f"{base.name} is the best of {state.size(base.record.key.arm)}" for base in baselines]
+    return _capital("; ".join([own, *each])) + "."
