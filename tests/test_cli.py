@@ -281,6 +281,23 @@ def test_export_writes_what_the_sweep_found(finished, runs, tmp_path, format_, i
     assert inside("export", "small", "--format", format_, "--runs-dir", runs).stdout == path.read_text()
 
 
+def test_a_format_of_several_files_is_written_into_a_folder_that_is_named(finished, runs, tmp_path, inside):
+    folder, export = tmp_path / "here", ["export", "small", "--format", "torchdistill", "--runs-dir", runs]
+    unnamed = inside(*export)
+    assert (unnamed.returncode, unnamed.stdout) == (2, "")
+    assert "--format: torchdistill: is several files, so it needs a folder: add -o FOLDER" in unnamed.stderr
+    for _ in range(2):  # what an export wrote another replaces
+        done = inside(*export, "-o", folder)
+        assert done.returncode == 0, done.stderr
+        assert {line.partition(": ")[2] for line in done.stderr.splitlines() if line.startswith("written: ")} == {
+            str(path) for path in folder.iterdir()
+        }
+    (folder / "tuned.py").write_text("mine")
+    refused = inside(*export, "-o", folder)
+    assert refused.returncode == 2
+    assert f"{folder / 'tuned.py'}: is not of an export, so it is not replaced" in refused.stderr
+
+
 def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs, inside):
     done = inside("teacher", space, "--runs-dir", runs)
     assert "found" in done.stderr

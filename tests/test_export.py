@@ -12,6 +12,8 @@ import yaml
 from tune_topkd.config import METHODS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
+from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import BUNDLES
 from tune_topkd.export import SCHEMA_VERSION
 from tune_topkd.export import WRITERS
 from tune_topkd.export import NoAnswerError
@@ -20,6 +22,8 @@ from tune_topkd.export import as_python
 from tune_topkd.export import as_yaml
 from tune_topkd.export import load_tuned_config
 from tune_topkd.export import tuned_config
+from tune_topkd.export.standalone import _MODULES
+from tune_topkd.export.standalone import literal
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
@@ -29,6 +33,7 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.space import Space
 from tune_topkd.storage import write_text
+from tune_topkd.sweep import Result
 
 CONFIG = config_from(
     {
@@ -176,15 +181,81 @@ def test_the_json_is_json(tuned):
     assert json.loads(as_json(tuned)) == tuned.model_dump(mode="json")
 
 
-def test_the_python_text_is_a_module_of_constants_that_imports_nothing(tuned):
-    text = as_python(tuned)
-    assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom | ast.Call)]
+def test_the_python_text_has_the_values(tuned):
     names = {}
-    exec(compile(text, "tuned.py", "exec"), names)
+    exec(compile(as_python(tuned), "tuned.py", "exec"), names)
     assert (names["METHOD"], names["LOSS"]) == ("topkd", tuned.loss)
     assert names["RECIPE"] == tuned.recipe.model_dump()
     assert names["EVIDENCE"] == tuned.evidence.model_dump()
+    assert names["DISTILL_WARMUP"] == 0
     assert "94.25 %" in names["__doc__"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_python_text_imports_torch_and_the_standard_library_alone(tuned, method):
+    tree = ast.parse(as_python(of_method(tuned, method)))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"torch"}
+
+
+def of_method(tuned, method, **changes):
+    """The answer of another method, at its defaults but for some changes."""
+    from tune_topkd.loss import loss_parameters
+
+    return tuned.model_copy(update={"method": method, "loss": loss_parameters(method) | changes})
+
+
+def test_the_python_text_is_written_as_the_loss_it_is_taken_from(tmp_path, tuned):
+    """It reads well: no name is unknown, imported in vain or defined twice, and the formatter would change nothing."""
+    for method in METHODS:
+        (tmp_path / f"{method.replace('+', '_')}.py").write_text(as_python(of_method(tuned, method)))
+    ruff = [sys.executable, "-m", "ruff"]
+    for command in (["check", "--select", "F,I,D1", "--config", SORTED], ["format", "--check"]):
+        done = subprocess.run([*ruff, *command, "--isolated", "--line-length", "120", tmp_path], capture_output=True)
+        assert done.returncode == 0, done.stdout.decode()
+
+
+def test_no_two_modules_of_the_loss_define_the_same_name():
+    """One file could not have both."""
+    loss = Path(__file__).parents[1] / "tune_topkd" / "loss"
+    names = [
+        node.name
+        for module in _MODULES
+        for node in ast.parse((loss / f"{module}.py").read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    assert len(names) == len(set(names)) > 40
+
+
+SORTED = "lint.isort.force-single-line=true"
+
+
+def test_odd_values_are_written_as_python_reads_them(tuned):
+    odd = {
+        "é": ["\\", '"', "\n", "'", "😀", "\x00"],
+        "": {},
+        "a": [],
+        "b": [1.5e-7, -1, True, None, 1e22],
+        "c": ["x" * 90] * 3,
+    }
+    for value in (odd, {"deep": [odd, odd]}, [[]], "x"):
+        assert ast.literal_eval(literal(value)) == value
+
+
+def test_a_result_writes_each_format(tmp_path, swept):
+    result = Result("digits", tmp_path, CONFIG, swept, "finished")
+    for name in WRITERS:
+        result.export(tmp_path / name, name)
+        assert (tmp_path / name).read_text() == WRITERS[name](result.answer)
+    for name in BUNDLES:
+        result.export(tmp_path / "folder" / name, name)
+        texts = BUNDLES[name](result.answer)
+        assert {path.name for path in (tmp_path / "folder" / name).iterdir()} == set(texts)
+    with pytest.raises(
+        TuneTopKDError, match=r"no 'torchdistil'; did you mean 'torchdistill'\? known: checkpoint, json, "
+    ):
+        result.export(tmp_path / "x", "torchdistil")
 
 
 def test_the_writers_are_the_formats_of_export():
@@ -290,6 +361,32 @@ class Offset(torch.nn.Module):
 
     def forward(self, student, teacher, labels):
         return self.scale * (student - teacher).abs().pow(self.power).mean()
+
+def plain(student, teacher, labels, scale=2.0):
+    return scale * (student - teacher).square().mean()
+
+class Made:
+    def __call__(self, student, teacher, labels, scale=2.0):
+        return plain(student, teacher, labels, scale)
+
+made = Made()
+
+def __getattr__(name):  # what derives from a class of ours is made only when it is asked for
+    from tune_topkd.loss import DistillationLoss
+
+    class Shared(DistillationLoss):
+        _weight_of = {"near": "scale"}
+
+        def __init__(self, scale=2.0):
+            super().__init__()
+            self.scale = scale
+
+        def _terms(self, student, teacher, labels):
+            return {"near": plain(student, teacher, labels, 1.0)}
+
+    if name != "Shared":
+        raise AttributeError(name)
+    return Shared
 """
 CHANGED = {"k": 3, "temperature": 2.5, "beta": 3.0, "ce_weight": 0.7, "base_temperature": 3.5, "scale": 0.25}
 """What a sweep found, for the methods that have it."""
@@ -306,11 +403,12 @@ def used_as_it_says(format_, text, folder):
         return build_loss(tuned.method, tuned.loss)
     names = {}
     if format_ == "python":
-        exec(compile(text, "tuned.py", "exec"), names)
-        lines = [line.strip() for line in names["__doc__"].splitlines() if line.startswith("    ")]
+        path = path.rename(folder / "tuned.py")
+        lines = [line.strip() for line in ast.get_docstring(ast.parse(text)).splitlines() if line.startswith("    ")]
     else:
         lines = [line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# ")]
     exec("\n".join(lines), names)
+    sys.modules.pop("tuned", None)
     return names["criterion"]
 
 
@@ -336,6 +434,85 @@ def test_what_an_export_says_gives_the_loss_of_the_sweep(tmp_path, monkeypatch, 
     assert not torch.equal(criterion(*logits, labels), build_loss(method, {})(*logits, labels))
 
 
+ALONE = """
+import importlib, json, sys, torch
+
+sys.modules["tune_topkd"] = None  # what is None cannot be imported
+sys.path.insert(0, sys.argv[1])
+told = {}
+for name in sys.argv[2:]:
+    tuned = importlib.import_module(name)
+    student, teacher = torch.load(f"{sys.argv[1]}/logits.pt")
+    labels = torch.arange(len(student)) % 10
+    criterion = tuned.criterion()
+    told[name] = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        logits = student.to(dtype, copy=True).requires_grad_()
+        value = criterion(logits, teacher.to(dtype), labels)
+        value.backward()
+        weighted = sum(tuned.weighted_terms(criterion, logits, teacher.to(dtype), labels, 1).values())
+        told[name].append([value.item(), weighted.item(), logits.grad.double().tolist()])
+print(json.dumps(told))
+"""
+
+
+def test_the_python_text_alone_is_the_loss_to_the_last_bit(tmp_path, monkeypatch, tuned):
+    import torch
+
+    from tune_topkd.loss import build_loss
+    from tune_topkd.loss import loss_parameters
+
+    (tmp_path / "users_export.py").write_text(USERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    student, teacher = torch.randn(2, 12, 10, generator=torch.Generator().manual_seed(0)).mul(3).unbind()
+    torch.save((student, teacher), tmp_path / "logits.pt")
+    answers = {}
+    users = ["users_export:Offset", "users_export:Offset+topkd", "users_export:plain", "users_export:made+topkd"]
+    for number, method in enumerate([*METHODS, *users, "users_export:Shared"]):
+        known = loss_parameters(method)
+        answers[f"m{number}"] = of_method(tuned, method, **{n: v for n, v in CHANGED.items() if n in known})
+    for name, answer in answers.items():
+        (tmp_path / f"{name}.py").write_text(as_python(answer))
+    shared = [name for name, answer in answers.items() if answer.method == "users_export:Shared"]
+    with pytest.raises(AssertionError, match=r"No module named .tune_topkd\.loss"):  # it derives from a class of ours
+        printed(ALONE, tmp_path, *shared)
+    told = printed(ALONE, tmp_path, *(answers.keys() - shared))
+    for name, answer in answers.items():
+        if name in shared:
+            continue
+        loss, labels = build_loss(answer.method, answer.loss), torch.arange(12) % 10
+        share = answer.recipe.distill_share(1, answer.method)
+        for dtype, found in zip((torch.float32, torch.float64, torch.bfloat16), told[name], strict=True):
+            logits = student.to(dtype, copy=True).requires_grad_()
+            value = loss(logits, teacher.to(dtype), labels)
+            value.backward()
+            terms = loss.terms(logits, teacher.to(dtype), labels)
+            weighted = loss.total({term: v if term == "ce" else share * v for term, v in terms.items()})
+            assert found == [value.item(), weighted.item(), logits.grad.double().tolist()], answer.method
+
+
+def test_single_values_can_be_changed_where_it_is_used(tuned):
+    for method, changed in (("topkd", {"k": 2}), ("dkd+topkd", {"base_beta": 1.5}), ("ce", {"ce_weight": 2.0})):
+        names = {}
+        exec(compile(as_python(of_method(tuned, method)), "tuned.py", "exec"), names)
+        with pytest.raises(ValueError, match="unknown parameters: kk; known: "):
+            names["criterion"](kk=2)
+        (name, value), made = *changed.items(), names["criterion"](**changed)
+        assert getattr(made if "base" not in name else made.base, name.removeprefix("base_")) == value
+        assert names["LOSS"][name] != value
+
+
+def test_the_distillation_terms_rise_as_in_the_sweep(tuned):
+    """DKD's warm-up is a share of the epochs unless the recipe says how long it is."""
+    recipe = tuned.recipe.model_copy(update={"epochs": 48})
+    for method, own in (("dkd", None), ("dkd+topkd", None), ("topkd", 7), ("dkd", 0), ("kd", 1)):
+        of = recipe.model_copy(update={"distill_warmup": own})
+        names = {}
+        exec(compile(as_python(of_method(tuned, method).model_copy(update={"recipe": of})), "t.py", "exec"), names)
+        expected = [of.distill_share(epoch, method) for epoch in range(1, 49)]
+        assert [names["distill_share"](epoch) for epoch in range(1, 49)] == expected
+
+
 @pytest.mark.parametrize("place", ["README.md", "analysis/sweep.ipynb", "tune_topkd/export/__init__.py"])
 def test_what_is_told_of_an_answer_holds_for_every_method(place):
     text = (Path(__file__).parents[1] / place).read_text()
@@ -349,7 +526,9 @@ HEAVY = ["ray", "optuna", "mlflow", "pandas", "torchvision", "sklearn", "typer",
 def printed(script, *arguments):
     """What a script prints in a Python of its own, as JSON."""
     command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_reading_and_using_it_needs_the_base_install_only(tmp_path, tuned):

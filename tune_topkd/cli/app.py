@@ -35,6 +35,7 @@ from tune_topkd.config import Problem
 from tune_topkd.config import dump_config
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import BUNDLES
 from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
 from tune_topkd.interruption import listening
@@ -46,6 +47,7 @@ from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.campaign import FORMATS
+from tune_topkd.sweep.result import export_bundle
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
@@ -58,7 +60,7 @@ from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
-Format = StrEnum("Format", {name: name for name in (*WRITERS, *STUDENT_WRITERS)})  # type: ignore[misc]  # the writers
+Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES, *STUDENT_WRITERS)})  # type: ignore[misc]
 YAML = Format("yaml")
 Table = StrEnum("Table", {name: name for name in FORMATS})  # type: ignore[misc]
 MARKDOWN = Table("markdown")
@@ -408,7 +410,10 @@ def audit(
 def export(
     sweep: SweepName,
     format_: Annotated[Format, typer.Option("--format")] = YAML,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="[default: stdout; a folder where the format is several files]"),
+    ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Write a sweep's tuned config, or its student, for other projects."""
@@ -416,15 +421,22 @@ def export(
     is_student = format_.value in STUDENT_WRITERS
     if is_student and output is None:
         raise ConfigError("--output", [Problem(key="", rule=f"must be given: {format_.value} is no text")])
-    text, done = "" if is_student else WRITERS[format_.value](found.answer()), found.status().finalists
+    tuned, done = found.answer(), found.status().finalists
     if done is not None and done[0] < done[1]:
         note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
         Console().print(note, style="yellow", soft_wrap=True)
+    if format_.value in BUNDLES:
+        for path in export_bundle(tuned, format_.value, output):
+            Console().print(f"written: {path}", soft_wrap=True)
+        return
     if output is None:
-        terminal.result(text, is_document=True)
+        terminal.result(WRITERS[format_.value](tuned), is_document=True)
+        return
+    if is_student:
+        found.export(output, format_.value)
     else:
-        found.export(output, format_.value) if is_student else write_text(output, text)
-        Console().print(f"written: {output}", soft_wrap=True)
+        write_text(output, WRITERS[format_.value](tuned))
+    Console().print(f"written: {output}", soft_wrap=True)
 
 
 @app.command()

@@ -9,6 +9,8 @@ They need only this and `tune_topkd.loss`:
     criterion = build_loss(tuned.method, tuned.loss)
 """
 
+from tune_topkd.export.bundles import BUNDLES
+from tune_topkd.export.folders import write_files
 from tune_topkd.export.student import STUDENT_FILE
 from tune_topkd.export.student import STUDENT_WRITERS
 from tune_topkd.export.student import Student
@@ -33,6 +35,7 @@ from tune_topkd.export.writers import as_python
 from tune_topkd.export.writers import as_yaml
 
 __all__ = [
+    "BUNDLES",
     "SCHEMA_FILE",
     "SCHEMA_VERSION",
     "STUDENT_FILE",
@@ -55,4 +58,5 @@ __all__ = [
     "json_schema",
     "load_tuned_config",
     "tuned_config",
+    "write_files",
 ]

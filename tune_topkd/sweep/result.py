@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune_topkd.config import DEFAULTS
+from tune_topkd.config import ConfigError
+from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import unknown_choice
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.export import BUNDLES
 from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import tuned_config
+from tune_topkd.export import write_files
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
@@ -91,18 +95,22 @@ class Result:
         """Write the tuned config, or the student that was trained with it, for another project.
 
         Args:
-            path: the file, which is replaced if it is there.
-            format: `yaml`, `json` or `python`; of the student `checkpoint`, `safetensors`, `torch_export` or `onnx`.
+            path: the file, which is replaced if it is there; of several files the folder, where only those of such an export
+                are replaced.
+            format: `yaml`, `json` or `python`, one file; `torchdistill`, `mdistiller`, `timm` or `pytorch`, several; of the
+                student `checkpoint`, `safetensors`, `torch_export` or `onnx`.
 
         Raises:
             NoAnswerError: no trial reached the full budget.
             StudentError: the student's weights are not there, or cannot be written in this format.
             DataError: the dataset, which all formats of the student but `checkpoint` need, cannot be had.
-            TuneTopKDError: there is no such format.
-            OSError: the file cannot be written.
+            TuneTopKDError: there is no such format, or the folder holds a file of another origin that would be replaced.
+            OSError: a file cannot be written.
         """
         if format in STUDENT_WRITERS:
             write_student(Path(path), format, self.config, self.state, self.folder, self.answer)
+        elif format in BUNDLES:
+            export_bundle(self.answer, format, Path(path))
         else:
             write_text(Path(path), in_format(self.answer, format))
 
@@ -243,5 +251,24 @@ def in_format(tuned: TunedConfig, name: str) -> str:
         TuneTopKDError: there is no such format.
     """
     if name not in WRITERS:
-        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, [*WRITERS, *STUDENT_WRITERS])}")
+        known = (*WRITERS, *BUNDLES, *STUDENT_WRITERS)
+        raise TuneTopKDError(f"format: there is no {name!r}; {unknown_choice(name, known)}")
     return WRITERS[name](tuned)
+
+
+def export_bundle(tuned: TunedConfig, name: str, folder: Path | None) -> list[Path]:
+    """Write a tuned config in a format of several files, and return the files.
+
+    Args:
+        tuned: the tuned config.
+        name: one of `BUNDLES`.
+        folder: where to.
+
+    Raises:
+        ConfigError: no folder is named, it is none, or a file in it that would be replaced is not of such an export.
+        OSError: a file cannot be written.
+    """
+    if folder is None:
+        rule = "is several files, so it needs a folder: add -o FOLDER"
+        raise ConfigError("--format", [Problem(key=name, rule=rule)])
+    return write_files(folder, BUNDLES[name](tuned))
