@@ -31,6 +31,20 @@ CHANGED = {"k": 3, "temperature": 2.5, "beta": 3.0, "ce_weight": 0.7, "base_temp
 """What a sweep found, for the methods that have it."""
 
 
+SECOND = [pytest.mark.slow, pytest.mark.long]
+"""What a way is tested with besides its first case."""
+
+
+def second_case(*values):
+    return pytest.param(*values, marks=SECOND)
+
+
+def second(test):
+    for mark in SECOND:
+        test = mark(test)
+    return test
+
+
 def answer(method="dkd+topkd", data=None, teacher="digits_cnn", student=None, **recipe):
     """A tuned config, as a sweep would leave it."""
     known = loss_parameters(method)
@@ -343,7 +357,7 @@ def distilled(folder, tuned):
     return outcome(TORCHDISTILL, folder, config, ours=["tuned_torchdistill"])
 
 
-@pytest.mark.parametrize(("method", "warmup"), [("dkd+topkd", 4), ("topkd", None), ("ce", None)])
+@pytest.mark.parametrize(("method", "warmup"), [("dkd+topkd", 4), second_case("topkd", None), second_case("ce", None)])
 def test_torchdistill_trains_by_it(tmp_path, torchdistill, method, warmup):
     tuned = answer(method, distill_warmup=warmup, clip_grad=0.5, milestones=[1])
     done = distilled(tmp_path, tuned)
@@ -355,6 +369,7 @@ def test_torchdistill_trains_by_it(tmp_path, torchdistill, method, warmup):
     assert done["optimizer"] == "SGD"
 
 
+@second
 def test_torchdistill_reads_the_whole_of_a_recipe_for_transformers(tmp_path, torchdistill):
     data = MANY["vit"]["data"] | {"image_size": 64}
     student = {"name": "timm:deit_tiny_patch16_224", "kwargs": {"img_size": 64, "depth": 1}}
@@ -389,6 +404,7 @@ def groups_of(model, recipe):
     return [[len(group["params"]), group["weight_decay"]] for group in groups]
 
 
+@second
 def test_torchdistill_has_networks_of_the_same_names_with_the_same_weights(tmp_path, torchdistill):
     """So a teacher that was trained here is loaded there."""
     write_files(tmp_path, BUNDLES["torchdistill"](answer(**MANY["cifar"])))
@@ -544,7 +560,7 @@ def plugged(root, tuned, *options):
 CIFAR = {"name": "cifar100", "augment": {"pad": 4, "flip": True}}
 
 
-@pytest.mark.parametrize(("method", "names"), [("dkd+topkd", ["loss_ce", "loss_kd"]), ("ce", ["loss_ce"])])
+@pytest.mark.parametrize(("method", "names"), [("dkd+topkd", ["loss_ce", "loss_kd"]), second_case("ce", ["loss_ce"])])
 def test_mdistiller_takes_its_config_and_trains_by_it(mdistiller, method, names):
     tuned = answer(method, data=CIFAR, teacher="resnet32x4", student="resnet8x4", milestones=[1.0], lr=1e-05)
     done, steps = plugged(mdistiller, tuned)
@@ -564,6 +580,7 @@ def check_close(step, tuned):
     torch.testing.assert_close(step["value"], total, rtol=1e-6, atol=0)
 
 
+@second
 def test_mdistiller_lets_single_values_be_changed_and_refuses_another_type(mdistiller):
     tuned = answer("topkd", data=CIFAR, teacher="resnet32x4", student="resnet8x4")
     _, steps = plugged(mdistiller, tuned, "TUNED_TOPKD.K", "2", "SOLVER.EPOCHS", "1")
@@ -578,11 +595,13 @@ def test_mdistiller_lets_single_values_be_changed_and_refuses_another_type(mdist
     "recipe",
     [
         {"nesterov": True, "clip_grad": 0.01},
-        {"schedule": "cosine", "min_lr": 0.001, "warmup_epochs": 2},
-        {"optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 3, "weight_decay": 0.05, "clip_grad": 0.01},
-        {"schedule": "constant", "warmup_epochs": 1},
-        {"schedule": "cosine"},
-        {"schedule": "constant"},
+        second_case({"schedule": "cosine", "min_lr": 0.001, "warmup_epochs": 2}),
+        second_case(
+            {"optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 3, "weight_decay": 0.05, "clip_grad": 0.01}
+        ),
+        second_case({"schedule": "constant", "warmup_epochs": 1}),
+        second_case({"schedule": "cosine"}),
+        second_case({"schedule": "constant"}),
     ],
 )
 def test_mdistiller_trains_by_recipes_that_its_own_trainer_has_not(mdistiller, recipe):
@@ -598,6 +617,7 @@ def test_mdistiller_trains_by_recipes_that_its_own_trainer_has_not(mdistiller, r
         assert max(done["norms"]) == pytest.approx(recipe["clip_grad"], rel=1e-3)
 
 
+@second
 def test_mdistiller_shows_the_teacher_images_of_its_size(mdistiller):
     tuned = answer("kd", data=CIFAR, teacher={"name": "resnet56", "image_size": 6}, student="resnet8x4", epochs=1)
     _, steps = plugged(mdistiller, tuned)
@@ -662,7 +682,7 @@ def tasked(folder, tuned, script=TIMM):
     return outcome(script, folder, ours=["tuned_timm"])
 
 
-@pytest.mark.parametrize("method", ["dkd+topkd", "topkd", "ce"])
+@pytest.mark.parametrize("method", ["dkd+topkd", second_case("topkd"), second_case("ce")])
 def test_timm_trains_by_it(tmp_path, method):
     done = tasked(tmp_path, tuned := answer(method, milestones=[0.5], weight_decay=1e-3))
     steps = torch.load(tmp_path / "steps.pt")
@@ -781,12 +801,13 @@ def ran(folder, *options):
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
 
 
+DRY_FIRST = "plain"
 DRY = {kind: known for kind, known in MANY.items() if kind != "own"} | {
     "ce": {"method": "ce", "teacher": None, "distill_warmup": None},
 }
 
 
-@pytest.mark.parametrize("kind", DRY)
+@pytest.mark.parametrize("kind", [DRY_FIRST, *(second_case(kind) for kind in DRY if kind != DRY_FIRST)])
 def test_the_script_trains_on_random_images(tmp_path, kind):
     tuned = answer(**DRY[kind])
     data = tuned.data.model_copy(update={"image_size": 32})  # the tiny networks need no more
@@ -810,6 +831,7 @@ def small(num_classes):
 """
 
 
+@second
 def test_the_script_says_what_is_missing_and_writes_the_students_weights(tmp_path):
     write_files(tmp_path, BUNDLES["pytorch"](answer()))
     (tmp_path / "mine.py").write_text(NETWORKS)
