@@ -252,7 +252,8 @@ def test_the_cost_says_the_wall_time_by_the_sweeps_own_trainings(searched):
         state.apply(dataclasses.replace(event, time=at if begins or ends else event.time))
     found = cost(config(), state, request(config(), state, Plan(3, 4)))
     assert found.seconds == pytest.approx((24 + 16 / 0.9) * 10 / 2)
-    assert "24 trainings to choose among the finalists, then 16 on all images but the test set's" in found.sentence()
+    told = "24 trainings to choose among the finalists; then, after one of the teacher, 16 on all images but the test set's"
+    assert told in found.sentence()
     assert found.sentence().endswith("; about 3 min, going by the sweep's own trainings")
 
 
@@ -781,7 +782,7 @@ def test_the_console_says_the_cost_first_and_the_sentence_last(tmp_path, monkeyp
     told = os.read(reading, 1 << 16).decode()
     os.close(reading)
     assert told.startswith(
-        "confirm s: 8 trainings to choose among the finalists, then 4 on all images but the test set's"
+        "confirm s: 8 trainings to choose among the finalists; then 4 on all images but the test set's"
     )
     assert "trial 0003 on seed 10005, for the test set completed at epoch 2: test_top1 8" in told
     assert "test set, look 1: trained on all other images, 2 seeds each" in told

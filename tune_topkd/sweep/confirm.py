@@ -13,6 +13,7 @@ from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Confirm
 from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import candidates
 from tune_topkd.ledger import confirmation
@@ -116,10 +117,10 @@ class Cost:
     def sentence(self) -> str:
         """In words."""
         about = "" if self.seconds is None else f"; about {duration(self.seconds)}, going by the sweep's own trainings"
-        teacher = "after one of the teacher, " if self.trains_teacher else ""
+        then = "then, after one of the teacher," if self.trains_teacher else "then"
         return (
-            f"{counted(self.to_choose, 'training')} to choose among the finalists, then "
-            f"{self.to_measure} on all images but the test set's, {teacher}which is read once{about}"
+            f"{counted(self.to_choose, 'training')} to choose among the finalists; {then} {self.to_measure} on all images "
+            f"but the test set's, which is read once{about}"
         )
 
 
@@ -151,7 +152,7 @@ def _seconds_each(state: SweepState) -> float | None:
     done = [
         (r.suggested_at, r.ended_at)
         for r in state.trials.values()
-        if r.ended_at is not None and r.status == "completed"
+        if r.ended_at is not None and r.status is TrialStatus.COMPLETED
     ]
     lasted = [end - begin for begin, end in done if end > begin]
     if not lasted:
