@@ -5,6 +5,7 @@ The values are of seeds that had no part in any choice, so their means need no c
 - **Interval**: Student's t over seeds, of a mean or of differences on the same seeds. All gains of a sweep are told
   together: their intervals are as wide as it takes for all of them to hold at once (Bonferroni), so that the sentence claims
   a difference that is none in at most 5 of 100 sweeps.
+- **Two sweeps** are told apart by Welch's t: their seeds are not paired, and their spreads need not be alike.
 - **Prediction interval**: where the mean of so many further trainings is to be expected (Student's t; Hahn & Meeker 1991,
   *Statistical Intervals*, §4.6). It is wider than that of the mean, and it is what a stranger's re-run is held to.
 """
@@ -58,6 +59,24 @@ def mean_interval(values: Sequence[float], level: float = LEVEL, together: int =
 def prediction_interval(values: Sequence[float], further: int, level: float = LEVEL) -> Interval | None:
     """Where the mean of so many further values lies, drawn as these were; none of fewer than two."""
     return _interval(values, 1 / len(values) + 1 / further if values else 0.0, level, 1)
+
+
+def welch_interval(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Interval | None:
+    """By how much the mean of the first is above that of the second; none where one of them has fewer than two values.
+
+    The values are independent, and their spreads need not be alike (Welch's t).
+    """
+    from scipy import stats
+
+    if min(len(first), len(second)) < 2:
+        return None
+    apart = statistics.fmean(first) - statistics.fmean(second)
+    parts = [statistics.variance(values) / len(values) for values in (first, second)]
+    if not sum(parts):
+        return Interval(apart, apart)
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (first, second), strict=True))
+    half = float(stats.t.ppf(1 - (1 - level) / 2, freedom)) * math.sqrt(sum(parts))
+    return Interval(apart - half, apart + half)
 
 
 def _interval(values: Sequence[float], variances: float, level: float, together: int) -> Interval | None:

@@ -47,6 +47,8 @@ from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.campaign import FORMATS
+from tune_topkd.sweep.register import MODELS
+from tune_topkd.sweep.register import registered
 from tune_topkd.sweep.result import export_bundle
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
@@ -383,7 +385,8 @@ def track(
     """Send MLflow what it lacks of a sweep; a second time changes nothing."""
     from tune_topkd.sweep import track as write
 
-    write(sweep, _workspace(runs_dir, mlflow_uri or None))
+    workspace = _workspace(runs_dir, mlflow_uri or None)
+    write(sweep, workspace, _on_console(workspace))
     Console().print(f"MLflow has all of {sweep}")
 
 
@@ -415,8 +418,11 @@ def export(
         typer.Option("-o", "--output", help="[default: stdout; a folder where the format is several files]"),
     ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    mlflow_uri: MlflowUri = None,
 ) -> None:
-    """Write a sweep's tuned config, or its student, for other projects."""
+    """Write a sweep's tuned config, or its student, for other projects; models:/NAME@ALIAS is one in MLflow's registry."""
+    if sweep.startswith(MODELS):
+        return _export_registered(sweep, format_, output, _workspace(runs_dir, mlflow_uri or None))
     found = Sweep(sweep, _workspace(runs_dir))
     is_student = format_.value in STUDENT_WRITERS
     if is_student and output is None:
@@ -437,6 +443,20 @@ def export(
     else:
         write_text(output, WRITERS[format_.value](tuned))
     Console().print(f"written: {output}", soft_wrap=True)
+
+
+def _export_registered(uri: str, format_: Format, output: Path | None, workspace: Workspace) -> None:
+    """Write the tuned config of a registered model."""
+    if format_.value in STUDENT_WRITERS:
+        known = ", ".join((*WRITERS, *BUNDLES))
+        rule = f"must be one of {known} for {MODELS}…: `mlflow.pyfunc.load_model` gives the student itself"
+        raise ConfigError("--format", [Problem(key=format_.value, rule=rule)])
+    tuned, console = registered(uri, workspace), Console()
+    if format_.value in BUNDLES:
+        for path in export_bundle(tuned, format_.value, output):
+            console.print(f"written: {path}", soft_wrap=True)
+    else:
+        _give(WRITERS[format_.value](tuned), output, console)
 
 
 @app.command()

@@ -65,7 +65,7 @@ class Preprocessed(nn.Module):
 
 def save_program(student: Student, stream: IO[bytes]) -> None:
     """Write the exported program of a student, as `student.write_torch_export` says."""
-    model, shown = _model(student), _shown(student)
+    model, shown = _model(student), shown_images(student)
     program = _program(student, model, shown, "torch_export")
     _check(student, model, shown, program.module(), "torch_export")
     torch.export.save(program, stream, extra_files={METADATA_FILE: json.dumps(student.metadata, indent=2)})
@@ -75,7 +75,7 @@ def save_onnx(student: Student, stream: IO[bytes]) -> None:
     """Write the ONNX model of a student, as `student.write_onnx` says."""
     import onnxruntime
 
-    model, shown = _model(student), _shown(student)
+    model, shown = _model(student), shown_images(student)
     program = _program(student, model, shown, "onnx")
     try:
         made = torch.onnx.export(
@@ -103,7 +103,7 @@ def _model(student: Student) -> nn.Module:
     return Preprocessed(student.network(), mean, std, student.data.image_size).eval()
 
 
-def _shown(student: Student) -> Tensor:
+def shown_images(student: Student) -> Tensor:
     """A few validation images as they are stored, `(B, C, H, W)` uint8."""
     images = student.dataset.val
     return plain_images(images, torch.arange(min(_SHOWN, len(images))))

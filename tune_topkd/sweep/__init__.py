@@ -12,8 +12,21 @@ from tune_topkd.sweep.callbacks import Kind
 from tune_topkd.sweep.maintenance import audit
 from tune_topkd.sweep.maintenance import audit_sweep
 from tune_topkd.sweep.maintenance import track
+from tune_topkd.sweep.register import registered
 from tune_topkd.sweep.result import Gain
 from tune_topkd.sweep.result import Result
 from tune_topkd.sweep.workspace import Workspace
 
-__all__ = ["Callback", "Gain", "Kind", "Result", "Status", "Sweep", "Workspace", "audit", "audit_sweep", "track"]
+__all__ = [
+    "Callback",
+    "Gain",
+    "Kind",
+    "Result",
+    "Status",
+    "Sweep",
+    "Workspace",
+    "audit",
+    "audit_sweep",
+    "registered",
+    "track",
+]

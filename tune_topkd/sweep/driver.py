@@ -53,6 +53,8 @@ from tune_topkd.sweep.confirm import request
 from tune_topkd.sweep.preflight import Checked
 from tune_topkd.sweep.preflight import check_again
 from tune_topkd.sweep.preflight import first_proposals
+from tune_topkd.sweep.register import register
+from tune_topkd.sweep.register import skipped
 from tune_topkd.sweep.remaining import baseline_total
 from tune_topkd.sweep.result import Result
 from tune_topkd.sweep.versions import git_commit
@@ -200,6 +202,12 @@ class Turn:
         result = Result(state.header.sweep, folder, frozen_config(folder, state), state, reason, trouble)
         with contextlib.suppress(NoAnswerError):
             write_text(folder / TUNED_FILE, as_yaml(result.answer))
+        if reason == "finished":
+            try:
+                register(result.config, state, folder, self.workspace.mlflow_uri, self.watchers, trouble)
+            except KeyboardInterrupt:  # all of the sweep is done
+                interruption.close()
+                self.watchers.note(skipped(result.name, "interrupted", self.workspace.mlflow_uri))
         self.watchers.ended(result)
         return result
 

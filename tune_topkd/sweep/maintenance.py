@@ -14,14 +14,23 @@ from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import is_driven
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
+from tune_topkd.sweep.callbacks import SILENT
+from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.driver import changed_since
+from tune_topkd.sweep.register import register
+from tune_topkd.sweep.register import skipped
 from tune_topkd.sweep.result import answer
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.sweep.workspace import frozen_config
 
 
-def track(sweep: str, workspace: Workspace) -> None:
-    """Write into MLflow what it lacks of a sweep; any number of times gives the same.
+def track(sweep: str, workspace: Workspace, watchers: Watchers = SILENT) -> None:
+    """Write into MLflow what it lacks of a sweep, its registered student included; any number of times gives the same.
+
+    Args:
+        sweep: its name.
+        workspace: where it lies, and MLflow.
+        watchers: are told of the student.
 
     Raises:
         ConfigError: there is no such sweep, a process drives it at the moment, or MLflow cannot be written.
@@ -31,13 +40,21 @@ def track(sweep: str, workspace: Workspace) -> None:
     from tune_topkd.tracking import catch_up
     from tune_topkd.tracking import masked
 
-    ledger = workspace.existing(sweep) / LEDGER_FILE
+    folder = workspace.existing(sweep)
+    ledger = folder / LEDGER_FILE
     _check_at_rest(sweep, workspace, "it writes to MLflow itself, and catches up before it ends")
     state = read_state(ledger)
     try:
         catch_up(ledger, workspace.mlflow_uri, abandoned=not state.stop_reason)
     except TrackingError as error:
         raise ConfigError("--mlflow-uri", [Problem(key=masked(workspace.mlflow_uri), rule=str(error))]) from None
+    if state.looks:
+        try:
+            config = frozen_config(folder, state)
+        except ConfigError as error:
+            watchers.note(skipped(sweep, str(error), workspace.mlflow_uri))
+        else:
+            register(config, state, folder, workspace.mlflow_uri, watchers)
 
 
 def audit(sweep: str, workspace: Workspace, with_mlflow: bool = True) -> list[str]:

@@ -17,12 +17,21 @@ What MLflow or a database cannot hold is changed in the same way each time, and 
 long texts cut, forbidden signs in names replaced; metrics that are not finite are left out. What a store refuses all the
 same is left out and said, and does not hold up the rest.
 
+The student of a confirmed sweep is a version of a registered model, `topkd.<dataset>.<teacher>.<student>`, its files among
+the artifacts of the sweep's run (`Registry`).
+
 A run that was interrupted and goes on keeps the time of the interruption as its end until it has another one: MLflow
 takes no end back.
 """
 
 from tune_topkd.tracking.comparing import disagreements
 from tune_topkd.tracking.masking import masked
+from tune_topkd.tracking.registry import CHAMPION
+from tune_topkd.tracking.registry import PREVIOUS
+from tune_topkd.tracking.registry import Registry
+from tune_topkd.tracking.registry import Version
+from tune_topkd.tracking.registry import model_name
+from tune_topkd.tracking.registry import write_model
 from tune_topkd.tracking.sending import log_training
 from tune_topkd.tracking.store import EXPERIMENT
 from tune_topkd.tracking.store import TrackingError
@@ -35,16 +44,22 @@ from tune_topkd.tracking.writer import MlflowTracker
 from tune_topkd.tracking.writer import catch_up
 
 __all__ = [
+    "CHAMPION",
     "EXPERIMENT",
+    "PREVIOUS",
     "MlflowTracker",
+    "Registry",
     "TrackingError",
+    "Version",
     "catch_up",
     "check_uri",
     "disagreements",
     "log_training",
     "masked",
+    "model_name",
     "sqlite_file",
     "sqlite_uri",
     "ui_command",
     "uri_problem",
+    "write_model",
 ]

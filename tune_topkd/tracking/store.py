@@ -28,11 +28,13 @@ from tune_topkd.tracking.projection import run_in
 
 # MLflow reads these at import or at a request; what the user has set wins. Its own patience with a server that is down
 # is minutes per call; ours is the retry loop below. It must not repeat a request by itself: `create_run`, repeated after
-# its answer was lost, makes a second run. And it prints a link with the credentials of the URI at the end of each run.
+# its answer was lost, makes a second run. And it prints a link with the credentials of the URI at the end of each run, and
+# bars while files are copied.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 EXPERIMENT = "tune_topkd"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"  # MLflow's page then opens on runs, not on traces
