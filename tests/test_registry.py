@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from mlflow.exceptions import MlflowException
 from scipy import stats
 from servers import free_port
+from servers import mlflow_server
 from test_export_student import all_images
 from test_export_student import called
 from test_export_student import networks_logits
@@ -31,6 +33,7 @@ from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
+from tune_topkd.sweep import registered as tuned_of
 from tune_topkd.sweep import track
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.register import _compared
@@ -203,7 +206,8 @@ def test_another_process_loads_the_champion_without_this_project_and_gets_our_lo
     script = (
         "import sys\n"
         "sys.modules['tune_topkd'] = None\n"
-        "import mlflow, numpy\n"
+        "import mlflow, numpy, torch\n"
+        "torch.cuda.is_available = lambda: True\n"  # MLflow would move the program to a GPU, which it cannot
         f"model = mlflow.pyfunc.load_model('models:/{NAME}@champion')\n"
         "images = numpy.load('images.npy')\n"
         "numpy.save('logits.npy', model.predict(images))\n"
@@ -501,3 +505,49 @@ def test_a_registry_that_fails_says_so_with_its_uri_masked(registered, monkeypat
     monkeypatch.setattr(mlflow.MlflowClient, "search_model_versions", failing)
     with pytest.raises(TrackingError, match=r"^MLflow at sqlite:\S+ fails: RuntimeError: no$"):
         registry.versions(NAME)
+
+
+# --- a server, and what the documentation says ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_server_that_was_down_gets_the_student_and_serves_it(copied, tmp_path, monkeypatch, empty_store):
+    monkeypatch.chdir(tmp_path)  # where it keeps artifacts
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    with mlflow_server("sqlite:///mlflow.db") as server:
+        server.kill()
+        about = {"runs_dir": copied, "mlflow_uri": server.uri, "address": "local"}
+        told = Told()
+        result = Sweep.open("s", **about).confirm([told], finalists=2, seeds=SEEDS, executor=Planted(0))
+        assert (result.reason, len(told.of(Kind.NOTE))) == ("finished", 1)
+        server.start()
+        assert tracked("s", copied, server.uri).of(Kind.INFO) == [
+            f"registered as models:/{NAME}/1: it is the champion",
+        ]
+        assert tracked("s", copied, server.uri).lines == []
+        assert tuned_of(f"models:/{NAME}@champion", Workspace.at(copied, server.uri, "local")) == result.answer
+        script = (
+            f"import mlflow, sys; print(mlflow.pyfunc.load_model('models:/{NAME}@champion').metadata.signature.inputs)"
+        )
+        environment = {"PYTHONPATH": "", "MLFLOW_TRACKING_URI": server.uri}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, check=True)
+        assert done.stdout.strip() == "[Tensor('uint8', (-1, 1, 8, 8))]"
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "confirm.md"
+
+
+def test_the_page_is_true(registered, unregistered, monkeypatch):
+    section = PAGE.read_text().partition("## The registry")[2].partition("\n## ")[0]
+    example, own = "topkd.digits.digits_cnn.digits_cnn_tiny", "sqlite:///runs/mlflow.db"
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+    assert (example in code, own in code) == (True, True)
+    dataset = load_dataset(unregistered.config.data)
+    names = {"images": all_images(dataset).numpy()}
+    # The function's effect would outlive this test.
+    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda uri: monkeypatch.setenv("MLFLOW_TRACKING_URI", uri))
+    exec(code.replace(example, NAME).replace(own, registered[1]), names)
+    assert names["logits"].shape == (len(dataset.val), 10)
+    (version_,) = Registry(registered[1]).versions(NAME)
+    assert set(re.findall(r"`(\w+)`", section)) >= set(version_.tags)
