@@ -460,7 +460,11 @@ def test_the_runs_folders_own_mlflow_is_asked_by_default(registered, unregistere
         (f"models:/{NAME}x/1", (), f"there is no model '{NAME}x'; did you mean '{NAME}'?"),
         (f"models:/{NAME}/7", (), "there is no version 7; known: 1"),
         (f"models:/{NAME}@champ", (), "there is no alias 'champ'; did you mean 'champion'?"),
-        (f"models:/{NAME}/1", ("--format", "onnx"), "--format: onnx: must be one of yaml, json, python for models:/…"),
+        (
+            f"models:/{NAME}/1",
+            ("--format", "onnx"),
+            "--format: onnx: must be one of yaml, json, python, torchdistill, mdistiller, timm, pytorch for models:/…",
+        ),
     ],
 )
 def test_what_is_not_in_the_registry_is_one_line(registered, monkeypatch, capfd, model, more, told):
