@@ -190,6 +190,7 @@ def test_a_version_says_where_it_comes_from_and_what_it_is_worth(registered, unr
         "test_top1": repr(test.test_top1),
         "tuned_config": digest(tuned.model_dump(mode="json")),
         "data": unregistered.state.identities["data"],
+        "network": unregistered.state.identities["student.name"],
         "judged": "it is the champion",
     }
     run = client(registered[1]).get_run(found.run_id)
@@ -382,7 +383,7 @@ def test_a_later_answer_replaces_the_champion_only_where_it_is_told_apart_and_ab
     assert aliases(uri) == {"champion": "1", "previous": "1"}
 
 
-PAIR = {"dataset": "d", "data": "x", "teacher": "t", "student": "s"}
+PAIR = {"dataset": "d", "data": "x", "teacher": "t", "student": "s", "network": "m"}
 
 
 def version(number, values, **tags):
@@ -406,6 +407,7 @@ def version(number, values, **tags):
         (version(2, "{}"), False, "no values of two seeds"),
         (version(2, [99.0, 99.1], data="y"), False, "of other images or networks"),
         (version(2, [99.0, 99.1], teacher="u"), False, "of other images or networks"),
+        (version(2, [99.0, 99.1], network="n"), False, "of other images or networks"),
     ],
 )
 def test_the_interval_decides(later, is_better, told):

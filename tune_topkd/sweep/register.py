@@ -22,6 +22,7 @@ from tune_topkd.export import load_tuned_config
 from tune_topkd.ledger import SweepState
 from tune_topkd.space import digest
 from tune_topkd.storage import write_text
+from tune_topkd.sweep import identity
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.result import answer
 from tune_topkd.sweep.student import student_of
@@ -37,6 +38,8 @@ MODELS = "models:/"
 """What begins the URI of a model in the registry."""
 JUDGED_TAG = "judged"
 """What became of a version when it was compared with the champion: an alias that a person moves is not moved back."""
+_SAME = ("dataset", "data", "teacher", "student", "network")
+"""Tags that two versions must have alike to be compared: names are cleaned, and a student may have other widths."""
 _MODEL_URI = re.compile(rf"{MODELS}([^/]+?)(?:@([^/@]+)|/([1-9][0-9]*))")
 
 
@@ -143,7 +146,8 @@ def _tags(tuned: TunedConfig) -> dict[str, str]:
         "values": json.dumps(test.values),
         "gains": json.dumps(gains),
         "tuned_config": digest(tuned.model_dump(mode="json")),
-        "data": evidence.identities.get("data", ""),
+        "data": evidence.identities.get(identity.DATA, ""),
+        "network": evidence.identities.get(identity.STUDENT_NETWORK, ""),
     }
 
 
@@ -189,7 +193,7 @@ def _judged(registry: "Registry", version: "Version", there: list["Version"]) ->
 def _compared(version: "Version", champion: "Version") -> tuple[bool, str]:
     """Whether a version is to replace the champion, and why, in words."""
     stays = f"version {champion.number} stays the champion"
-    if any(version.tags.get(key) != champion.tags.get(key) for key in ("dataset", "data", "teacher", "student")):
+    if any(version.tags.get(key) != champion.tags.get(key) for key in _SAME):
         return False, f"{stays}: it is of other images or networks, so the figures cannot be compared"
     interval = welch_interval(_values(version.tags), _values(champion.tags))
     if interval is None:
