@@ -60,7 +60,7 @@ SEEDS = 3
 
 
 STUDENT = TrialKey(TEST, 0)
-"""The training whose weights are registered."""
+"""The training whose weights are registered: the answer's first one of the first look."""
 
 
 class Planted:
@@ -88,7 +88,7 @@ class Planted:
                     write_checkpoint(folder, epoch, told, save)
                 search.reported(key, epoch, told)
 
-            if record.key == STUDENT:
+            if is_test and (record.origin.arm, config.seed % 10_000) == ("search", 0):
                 train(config, report)
             else:
                 report(1, {}, None)
@@ -265,6 +265,22 @@ def test_confirming_registers_and_a_second_time_in_any_way_adds_nothing(copied, 
     assert tracked("s", copied, store).lines == []
     assert [version.number for version in Registry(store).versions(NAME)] == ["1"]
     assert aliases(store) == {}
+
+
+def test_resume_registers_what_is_missing_and_a_further_look_is_a_version_of_its_own(copied, store):
+    about = {"runs_dir": copied, "mlflow_uri": store, "address": "local"}
+    Sweep.open("s", **about).resume([told := Told()], executor=Planted(0))
+    assert told.of(Kind.INFO) == [f"registered as models:/{NAME}/1: it is the champion"]
+    plan = {"finalists": 2, "seeds": SEEDS, "again": True}
+    result = Sweep.open("s", **about).confirm([told := Told()], executor=Planted(90.0), **plan)
+    assert told.of(Kind.INFO)[-1].startswith(f"registered as models:/{NAME}/2: version 1 stays the champion: ")
+    first, second = Registry(store).versions(NAME)
+    assert (first.tags["look"], second.tags["look"]) == ("1", "2")
+    assert first.tags["sweep_id"] == second.tags["sweep_id"]
+    place = Workspace.at(copied, store, "local")
+    assert tuned_of(f"models:/{NAME}/2", place) == result.answer
+    assert tuned_of(f"models:/{NAME}/1", place).evidence.test.look == 1
+    assert "This is look 2 at the test set" in client(store).get_model_version(NAME, "2").description
 
 
 @pytest.mark.parametrize("method", ["create_registered_model", "log_artifacts", "create_model_version"])
