@@ -84,7 +84,7 @@ space:
   lr: {low: 0.01, high: 0.5, log: true}
 relative: {sum: 2.0, of: [ce_weight, tdl_weight]}
 sweep: {trials: 6, startup_trials: 3, asha: {grace_epochs: 1, reduction_factor: 2}}
-baselines: {trials: 1}
+baselines: {methods: [ce, kd], trials: 1}
 """
 
 

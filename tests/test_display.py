@@ -310,7 +310,7 @@ student: digits_cnn_tiny
 recipe: {epochs: 20, batch_size: 64}
 space: {k: {low: 1, high: 4}, lr: {low: 0.01, high: 0.5, log: true}}
 sweep: {trials: 4, startup_trials: 3, asha: {grace_epochs: 5, reduction_factor: 2}}
-baselines: {trials: 1}
+baselines: {methods: [ce, kd], trials: 1}
 """
 
 
@@ -351,7 +351,7 @@ def test_a_real_sweep_on_a_terminal_that_is_made_larger(tmp_path, pty, process):
     lines = pty.wait_for(lambda lines: any(line.startswith("next: ") for line in lines))
     screen = "\n".join(lines)
     assert sum("━" in line for line in lines) <= 4, "only the table's rules are left"
-    assert "export small --format python --runs-dir '" in screen
+    assert "confirm small --runs-dir '" in screen
     assert f"{tmp_path}/my runs'" in screen.replace("\n", "")
     assert not [w for w in ("Configuration for experiment", "raylet", "Traceback", "Warning") if w in pty.written]
     assert pty.screen.unknown == []

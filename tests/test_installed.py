@@ -81,7 +81,7 @@ def test_a_space_is_found_by_its_name_far_from_any_checkout(installed, launch):
 @pytest.mark.ray
 def test_a_sweep_runs_and_names_the_command_that_was_typed(launch, tmp_path):
     done = launch("run", "digits", "--trials", 4, "--epochs", 2, "--set", "baselines=null", "--set", "sweep.asha=null")
-    assert "next: tune-topkd export digits" in done.stderr
+    assert "next: tune-topkd confirm digits" in done.stderr
     assert json.loads(launch("status", "digits", "--json").stdout)["state"] == "finished"
     header = json.loads((tmp_path / "runs" / "digits" / "ledger.jsonl").read_bytes().splitlines()[0])
     assert header["git_commit"] is None
