@@ -752,7 +752,7 @@ def test_the_best_test_epoch_is_for_a_single_training_and_marks_it(space, runs, 
     refused = inside("run", space, "--runs-dir", tmp_path / "runs", *on_test[:2])
     assert (refused.returncode, (tmp_path / "runs").exists()) == (2, False)
     assert "data.selection (from --set data.selection=best_test_epoch) = 'best_test_epoch'" in refused.stderr
-    assert "never selects on the test set" in refused.stderr
+    assert "a sweep never looks at the test set" in refused.stderr
 
 
 def assert_each_file_does_what_is_said_of_it(folder, said):
@@ -1007,10 +1007,13 @@ COMMANDS = {
     "--runs-dir --mlflow-uri --address --warm-start --set",
     "check": "--trials --epochs --set --show",
     "resume": "--trials --time-budget --runs-dir --mlflow-uri --address --set",
+    "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",
+    "verify": "--seeds --set",
+    "report": "--format --output -o --runs-dir",
     "status": "--json --runs-dir",
     "track": "--runs-dir --mlflow-uri",
     "audit": "--mlflow --runs-dir --mlflow-uri",
-    "export": "--format --output -o --runs-dir",
+    "export": "--format --output -o --runs-dir --mlflow-uri",
     "teacher": "--set --measure --fill-bank --prune --seed --runs-dir",
     "train": "--set --name --epochs --seed --runs-dir --mlflow-uri",
     "doctor": "--runs-dir --mlflow-uri --address",

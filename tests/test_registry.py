@@ -567,8 +567,9 @@ def test_the_page_is_true(registered, unregistered, monkeypatch):
     assert (example in code, own in code) == (True, True)
     dataset = load_dataset(unregistered.config.data)
     names = {"images": all_images(dataset).numpy()}
-    # The function's effect would outlive this test.
-    monkeypatch.setattr(mlflow, "set_tracking_uri", lambda uri: monkeypatch.setenv("MLFLOW_TRACKING_URI", uri))
+    # What it sets would outlive this test.
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered[1])
     exec(code.replace(example, NAME).replace(own, registered[1]), names)
     assert names["logits"].shape == (len(dataset.val), 10)
     (version_,) = Registry(registered[1]).versions(NAME)

@@ -179,7 +179,7 @@ def test_a_sweep_of_failures_has_no_answer(create):
 
 def test_an_unknown_format_is_one_line(create):
     result = create(overrides={"sweep.trials": 1}).run(executor=SimulatedExecutor(measured))
-    with pytest.raises(TuneTopKDError, match=r"^format: there is no 'pyhton'; did you mean 'python'\?"):
+    with pytest.raises(TuneTopKDError, match=r"^format: there is no 'pyhton'; did you mean 'python' or 'pytorch'\?"):
         result.export("tuned.py", format="pyhton")
 
 
