@@ -23,6 +23,7 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import apart_by_seed
 from tune_topkd.ledger import finalist_of
+from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import measured
 from tune_topkd.ledger import measured_done
 
@@ -259,6 +260,12 @@ def verdict_of(state: SweepState) -> Verdict | None:
     names = [f"tuned {state.header.method}", *(baseline_name(finalist.record) for finalist in found[1:])]
     arms = [Measured(n, f, finalist_of(state, f.record)) for n, f in zip(names, found, strict=True)]
     return Verdict(state.looks[-1].look, arms[0], arms[1:], done, _effort(state, arms[1:]))
+
+
+def verdict_of_answer(state: SweepState) -> Verdict | None:
+    """The same, if it is done and of the trial that is the answer now; else None."""
+    verdict = verdict_of(state) if is_of_the_answer(state) else None
+    return verdict if verdict is not None and verdict.is_done else None
 
 
 def _effort(state: SweepState, baselines: Sequence[Measured]) -> str:

@@ -38,6 +38,7 @@ from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import BUNDLES
 from tune_topkd.export import STUDENT_WRITERS
 from tune_topkd.export import WRITERS
+from tune_topkd.export import TunedConfig
 from tune_topkd.interruption import listening
 from tune_topkd.storage import write_text
 from tune_topkd.sweep import Result
@@ -97,6 +98,10 @@ Address = Annotated[
 ]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML; may be repeated.")
+]
+Moved = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
 ]
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=_sweeps)]
 Spaces = Annotated[
@@ -264,10 +269,7 @@ def resume(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
-    ] = None,
+    set_: Moved = None,
 ) -> None:
     """Resume a sweep after any interruption; finished trials are not run again."""
     moved = [parse_set(text) for text in set_ or []]
@@ -287,10 +289,7 @@ def confirm(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
-    ] = None,
+    set_: Moved = None,
 ) -> None:
     """Choose a finished sweep's answer on fresh seeds, then measure it and the baselines on the test set, once."""
     moved = [parse_set(text) for text in set_ or []]
@@ -431,18 +430,22 @@ def export(
     if done is not None and done[0] < done[1]:
         note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
         Console().print(note, style="yellow", soft_wrap=True)
+    if is_student:
+        assert output is not None, "it has been asked for"
+        found.export(output, format_.value)
+        Console().print(f"written: {output}", soft_wrap=True)
+    else:
+        _export_config(tuned, format_, output)
+
+
+def _export_config(tuned: TunedConfig, format_: Format, output: Path | None) -> None:
+    """Write a tuned config, as a text or as several files."""
+    console = Console()
     if format_.value in BUNDLES:
         for path in export_bundle(tuned, format_.value, output):
-            Console().print(f"written: {path}", soft_wrap=True)
-        return
-    if output is None:
-        terminal.result(WRITERS[format_.value](tuned), is_document=True)
-        return
-    if is_student:
-        found.export(output, format_.value)
+            console.print(f"written: {path}", soft_wrap=True)
     else:
-        write_text(output, WRITERS[format_.value](tuned))
-    Console().print(f"written: {output}", soft_wrap=True)
+        _give(WRITERS[format_.value](tuned), output, console)
 
 
 def _export_registered(uri: str, format_: Format, output: Path | None, workspace: Workspace) -> None:
@@ -451,12 +454,7 @@ def _export_registered(uri: str, format_: Format, output: Path | None, workspace
         known = ", ".join((*WRITERS, *BUNDLES))
         rule = f"must be one of {known} for {MODELS}…: `mlflow.pyfunc.load_model` gives the student itself"
         raise ConfigError("--format", [Problem(key=format_.value, rule=rule)])
-    tuned, console = registered(uri, workspace), Console()
-    if format_.value in BUNDLES:
-        for path in export_bundle(tuned, format_.value, output):
-            console.print(f"written: {path}", soft_wrap=True)
-    else:
-        _give(WRITERS[format_.value](tuned), output, console)
+    _export_config(registered(uri, workspace), format_, output)
 
 
 @app.command()

@@ -22,10 +22,7 @@ def command_for(workspace: Workspace, *words: str) -> str:
     from tune_topkd.tracking import sqlite_uri
 
     is_default = workspace.mlflow_uri == sqlite_uri(workspace.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
-    uri, address = (
-        "" if is_default else workspace.mlflow_uri,
-        workspace.address if words[0] in ("resume", "confirm") else None,
-    )
+    uri, address = "" if is_default else workspace.mlflow_uri, workspace.address if words[0] in _WITH_RAY else None
     return command(*words, runs=workspace.runs, mlflow_uri=uri, address=address)
 
 

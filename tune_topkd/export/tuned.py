@@ -32,11 +32,10 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import Winner
 from tune_topkd.ledger import finalists
-from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import winner_of
 from tune_topkd.verdict import Gain
 from tune_topkd.verdict import Measured
-from tune_topkd.verdict import verdict_of
+from tune_topkd.verdict import verdict_of_answer
 
 SCHEMA_VERSION = 2
 _READABLE_VERSIONS = (1, 2)
@@ -283,9 +282,7 @@ def _evidence(config: SweepConfig, state: SweepState, winner: Winner) -> Evidenc
     header = state.header
     counts = state.counts()
     fresh = {f.record.key: f for f in finalists(state)} if winner.finalist is not None else {}
-    verdict = verdict_of(state) if is_of_the_answer(state) else None
-    if verdict is not None and not verdict.is_done:
-        verdict = None
+    verdict = verdict_of_answer(state)
     teacher = state.confirm.teacher if state.confirm else None
     measured = {base.record.key: base for base in verdict.baselines} if verdict else {}
     gains = {gain.base.record.key: gain for gain in verdict.gains} if verdict else {}

@@ -63,6 +63,7 @@ from tune_topkd.ledger.looks import MOST_SEEDS
 from tune_topkd.ledger.looks import candidates
 from tune_topkd.ledger.looks import confirmation
 from tune_topkd.ledger.looks import due_look
+from tune_topkd.ledger.looks import has_looked
 from tune_topkd.ledger.looks import is_confirmed
 from tune_topkd.ledger.looks import is_of_the_answer
 from tune_topkd.ledger.looks import largest_seed
@@ -126,6 +127,7 @@ __all__ = [
     "finalists_done",
     "finalists_to_repeat",
     "fresh_seeds",
+    "has_looked",
     "is_confirmed",
     "is_driven",
     "is_of_the_answer",

@@ -63,12 +63,17 @@ def confirmation(state: SweepState, count: int, seeds: int, test_seeds: int) -> 
     return Confirm(finalists=chosen, seeds=seeds, test_seeds=test_seeds, of_trials=state.size(), look=look)
 
 
+def has_looked(state: SweepState) -> bool:
+    """Whether the look at the test set that was asked for last has begun."""
+    return state.confirm is not None and any(look.look == state.confirm.look for look in state.looks)
+
+
 def due_look(state: SweepState) -> Look | None:
     """The look at the test set that comes next; none before the finalists are done, after it, or without an answer."""
     if state.confirm is None or state.running() or finalists_to_repeat(state):
         return None
     winner = winner_of(state)
-    if winner is None or winner.finalist is None or any(look.look == state.confirm.look for look in state.looks):
+    if winner is None or winner.finalist is None or has_looked(state):
         return None
     first = state.header.seed + _SEEDS_APART * state.confirm.look
     trials = (winner.record.key, *(record.key for record in baseline_trials(state)))
@@ -85,9 +90,8 @@ def to_measure(state: SweepState) -> list[tuple[TrialRecord, int]]:
 
 def is_confirmed(state: SweepState) -> bool:
     """Whether all has been done that was asked for to confirm the answer, as the search stands."""
-    known = state.confirm is not None and any(look.look == state.confirm.look for look in state.looks)
     done = measured_done(state)
-    return known and done is not None and done[0] == done[1]
+    return has_looked(state) and done is not None and done[0] == done[1]
 
 
 def largest_seed(state: SweepState, seeds: int) -> int:

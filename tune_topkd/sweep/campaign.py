@@ -21,7 +21,6 @@ from tune_topkd.ledger import apart_by_seed
 from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import finalists
-from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.spend import spend
@@ -29,7 +28,7 @@ from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import baseline_name
 from tune_topkd.verdict import mean_interval
-from tune_topkd.verdict import verdict_of
+from tune_topkd.verdict import verdict_of_answer
 
 SHOWN = ("scale_top", "scale_last", "scale_gt", "ce_weight", "tdl_weight", "contrastive_weight", "temperature", "lr")
 """Parameters that have a column, after K, in campaigns that have them."""
@@ -140,9 +139,9 @@ def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar
 
 def _figures(state: SweepState) -> dict[str, Any]:
     """The answer's figure and its gains, from the best evidence that there is."""
-    verdict, winner = verdict_of(state), winner_of(state)
+    verdict, winner = verdict_of_answer(state), winner_of(state)
     assert winner is not None, "there is an answer"
-    if verdict is not None and verdict.is_done and is_of_the_answer(state) and verdict.answer.values:
+    if verdict is not None and verdict.answer.values:
         gains = {gain.base.name: Figure(gain.mean, gain.interval) for gain in verdict.gains}
         top1 = Figure(statistics.fmean(verdict.answer.values), verdict.answer.interval)
         return {"top1": top1, "measured_on": "test set", "gains": gains}

@@ -19,6 +19,7 @@ from tune_topkd.ledger import candidates
 from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import different
 from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import has_looked
 from tune_topkd.ledger import largest_seed
 from tune_topkd.ledger import to_measure
 from tune_topkd.ledger import unrepeated
@@ -49,7 +50,6 @@ def request(config: SweepConfig, state: SweepState, plan: Plan) -> Confirm | Non
     _check_numbers(plan, state)
     wanted = (plan.finalists, plan.seeds, plan.seeds)
     is_same = known is not None and (len(known.finalists), known.seeds, known.test_seeds) == wanted
-    has_looked = known is not None and any(look.look == known.look for look in state.looks)
     if is_same and not plan.again and not _has_gone_on(state):
         return None
     if not is_searched(config, state):
@@ -58,7 +58,7 @@ def request(config: SweepConfig, state: SweepState, plan: Plan) -> Confirm | Non
     if known is None and (repeats := finalists_done(state)) and repeats[0] < repeats[1]:
         rule = f"its finalists are not done ({repeats[0]} of {repeats[1]} trainings): `resume {name}` first"
         raise _refused("SWEEP", name, rule)
-    if has_looked and not plan.again:
+    if has_looked(state) and not plan.again:
         look = state.looks[-1]
         rule = (
             f"its test set has been read, for {counted(len(look.trials), 'config')} on {counted(len(look.seeds), 'seed')}: "
@@ -139,8 +139,8 @@ def cost(config: SweepConfig, state: SweepState, line: Confirm | None) -> Cost:
     chosen = [*(state.trials[key] for key in confirm.finalists), *bases]
     under_way = Counter(record.key.arm for record in state.running())
     to_choose = len(unrepeated(state, chosen, range(first, first + count))) + under_way[REPEAT]
-    has_looked = any(look.look == confirm.look for look in state.looks)
-    ahead = len(to_measure(state)) + under_way[TEST] if has_looked else (1 + len(bases)) * confirm.test_seeds
+    is_begun = line is None and has_looked(state)
+    ahead = len(to_measure(state)) + under_way[TEST] if is_begun else (1 + len(bases)) * confirm.test_seeds
     each = _seconds_each(state)
     longer = 1 / (1 - config.data.val_fraction)  # the images of the validation split are trained on too
     is_trained = config.teacher is not None and config.teacher.recipe is not None and confirm is line

@@ -14,6 +14,7 @@ from tune_topkd.ledger import baseline_target
 from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import has_looked
 from tune_topkd.ledger import to_measure
 
 _WEIGHT_OF_THE_EXPECTED = 4
@@ -97,7 +98,7 @@ def _measurements_ahead(state: SweepState) -> int:
     """Trainings for the test set to come."""
     if state.confirm is None:
         return 0
-    if any(look.look == state.confirm.look for look in state.looks):
+    if has_looked(state):
         return len(to_measure(state))
     return (1 + len(baseline_trials(state))) * state.confirm.test_seeds
 

@@ -13,12 +13,10 @@ from tune_topkd.export import StudentError
 from tune_topkd.export import TunedConfig
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
-from tune_topkd.ledger import is_of_the_answer
-from tune_topkd.ledger import measured
-from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.space import digest
 from tune_topkd.storage import write_atomically
+from tune_topkd.verdict import verdict_of_answer
 
 
 def student_trial(state: SweepState) -> TrialRecord | None:
@@ -27,10 +25,9 @@ def student_trial(state: SweepState) -> TrialRecord | None:
     Of a confirmed answer it is its first training on all images but the test set's, whatever the test set said of it: the
     best of several would be chosen by the test set. Else it is the search's own trial.
     """
-    winner = winner_of(state)
-    done = measured_done(state)
-    if winner is not None and is_of_the_answer(state) and done is not None and done[0] == done[1]:
-        answer = measured(state)[0]
+    winner, verdict = winner_of(state), verdict_of_answer(state)
+    if verdict is not None:
+        answer = verdict.answer.finalist
         for seed in answer.values:
             return answer.repeats[seed]
     return None if winner is None else winner.record
