@@ -109,7 +109,7 @@ def test_a_sweep_without_an_answer_has_a_row_that_says_how_it_stands():
     row = row_of(config(), SweepState(), KNOWN)
     assert (row.state, row.params, row.top1, row.equal_k) == ("under way", {}, None, None)
     for write in FORMATS.values():
-        assert write([row])
+        assert write([row], None)
 
 
 # --- the K that are equal -----------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ ROWS = [
 
 
 def test_markdown_has_a_cell_for_each_heading():
-    lines = FORMATS["markdown"](ROWS).splitlines()
+    lines = FORMATS["markdown"](ROWS, None).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     assert (
@@ -185,7 +185,7 @@ def test_markdown_has_a_cell_for_each_heading():
 
 
 def test_csv_has_whole_numbers_and_intervals_apart():
-    first, second = csv.DictReader(io.StringIO(FORMATS["csv"](ROWS)))
+    first, second = csv.DictReader(io.StringIO(FORMATS["csv"](ROWS, None)))
     assert (first["k"], first["lr"], first["equal_k"]) == ("5", "0.123456", "4 5 9")
     assert (first["top1"], first["top1, low"], first["top1, high"]) == ("90.0", "89.0", "91.5")
     assert (first["gain over KD, T = 4"], first["gain over KD, T = 4, high"]) == ("-0.5", "0.0")
@@ -193,14 +193,14 @@ def test_csv_has_whole_numbers_and_intervals_apart():
 
 
 def test_json_is_what_a_row_is():
-    first, second = json.loads(FORMATS["json"](ROWS))
+    first, second = json.loads(FORMATS["json"](ROWS, None))["sweeps"]
     assert first["gains"] == {"KD, T = 4": {"mean": -0.5, "interval": [-1.0, 0.0]}}
     assert first["equal_k"] == {"values": [4, 5, 9], "how": "finalists on fresh seeds"}
     assert (second["top1"], second["params"]) == (None, {})
 
 
 def test_latex_is_a_tabular_with_its_signs_escaped():
-    text = FORMATS["latex"](ROWS)
+    text = FORMATS["latex"](ROWS, None)
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") for line in body} == {body[0].count(" & ")}
     assert r"a\_b & d|1 & t & s\&co & 5 & 4--5, 9" in text
@@ -226,8 +226,14 @@ def test_the_command_tabulates_all_sweeps_and_says_which_are_left_out(tmp_path, 
         main()
     said = capfd.readouterr()
     assert ended.value.code == 0
-    assert {row["sweep"]: row["measured_on"] for row in json.loads(said.out)} == {"one": "one seed", "two": "test set"}
+    content = json.loads(said.out)
+    assert {r["sweep"]: r["measured_on"] for r in content["sweeps"]} == {"one": "one seed", "two": "test set"}
+    assert content["recommended"]["why_none"] == "one has 6 full trials of its method, and a model needs 8"
     assert said.err.startswith("note: damaged is left out: ")
+    monkeypatch.setattr(sys, "argv", ["launch.py", "status", "--campaign", "--json", "--runs-dir", str(runs)])
+    with pytest.raises(SystemExit):
+        main()
+    assert json.loads(capfd.readouterr().out) == content
     monkeypatch.setattr(sys, "argv", ["launch.py", "report", "two", "-o", "table.md", "--runs-dir", str(runs)])
     with pytest.raises(SystemExit):
         main()

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -378,6 +379,62 @@ def test_a_cifar_students_checkpoint_has_the_fields_keys_and_shapes_and_its_stat
     assert all(torch.equal(value, student.weights[name]) for name, value in again.state_dict().items())
     assert content["layer2.0.bn1.num_batches_tracked"] == 1
     assert not torch.equal(content["bn1.running_var"], torch.ones(32))
+
+
+LOADS_STRICT = """
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+root, name, file = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+package = types.ModuleType("mdistiller")  # its own __init__ wants CUDA libraries that its networks do not
+package.__path__ = [str(root / "mdistiller")]
+sys.modules["mdistiller"] = package
+from mdistiller.models import cifar_model_dict
+
+network = cifar_model_dict[name][0](num_classes=100)
+network.load_state_dict(torch.load(file)["model"], strict=True)
+images, logits = torch.load(file + ".expected")
+with torch.no_grad():
+    given = network.eval()(images)[0]
+torch.testing.assert_close(given, logits, rtol=1e-4, atol=1e-4)
+"""
+
+MDISTILLER = os.environ.get("MDISTILLER", "")
+
+
+@pytest.mark.skipif(not MDISTILLER, reason="needs mdistiller, which is no package: MDISTILLER=its checkout")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "resnet8",
+            "resnet20",
+            "resnet32",
+            "resnet56",
+            "resnet110",
+            "resnet8x4",
+            "resnet32x4",
+            "ResNet18",
+            "ResNet50",
+        ),
+        *("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2", "vgg8", "vgg13", "MobileNetV2", "ShuffleV1", "ShuffleV2"),
+    ],
+)
+def test_mdistillers_own_network_takes_a_student_best_and_gives_its_logits(tmp_path, name):
+    student = student_of(name)
+    path = written(student, "checkpoint", tmp_path)
+    network = build_configured(student.model, num_classes=100).eval()
+    network.load_state_dict(student.weights)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.save((images, network(images)), f"{path}.expected")
+    command = [sys.executable, "-c", LOADS_STRICT, MDISTILLER, name, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_are_written_one_row_after_the_other(tmp_path):

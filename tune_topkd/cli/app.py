@@ -48,6 +48,9 @@ from tune_topkd.sweep import preflight
 from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.campaign import FORMATS
+from tune_topkd.sweep.campaign import row_of
+from tune_topkd.sweep.recommending import Searched
+from tune_topkd.sweep.recommending import recommended
 from tune_topkd.sweep.register import MODELS
 from tune_topkd.sweep.register import registered
 from tune_topkd.sweep.result import export_bundle
@@ -66,7 +69,7 @@ DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
 Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES, *STUDENT_WRITERS)})  # type: ignore[misc]
 YAML = Format("yaml")
 Table = StrEnum("Table", {name: name for name in FORMATS})  # type: ignore[misc]
-MARKDOWN = Table("markdown")
+MARKDOWN, JSON = Table("markdown"), Table("json")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -326,10 +329,17 @@ def verify(
 def status(
     sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="[default: all]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
+    campaign: Annotated[
+        bool, typer.Option("--campaign", help="As the table of `report`: what each has found.")
+    ] = False,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Show the state of each sweep."""
     workspace = _workspace(runs_dir)
+    if campaign:
+        searched = _searched([sweep] if sweep else None, workspace, Console())
+        terminal.result(_table(searched, JSON if as_json else MARKDOWN), is_document=True)
+        return
     every = workspace.sweeps() if sweep is None else []
     found = [standing(sweep, workspace)] if sweep else [standing_or_damage(name, workspace) for name in every]
     if as_json:
@@ -351,19 +361,35 @@ def report(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Tabulate sweeps, a row each: the best K and those equal to it, the parameters, the figure, the gains, the cost."""
+    """Tabulate sweeps, a row each: the best K and those equal to it, the parameters, the figure, the gains, the cost.
+
+    Below the table of several: the one config that loses least on all of them, and what it loses on each.
+    """
     workspace, console = _workspace(runs_dir), Console()
-    rows = []
+    _give(_table(_searched(sweeps, workspace, console), format_), output, console)
+
+
+def _searched(sweeps: list[str] | None, workspace: Workspace, console: Console) -> list[Searched]:
+    """The sweeps that are named, or all that can be read.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = []
     for name in sweeps or workspace.sweeps():
         try:
-            rows.append(Sweep(name, workspace).row())
+            found.append(Sweep(name, workspace).searched())
         except TuneTopKDError as error:
             if sweeps:
                 raise
             console.print(f"note: {name} is left out: {error}", style="yellow", soft_wrap=True)
-    if not rows:
+    if not found:
         raise ConfigError("report", [Problem(key="SWEEP", rule=f"there is none in {workspace.runs}")])
-    _give(FORMATS[format_.value](rows), output, console)
+    return found
+
+
+def _table(sweeps: Sequence[Searched], format_: Table) -> str:
+    return FORMATS[format_.value]([row_of(s.config, s.state, s.complete) for s in sweeps], recommended(sweeps))
 
 
 def _give(text: str, output: Path | None, console: Console) -> None:

@@ -30,6 +30,7 @@ from tune_topkd.sweep.campaign import Row
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.driver import Turn
+from tune_topkd.sweep.recommending import Searched
 from tune_topkd.sweep.result import Result
 from tune_topkd.sweep.result import answer
 from tune_topkd.sweep.spend import Spend
@@ -316,10 +317,20 @@ class Sweep:
             ConfigError: it has not begun, or its config has been changed by hand.
             LedgerError: its ledger is damaged.
         """
+        found = self.searched()
+        return row_of(found.config, found.state, found.complete)
+
+    def searched(self) -> Searched:
+        """What it was searched over, and what became of its trials.
+
+        Raises:
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+        """
         folder = self.workspace.existing(self.name)
         state = read_state(folder / LEDGER_FILE)
         config = frozen_config(folder, state)
-        return row_of(config, state, preflight.complete_parameters(config))
+        return Searched(config, state, preflight.complete_parameters(config))
 
     def answer(self) -> TunedConfig:
         """The tuned config.

@@ -23,6 +23,7 @@ from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
+from tune_topkd.sweep.recommending import Recommendation
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import Interval
@@ -251,19 +252,20 @@ def notes(rows: Sequence[Row]) -> list[str]:
     return ["± is half of a 95 % interval over seeds; those of gains hold for all baselines of a sweep at once", *told]
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
-    """A table and its notes."""
+def as_markdown(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
+    """A table and its notes; below, the config that is recommended for all."""
     headings, cells = _cells(rows)
     lines = [_line(headings), "|" + "|".join("---" for _ in headings) + "|", *(_line(row) for row in cells)]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(rows))]) + "\n"
+    lines += ["", *(f"- {note}" for note in notes(rows))]
+    return "\n".join([*lines, *(["", *for_all.lines()] if for_all else [])]) + "\n"
 
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """A line for each sweep, intervals in columns of their own; numbers are whole."""
+def as_csv(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
+    """A line for each sweep, intervals in columns of their own; numbers are whole. What is recommended has no line."""
     bases = list(dict.fromkeys(name for row in rows for name in row.gains))
     params = list(dict.fromkeys(name for row in rows for name in row.params))
     lines = []
@@ -289,9 +291,10 @@ def _flat(name: str, figure: Figure | None) -> dict[str, float | str]:
     return {name: figure.mean if figure else "", f"{name}, low": low, f"{name}, high": high}
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """A list of objects."""
-    return json.dumps([row.data() for row in rows], indent=2, ensure_ascii=False) + "\n"
+def as_json(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
+    """One object: `sweeps`, a list of objects, and `recommended`, null for fewer than two."""
+    content = {"sweeps": [row.data() for row in rows], "recommended": None if for_all is None else for_all.data()}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 _LATEX = str.maketrans(
@@ -307,10 +310,10 @@ _LATEX = str.maketrans(
 )
 
 
-def as_latex(rows: Sequence[Row]) -> str:
-    """A `tabular` for booktabs, its notes as comments."""
+def as_latex(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
+    """A `tabular` for booktabs; its notes, and what is recommended for all, as comments."""
     headings, cells = _cells(rows)
-    lines = [f"% {note}" for note in notes(rows)]
+    lines = [f"% {note}" for note in [*notes(rows), *(for_all.lines() if for_all else [])]]
     lines += [rf"\begin{{tabular}}{{{'l' * 4}{'r' * (len(headings) - 4)}}}", r"\toprule"]
     lines += [_latex_line(headings), r"\midrule", *map(_latex_line, cells), r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
@@ -320,7 +323,7 @@ def _latex_line(cells: Iterable[str]) -> str:
     return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
 
 
-FORMATS: Mapping[str, Callable[[Sequence[Row]], str]] = {
+FORMATS: Mapping[str, Callable[[Sequence[Row], Recommendation | None], str]] = {
     "markdown": as_markdown,
     "csv": as_csv,
     "json": as_json,
