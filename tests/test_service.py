@@ -212,6 +212,57 @@ def test_a_name_that_is_taken_and_one_that_is_not_there(create):
         Sweep.open("t")
 
 
+def test_the_same_run_begins_goes_on_and_finds_that_all_is_done(create):
+    def interrupted(trial, epoch):
+        if trial.record.key.number == 2:
+            raise KeyboardInterrupt
+        return measured(trial, epoch)
+
+    assert create(or_resume=True).run(executor=SimulatedExecutor(interrupted)).is_interrupted
+    watch = Watch()
+    done = create(or_resume=True).run([watch], executor=SimulatedExecutor(measured))
+    assert (done.reason, {n for _, n, *_ in watch.of("end")}) == ("finished", {2, 3})
+    events = len(read_events(create(or_resume=True).folder / "ledger.jsonl")[0])
+    watch = Watch()
+    again = create(or_resume=True).run([watch], executor=SimulatedExecutor(measured))
+    assert (again.reason, again.best, watch.of("end")) == ("finished", done.best, [])
+    trained = [e.name for e in read_events(create(or_resume=True).folder / "ledger.jsonl")[0][events:]]
+    assert set(trained) <= {"driver", "stop"}
+
+
+def test_a_run_that_goes_on_takes_more_trials_a_time_budget_and_files_that_moved(create):
+    create().run(executor=SimulatedExecutor(measured))
+    more = create(or_resume=True, overrides={"sweep.trials": 6, "sweep.time_budget": 3600.0, "data.workers": 2})
+    result = more.run(executor=SimulatedExecutor(measured))
+    assert result.state.counts()["completed"] == 6
+    assert result.state.places == {"data.workers": 2}
+    fewer = create(or_resume=True).run(executor=SimulatedExecutor(measured))
+    assert (fewer.state.target, fewer.state.counts()["completed"]) == (6, 6), "what is there stays"
+
+
+def test_a_run_goes_on_with_no_other_sweep_than_its_own(create):
+    create().run(executor=SimulatedExecutor(measured))
+    changed = {"sweep.seed": 3, "recipe.lr": 0.2}
+    with pytest.raises(ConfigError) as refused:
+        create(or_resume=True, overrides=changed)
+    message = str(refused.value)
+    assert f"{Sweep.open('s').folder} holds another sweep of this name; --name gives this one another" in message
+    assert "recipe.lr: was 0.1 and is 0.2" in message
+    assert "sweep.seed: was 0 and is 3" in message
+    assert message.count("\n") == 3, "nothing else differs"
+    many = {f"recipe.{key}": value for key, value in {"momentum": 0.8, "weight_decay": 0.1, "lr": 0.2}.items()}
+    with pytest.raises(ConfigError, match="and 1 more"):
+        create(or_resume=True, overrides={**many, "sweep.seed": 3, "sweep.startup_trials": 2, "recipe.batch_size": 32})
+    assert create(or_resume=True, name="t").run(executor=SimulatedExecutor(measured)).reason == "finished"
+
+
+def test_a_run_begins_what_was_killed_before_its_first_line(create):
+    sweep = create(or_resume=True)
+    sweep.folder.mkdir(parents=True)
+    (sweep.folder / "ledger.jsonl").write_bytes(b"")
+    assert create(or_resume=True).run(executor=SimulatedExecutor(measured)).reason == "finished"
+
+
 def test_the_environment_names_what_no_argument_does(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(SPACE))
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path / "elsewhere"))

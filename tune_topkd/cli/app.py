@@ -190,6 +190,9 @@ def run(
     warm_start: Annotated[
         list[str] | None, typer.Option(metavar="SWEEP", help="Try that sweep's best trials first; may be repeated.")
     ] = None,
+    or_resume: Annotated[
+        bool, typer.Option("--or-resume", help="Go on with a sweep that has begun: the same command, again and again.")
+    ] = False,
     set_: Sets = None,
 ) -> None:
     """Search each SPACE.yaml and export its tuned config."""
@@ -207,7 +210,9 @@ def run(
     with console.phase("checking what is to run"):
         sources = spaces or [DEFAULT_SPACE]
         named = zip(sources, _names(sources, name), strict=True)
-        sweeps = all_of([functools.partial(Sweep.new, s, n, workspace, overrides, warm_start or ()) for s, n in named])
+        sweeps = all_of(
+            [functools.partial(Sweep.new, s, n, workspace, overrides, warm_start or (), or_resume) for s, n in named]
+        )
     _conclude(_each_run(sweeps, workspace, console), workspace, console)
 
 

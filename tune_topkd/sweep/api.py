@@ -29,6 +29,8 @@ from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.campaign import Row
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.confirm import Plan
+from tune_topkd.sweep.continuing import Continuation
+from tune_topkd.sweep.continuing import continuation
 from tune_topkd.sweep.driver import Turn
 from tune_topkd.sweep.recommending import Searched
 from tune_topkd.sweep.result import Result
@@ -100,6 +102,7 @@ class Sweep:
     notes: tuple[str, ...] = ()
     _new: preflight.Checked | None = field(default=None, repr=False)
     _first: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    _begun: Continuation | None = field(default=None, repr=False)
 
     @classmethod
     def create(
@@ -112,6 +115,7 @@ class Sweep:
         mlflow_uri: str | None = None,
         address: str | None = None,
         warm_start: str | Sequence[str] = (),
+        or_resume: bool = False,
     ) -> "Sweep":
         """A new sweep, checked as far as can be before anything is spent; nothing is written before it is run.
 
@@ -123,12 +127,15 @@ class Sweep:
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
             warm_start: a sweep of the runs folder, or several, whose best trials are tried first.
+            or_resume: if the sweep has begun, `run` goes on with it: with as many trials as are asked for now if these
+                are more, with this time budget, and with its files where they are now.
 
         Raises:
-            ConfigError: with every problem of the config, the name and this machine.
+            ConfigError: with every problem of the config, the name and this machine; with `or_resume` also each key
+                that differs from those of the sweep that has begun.
         """
         workspace = Workspace.at(runs_dir, mlflow_uri, address)
-        return cls.new(space, name, workspace, as_overrides(overrides), warm_start)
+        return cls.new(space, name, workspace, as_overrides(overrides), warm_start, or_resume)
 
     @classmethod
     def new(
@@ -138,6 +145,7 @@ class Sweep:
         workspace: Workspace,
         overrides: Sequence[Override] = (),
         warm_start: str | Sequence[str] = (),
+        or_resume: bool = False,
     ) -> "Sweep":
         """As `create`, in a workspace that there is."""
         name = name or default_name(space)
@@ -148,8 +156,11 @@ class Sweep:
                 preflight.check_machine(found.config, found.source)
             return found
 
-        found, _ = all_of([checked, lambda: workspace.check_free(name)])
+        found, _ = all_of([checked, lambda: None if or_resume else workspace.check_free(name)])
         assert isinstance(found, preflight.Checked), "the first of the two"
+        if or_resume and (begun := continuation(found.config, found.source, name, workspace)) is not None:
+            return cls(name, workspace, _begun=begun)
+        workspace.check_free(name)
         notes = [] if found.is_reviewed else list(found.warnings)
         others = [warm_start] if isinstance(warm_start, str) else warm_start
         first = warm_starts(others, workspace, found.config, notes.append)
@@ -196,7 +207,7 @@ class Sweep:
         return frozen_config(self.folder, read_state(self.folder / LEDGER_FILE))
 
     def run(self, callbacks: Sequence[Callback] = (), *, executor: "Executor | None" = None) -> Result:
-        """Run a sweep that `create` gave to its end, an interruption or its time budget.
+        """Run a sweep that `create` gave to its end, an interruption or its time budget; with `or_resume` what is left.
 
         On the main thread Ctrl-C, SIGTERM and SIGHUP end it cleanly: the result says `interrupted`, and `resume` goes on.
 
@@ -210,6 +221,9 @@ class Sweep:
             TuneTopKDError: the sweep cannot go on; what it has is safe.
             OSError: the disk is full or read-only; what it has is safe.
         """
+        if (begun := self._begun) is not None:
+            turn = Turn(self.workspace, Watchers(callbacks), executor, begun.places)
+            return turn.resume(self.name, begun.trials, begun.time_budget)
         if self._new is None:
             rule = "is there already: `resume` goes on with it"
             raise ConfigError("SWEEP", [Problem(key=self.name, rule=rule)])
