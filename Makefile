@@ -57,5 +57,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@echo "Installing into $(VENV) (once; some minutes, about 6 GB)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep,dev,consumers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep,cluster,dev,consumers]'
 	@touch $@

@@ -23,9 +23,11 @@ import typer
 
 from tune_topkd import __version__
 from tune_topkd import terminal
+from tune_topkd.cli.calling import command
 from tune_topkd.cli.calling import command_for
 from tune_topkd.cli.standing import DAMAGED
 from tune_topkd.cli.standing import line_of
+from tune_topkd.cli.standing import line_of_job
 from tune_topkd.cli.standing import standing
 from tune_topkd.cli.standing import standing_or_damage
 from tune_topkd.config import SWEEP_NAME
@@ -49,6 +51,9 @@ from tune_topkd.sweep.api import all_of
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.campaign import FORMATS
 from tune_topkd.sweep.campaign import row_of
+from tune_topkd.sweep.jobs import JOBS_VARIABLE
+from tune_topkd.sweep.jobs import Submission
+from tune_topkd.sweep.jobs import jobs_at
 from tune_topkd.sweep.recommending import Searched
 from tune_topkd.sweep.recommending import recommended
 from tune_topkd.sweep.register import MODELS
@@ -214,6 +219,97 @@ def run(
             [functools.partial(Sweep.new, s, n, workspace, overrides, warm_start or (), or_resume) for s, n in named]
         )
     _conclude(_each_run(sweeps, workspace, console), workspace, console)
+
+
+JobsAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        envvar=[JOBS_VARIABLE, RAY_VARIABLE],
+        help="The cluster: http://HOST:8265 (its dashboard), or HOST:PORT of its head.",
+    ),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or a sweep's name: its newest job.")]
+
+
+@app.command()
+def submit(
+    spaces: Spaces = None,
+    name: Annotated[str | None, typer.Option(help="The sweep's name [default: the YAML's].")] = None,
+    trials: Trials = None,
+    epochs: Epochs = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the proposals and of every trial.")] = None,
+    time_budget: TimeBudget = None,
+    runs_dir: Annotated[
+        str, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="An absolute path that all nodes share.")
+    ] = DEFAULT_RUNS,
+    mlflow_uri: Annotated[
+        str | None, typer.Option("--mlflow-uri", help="MLflow's, as the cluster reaches it [default: the cluster's].")
+    ] = None,
+    address: JobsAddress = None,
+    set_: Sets = None,
+) -> None:
+    """Have a Ray cluster run each SPACE.yaml as a job; the same submission again goes on with what is left.
+
+    The job runs `run --or-resume` in a copy of the working directory. Its id goes to stdout.
+    """
+    overrides = _overrides(set_, trials=trials, epochs=epochs, seed=seed, time_budget=time_budget)
+    sources, console = spaces or [DEFAULT_SPACE], Console()
+    submission = Submission.of(sources, _names(sources, name), overrides, runs_dir, mlflow_uri)
+    job, notes = submission.to(jobs_at(address), Path.cwd())
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+    follow, stop_it = (command(*words, address=address) for words in (("logs", "-f", job.id), ("stop", job.id)))
+    console.print(f"submitted: {', '.join(job.sweeps)}; `{follow}` shows it, `{stop_it}` ends it", soft_wrap=True)
+    terminal.result(f"{job.id}\n")
+
+
+@app.command()
+def jobs(
+    address: JobsAddress = None,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects on stdout.")] = False,
+) -> None:
+    """List the sweeps that were submitted to a cluster, the oldest first."""
+    found = jobs_at(address).all()
+    if as_json:
+        terminal.result(json.dumps([dataclasses.asdict(job) for job in found], indent=2) + "\n", is_document=True)
+        return
+    terminal.result("".join(f"{line_of_job(job)}\n" for job in found))
+    if not found:
+        Console().print(f"no sweeps have been submitted to {address}")
+
+
+@app.command()
+def logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job is over.")] = False,
+    address: JobsAddress = None,
+) -> None:
+    """Show what a job has written; with -f exit 1 if it fails."""
+    jobs = jobs_at(address)
+    found = jobs.find(job)
+    if not follow:
+        terminal.result(jobs.text(found))
+        return
+    with listening() as interruption:
+        interruption.advice = f"; {found.id} goes on"
+        try:
+            found = jobs.follow(found, terminal.result)
+        except KeyboardInterrupt:
+            raise typer.Exit(interruption.exit_code) from None
+    Console().print(line_of_job(found), style="bold", soft_wrap=True)
+    if found.status != "succeeded":
+        raise typer.Exit(FINDINGS)
+
+
+@app.command()
+def stop(job: JobName, address: JobsAddress = None) -> None:
+    """End a job's sweep cleanly; the same submission, or `resume`, goes on with it."""
+    jobs, console = jobs_at(address), Console()
+    found = jobs.find(job)
+    with console.phase(f"stopping {found.id}"):
+        found = jobs.stop(found)
+    console.print(line_of_job(found), style="bold", soft_wrap=True)
 
 
 def _each_run(sweeps: Sequence[Sweep], workspace: Workspace, console: Console) -> dict[str, Result | str]:

@@ -1,10 +1,16 @@
 """How sweeps stand, as `status` prints it."""
 
+import time
+from typing import TYPE_CHECKING
 from typing import Any
 
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
+from tune_topkd.sweep.wording import duration
+
+if TYPE_CHECKING:
+    from tune_topkd.sweep.jobs import Job
 
 DAMAGED = "damaged"
 """What `status` says of a sweep whose ledger cannot be read."""
@@ -47,6 +53,14 @@ def line_of(entry: dict[str, Any]) -> str:
             else f"; test: {test['done']} of {test['of']} trainings"
         )
     return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
+
+
+def line_of_job(job: "Job") -> str:
+    """How a job on a cluster stands, in a line."""
+    began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.submitted))
+    took = "" if job.ended is None else f" after {duration(job.ended - job.submitted)}"
+    why = f"; {job.message}" if job.status == "failed" and job.message else ""
+    return f"{job.id}: {', '.join(job.sweeps)}, {job.status}{took}; submitted {began}, in {job.runs}{why}"
 
 
 def standing(name: str, workspace: Workspace) -> dict[str, Any]:

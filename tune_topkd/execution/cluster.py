@@ -47,6 +47,7 @@ LONGEST_SILENCE_OF_THE_HEAD = 25.0
 
 _SECONDS_BETWEEN_KNOCKS = 2.0
 _LONGEST_KNOCK = 4.0
+_KEPT_IN = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH (a file) or ~/.ray/auth_token"
 _CORES_HANDLER = "_ZN3ray6RayLog27InstallFailureSignalHandlerEPKcb"
 _OF_ANOTHER_CLUSTER = ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
@@ -175,12 +176,7 @@ def _check_credentials(address: str) -> None:
     Raises:
         ResourceError: it asks for another one, or does not speak Ray's language.
     """
-    shows_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
-    where = "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH (a file) or ~/.ray/auth_token"
-    _check_token_file()
-    if shows_token and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
-        rule = f"RAY_AUTH_MODE is token, and there is none: put the cluster's into {where}"
-        raise ResourceError(f"{_named(address)}: {rule}")
+    check_token(address)
     answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -195,13 +191,32 @@ def _check_credentials(address: str) -> None:
     except queue.Empty:
         raise ResourceError(f"{_named(address)}: what answers there is no Ray head") from None
     if isinstance(error, ray.exceptions.AuthenticationError):
-        if shows_token:
-            rule = f"the cluster refuses this token: {_token_source()} must be the cluster's own"
-        else:
-            rule = f"the cluster asks for a token: set RAY_AUTH_MODE=token, and put the cluster's into {where}"
-        raise ResourceError(f"{_named(address)}: {rule}") from error
+        raise ResourceError(f"{_named(address)}: {token_problem()}") from error
     if error is not None:
-        raise ResourceError(f"{_named(address)}: no Ray cluster answers there: {_in_one_line(error)}") from error
+        raise ResourceError(f"{_named(address)}: no Ray cluster answers there: {in_one_line(error)}") from error
+
+
+def check_token(address: str) -> None:
+    """Look for the token that Ray would show at an address.
+
+    Raises:
+        ResourceError: there is none, or it cannot be read.
+    """
+    _check_token_file()
+    if _shows_token() and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        rule = f"RAY_AUTH_MODE is token, and there is none: put the cluster's into {_KEPT_IN}"
+        raise ResourceError(f"{_named(address)}: {rule}")
+
+
+def _shows_token() -> bool:
+    return os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+
+
+def token_problem() -> str:
+    """What to do about a cluster that has refused this process."""
+    if _shows_token():
+        return f"the cluster refuses this token: {_token_source()} must be the cluster's own"
+    return f"the cluster asks for a token: set RAY_AUTH_MODE=token, and put the cluster's into {_KEPT_IN}"
 
 
 def _check_token_file() -> None:
@@ -249,11 +264,12 @@ def _running(address: str | None) -> Iterator[None]:
                 ray.init(**options)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             what = f"{_named(address)}: cannot be attached to" if address else "Ray cannot be started"
-            raise ResourceError(f"{what}: {_in_one_line(error)}") from error
+            raise ResourceError(f"{what}: {in_one_line(error)}") from error
         yield
 
 
-def _in_one_line(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """An exception of Ray's as a person can be told of it."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
