@@ -18,6 +18,7 @@ Each class lives in the room that raises it:
     ├── TeacherError              teacher: a teacher's logits cannot be used
     ├── CheckpointError           train: a checkpoint is missing or damaged
     ├── ResourceError             execution: the cluster cannot run the trials
+    ├── JobError                  execution: a job on a cluster cannot be submitted, found, read or stopped
     ├── NoScratchError            execution: no folder for temporary files
     ├── ChoiceError               search: a sampler or scheduler that a config names cannot be used
     ├── UndecidedError            search: what comes next cannot be decided
