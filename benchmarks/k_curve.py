@@ -6,7 +6,8 @@ these values, so they are told on the test set, after the last epoch.
 
 For each K: mean ± standard error, the worst seed, and by how much it is below the best K: the mean of the differences seed
 by seed, with an interval that holds for all pairs of K at once (Student's t, Bonferroni), since the best is chosen by the
-same values. Where none excludes 0 the curve is flat as far as these seeds tell.
+same values. An F-test over all K at once (one-way analysis of variance) sees smaller differences, but not between which K
+they are. Where neither finds a difference the curve is flat as far as these seeds tell.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from datetime import date
 from pathlib import Path
 
 import yaml
+from scipy import stats
 
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
@@ -43,6 +45,7 @@ from tune_topkd.verdict import mean_interval
 
 KS = (1, 2, 3, 5, 9, 15, 25, 40, 70, 99)
 FIRST_SEED = 100
+_ALPHA = 0.05
 Values = Mapping[int, Mapping[int, float]]
 """By K and seed: test top-1 at the end, in percent."""
 
@@ -64,15 +67,16 @@ def table(values: Values) -> Iterator[str]:
         yield f"| {k} | {spread(list(by_seed.values()), 2)} | {min(by_seed.values()):.2f} | {cell} |"
     yield ""
     least, most = min(means.values()), max(means.values())
+    overall = stats.f_oneway(*(list(by_seed.values()) for by_seed in values.values()))
+    yield f"All K at once: F = {overall.statistic:.2f}, p = {overall.pvalue:.2f}."
     if not apart:
-        yield f"Flat: no K is told apart from K = {best}; the means lie within {most - least:.2f} points."
+        how = "Flat" if overall.pvalue >= _ALPHA else "Not flat as a whole, though pair by pair it does not show"
+        yield f"{how}: no K is told apart from K = {best}; the means lie within {most - least:.2f} points."
         return
     equal = [k for k in values if k not in apart]
     where = "inside the range" if min(values) < min(equal) and max(equal) < max(values) else "up to an end of the range"
-    yield (
-        f"K = {', '.join(map(str, apart))} {'is' if len(apart) == 1 else 'are'} told apart from K = {best}; K = "
-        f"{', '.join(map(str, equal))} are not. The optimum lies {where}."
-    )
+    others = f"; K = {', '.join(str(k) for k in equal if k != best)} not" if len(equal) > 1 else ""
+    yield f"Told apart from K = {best}: K = {', '.join(map(str, apart))}{others}. The optimum lies {where}."
 
 
 def main() -> None:

@@ -237,3 +237,18 @@ def test_a_replayed_warm_start_begins_with_what_the_other_found(replay, monkeypa
     of_source, first = begun
     assert of_source == []
     assert len(first) == 1 + replay.WARM_STARTS
+
+
+def test_a_flat_curve_over_k_is_called_flat_and_an_optimum_is_found():
+    from benchmarks.k_curve import table
+
+    flat = {k: {seed: 70.0 + (seed * 7 + k * 3) % 5 / 10 for seed in range(5)} for k in (1, 5, 9)}
+    lines = list(table(flat))
+    assert lines[-1].startswith("Flat: no K is told apart from K = ")
+    peaked = {k: {seed: value - 3.0 * (k != 5) for seed, value in flat[k].items()} for k in flat}
+    *rows, overall, sentence = table(peaked)
+    assert sentence == "Told apart from K = 5: K = 1, 9. The optimum lies inside the range."
+    assert overall.endswith("p = 0.00.")
+    assert rows[3].endswith("| the best |")
+    rising = {k: {seed: value + k for seed, value in by_seed.items()} for k, by_seed in flat.items()}
+    assert list(table(rising))[-1].endswith("The optimum lies up to an end of the range.")
