@@ -17,16 +17,16 @@ from test_confirm import state_of
 
 from tune_topkd.cli.app import main
 from tune_topkd.execution import SimulatedExecutor
+from tune_topkd.findings import EqualK
+from tune_topkd.findings import Figure
+from tune_topkd.findings import Row
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import standings
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep.campaign import FORMATS
-from tune_topkd.sweep.campaign import EqualK
-from tune_topkd.sweep.campaign import Figure
-from tune_topkd.sweep.campaign import Row
-from tune_topkd.sweep.campaign import _ranges
 from tune_topkd.sweep.campaign import equal_k
 from tune_topkd.sweep.campaign import notes
+from tune_topkd.sweep.campaign import ranges
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import verdict_of
@@ -146,7 +146,7 @@ def test_a_sweep_that_does_not_search_k_has_none(searched):
 
 
 def test_whole_numbers_in_a_row_are_a_range():
-    assert [_ranges(values) for values in ([1], [1, 2], [1, 3, 4, 5, 9], [])] == ["1", "1–2", "1, 3–5, 9", ""]
+    assert [ranges(values) for values in ([1], [1, 2], [1, 3, 4, 5, 9], [])] == ["1", "1–2", "1, 3–5, 9", ""]
 
 
 # --- the formats ----------------------------------------------------------------------------------------------------------

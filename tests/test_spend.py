@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from tune_topkd.config.sections import AshaConfig
+from tune_topkd.findings import ArmSpend
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import End
@@ -15,8 +16,11 @@ from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.sweep.spend import FEWEST
 from tune_topkd.sweep.spend import rung_ranks
+from tune_topkd.sweep.spend import rungs_of
 from tune_topkd.sweep.spend import spend
+from tune_topkd.sweep.spend import spend_by_arm
 
 CONFIG = formulas.sweep_config()
 EPOCHS = CONFIG.recipe.epochs
@@ -97,3 +101,33 @@ def test_rungs_are_below_the_last_epoch():
     assert AshaConfig(grace_epochs=5, reduction_factor=2).rungs(20) == [5, 10]
     assert AshaConfig(grace_epochs=9).rungs(9) == []
     assert rung_ranks(formulas.sweep_config(sweep={"asha": None}), state_of()) == []
+
+
+def test_each_arm_has_what_its_trials_cost_by_what_became_of_them():
+    found = spend_by_arm(
+        state_of(
+            ("ce", TrialStatus.COMPLETED, [50.0] * EPOCHS, 1.0),
+            (SEARCH, TrialStatus.COMPLETED, [50.0] * EPOCHS, 2.0),
+            (SEARCH, TrialStatus.PRUNED, [50.0] * 3, 4.0),
+            (SEARCH, TrialStatus.COMPLETED, [50.0] * EPOCHS, 3.0),
+        )
+    )
+    assert found == [
+        ArmSpend("search", "completed", 2, 5.0 * EPOCHS),
+        ArmSpend("search", "pruned", 1, 12.0),
+        ArmSpend("baseline cross-entropy", "completed", 1, 1.0 * EPOCHS),
+    ]
+
+
+def test_a_rung_counts_who_arrived_and_who_was_stopped_there():
+    first, second = CONFIG.sweep.asha.rungs(EPOCHS)
+    done = [(SEARCH, TrialStatus.COMPLETED, [float(n)] * EPOCHS, None) for n in range(FEWEST)]
+    state = state_of(
+        *done, (SEARCH, TrialStatus.PRUNED, [1.0] * first, None), (SEARCH, TrialStatus.PRUNED, [1.0] * second, None)
+    )
+    assert [(r.epoch, r.arrived, r.stopped, r.trials) for r in rungs_of(CONFIG, state)] == [
+        (first, FEWEST + 2, 1, FEWEST),
+        (second, FEWEST + 1, 1, FEWEST),
+    ]
+    assert [rung.rank_correlation for rung in rungs_of(CONFIG, state)] == [pytest.approx(1.0)] * 2
+    assert [rung.rank_correlation for rung in rungs_of(CONFIG, state_of(*done[:3]))] == [None, None]

@@ -12,6 +12,7 @@ The values are of seeds that had no part in any choice, so their means need no c
 
 import math
 import statistics
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -201,6 +202,11 @@ class Verdict:
         return [Gain(base, values, mean_interval(values, together=len(found))) for base, values in found]
 
     @property
+    def advice(self) -> str:
+        """Which to use, in one sentence."""
+        return advice(self.answer.name, {gain.base.name: (gain.mean, gain.interval) for gain in self.gains})
+
+    @property
     def sentence(self) -> str:
         """The answer in plain words."""
         ended, total = self.trainings
@@ -222,24 +228,29 @@ class Verdict:
             else ""
         )
         broken = "".join(f" Seed {seed} {how}." for seed, how in self.answer.finalist.broken.items())
-        return f"{'; '.join(parts)}. {_advice(self.answer.name, self.gains)}{broken} {self.effort}{again}"
+        return f"{'; '.join(parts)}. {self.advice}{broken} {self.effort}{again}"
 
 
-def _advice(answer: str, gains: Sequence[Gain]) -> str:
-    """Which to use, in one sentence."""
-    behind = [gain for gain in gains if gain.is_told_apart and gain.mean < 0]
-    ahead = [gain for gain in gains if gain.is_told_apart and gain.mean > 0]
-    equal = [gain for gain in gains if not gain.is_told_apart]
+def advice(answer: str, gains: Mapping[str, tuple[float, Interval | None]]) -> str:
+    """Which to use, in one sentence.
+
+    Args:
+        answer: its name.
+        gains: of it over each baseline, by name: the mean in points, and the interval of that.
+    """
+    told = {name: mean for name, (mean, interval) in gains.items() if interval is not None and interval.excludes_zero}
+    behind = {name: mean for name, mean in told.items() if mean < 0}
+    ahead = [name for name, mean in told.items() if mean > 0]
+    equal = [name for name in gains if name not in told]
     if behind:
-        best = max(behind, key=lambda gain: -gain.mean)
-        return f"{_capital(best.base.name)} is the better choice here."
+        return f"{_capital(min(behind, key=behind.__getitem__))} is the better choice here."
     if not gains:
         return "There is no baseline to compare it with."
     if not equal:
         return f"{_capital(answer)} is the best of these."
-    same = _listed([gain.base.name for gain in equal])
+    same = _listed(equal)
     if ahead:
-        better = _listed([gain.base.name for gain in ahead])
+        better = _listed(ahead)
         return f"{_capital(answer)} is better than {better}; whether it is better than {same} these seeds do not tell."
     return f"Whether {answer} is better than {same} these seeds do not tell."
 

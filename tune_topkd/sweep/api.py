@@ -16,6 +16,7 @@ from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TunedConfig
+from tune_topkd.findings import Row
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
@@ -26,7 +27,6 @@ from tune_topkd.ledger import winner_of
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.callbacks import Callback
 from tune_topkd.sweep.callbacks import Watchers
-from tune_topkd.sweep.campaign import Row
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.continuing import Continuation

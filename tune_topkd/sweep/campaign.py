@@ -9,12 +9,13 @@ from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
 from typing import Any
 
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.findings import EqualK
+from tune_topkd.findings import Figure
+from tune_topkd.findings import Row
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import apart_by_seed
@@ -26,88 +27,12 @@ from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.recommending import Recommendation
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
-from tune_topkd.verdict import Interval
 from tune_topkd.verdict import baseline_name
 from tune_topkd.verdict import mean_interval
 from tune_topkd.verdict import verdict_of_answer
 
 SHOWN = ("scale_top", "scale_last", "scale_gt", "ce_weight", "tdl_weight", "contrastive_weight", "temperature", "lr")
 """Parameters that have a column, after K, in campaigns that have them."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean, and where it may lie; in percent, or in points of a difference."""
-
-    mean: float
-    interval: Interval | None = None
-    """At 95 %; none of one seed."""
-
-    def text(self, sign: str = "") -> str:
-        """In words: the mean and half the interval's length."""
-        half = "" if self.interval is None else f" ± {(self.interval.high - self.interval.low) / 2:.2f}"
-        return f"{self.mean:{sign}.2f}{half}"
-
-    def data(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return {"mean": self.mean, "interval": None if self.interval is None else list(self.interval)}
-
-
-@dataclass(frozen=True)
-class EqualK:
-    """The K that cannot be told from the best one."""
-
-    values: list[int]
-    how: str
-    """By what they cannot."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a sweep found, for the table."""
-
-    sweep: str
-    dataset: str
-    teacher: str
-    student: str
-    method: str
-    state: str
-    """`finished` or why its last driver let go."""
-    params: Mapping[str, Scalar] = field(default_factory=dict)
-    """Of the answer, complete; empty without one."""
-    equal_k: EqualK | None = None
-    top1: Figure | None = None
-    measured_on: str = ""
-    """`test set`, `fresh seeds` (the validation split), or `one seed`, which is optimistic."""
-    gains: Mapping[str, Figure] = field(default_factory=dict)
-    """In points over each baseline, by its name."""
-    trials: int = 0
-    """Of the search."""
-    trainings: int = 0
-    """Of all arms."""
-    cpu_hours: float = 0.0
-    gpu_hours: float = 0.0
-
-    def data(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        equal = self.equal_k
-        return {
-            "sweep": self.sweep,
-            "dataset": self.dataset,
-            "teacher": self.teacher,
-            "student": self.student,
-            "method": self.method,
-            "state": self.state,
-            "params": dict(self.params),
-            "equal_k": None if equal is None else {"values": equal.values, "how": equal.how},
-            "top1": None if self.top1 is None else self.top1.data(),
-            "measured_on": self.measured_on,
-            "gains": {name: gain.data() for name, gain in self.gains.items()},
-            "trials": self.trials,
-            "trainings": self.trainings,
-            "cpu_hours": round(self.cpu_hours, 4),
-            "gpu_hours": round(self.gpu_hours, 4),
-        }
 
 
 def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar]) -> Row:
@@ -210,7 +135,7 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             row.teacher,
             row.student,
             _value(row.params, "k"),
-            "–" if row.equal_k is None else _ranges(row.equal_k.values),
+            "–" if row.equal_k is None else ranges(row.equal_k.values),
             *(_value(row.params, name) for name in shown),
             "–" if row.top1 is None else row.top1.text(),
             row.measured_on or row.state,
@@ -227,7 +152,7 @@ def _value(params: Mapping[str, Scalar], name: str) -> str:
     return short(params[name]) if name in params else "–"
 
 
-def _ranges(values: Sequence[int]) -> str:
+def ranges(values: Sequence[int]) -> str:
     """Whole numbers, those that follow one another as a range: `1, 3–5`."""
     groups: list[list[int]] = []
     for value in values:

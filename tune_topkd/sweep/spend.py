@@ -6,11 +6,16 @@ from dataclasses import dataclass
 
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SweepConfig
+from tune_topkd.findings import ArmSpend
+from tune_topkd.findings import Rung
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import TEST
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.sweep.wording import duration
+from tune_topkd.verdict import baseline_name
 
 EPOCH_SECONDS = "epoch_seconds"
 """The metric that says how long an epoch took in its worker, in seconds."""
@@ -67,6 +72,19 @@ def _seconds(records: Iterable[TrialRecord]) -> float:
     return math.fsum(report.get(EPOCH_SECONDS, 0.0) for record in records for report in record.reports.values())
 
 
+def spend_by_arm(state: SweepState) -> list[ArmSpend]:
+    """What the trials of each arm have cost, by what became of them; the search first."""
+    found: dict[tuple[str, str], list[TrialRecord]] = {}
+    for record in sorted(state.trials.values(), key=lambda record: record.key.arm != SEARCH):
+        found.setdefault((_arm_name(record), record.status.value), []).append(record)
+    return [ArmSpend(arm, status, len(records), _seconds(records)) for (arm, status), records in found.items()]
+
+
+def _arm_name(record: TrialRecord) -> str:
+    named = {SEARCH: "search", REPEAT: "finalists on fresh seeds", TEST: "test set"}
+    return named.get(record.key.arm) or f"baseline {baseline_name(record)}"
+
+
 @dataclass(frozen=True)
 class RungRank:
     """How well a rung foresaw the end."""
@@ -101,4 +119,17 @@ def rung_ranks(config: SweepConfig, state: SweepState) -> list[RungRank]:
         if len(pairs) >= FEWEST and all(len(set(values)) > 1 for values in zip(*pairs, strict=True)):
             ranks = pd.DataFrame(pairs).rank()
             found.append(RungRank(epoch, len(pairs), float(ranks[0].corr(ranks[1]))))
+    return found
+
+
+def rungs_of(config: SweepConfig, state: SweepState) -> list[Rung]:
+    """Each of ASHA's rungs: how many trials arrived and were stopped there, and how well it foresaw the end."""
+    ranks = {rank.epoch: rank for rank in rung_ranks(config, state)}
+    search = state.arm(SEARCH)
+    found = []
+    for epoch in config.sweep.asha.rungs(config.recipe.epochs) if config.sweep.asha else ():
+        stopped = [r for r in search if r.status is TrialStatus.PRUNED and r.epoch == epoch]
+        arrived = sum(epoch in record.reports for record in search)
+        rank = ranks.get(epoch)
+        found.append(Rung(epoch, arrived, len(stopped), rank.spearman if rank else None, rank.trials if rank else 0))
     return found
