@@ -6,5 +6,8 @@ from setuptools import setup
 setup(
     packages=[*find_packages(include=["tune_topkd*"]), "tune_topkd.search_spaces"],
     package_dir={"tune_topkd.search_spaces": "search_spaces"},
-    package_data={"tune_topkd": ["py.typed", "export/*.json"], "tune_topkd.search_spaces": ["*.yaml", "bases/*.yaml"]},
+    package_data={
+        "tune_topkd": ["py.typed", "export/*.json", "report/page/templates/*"],
+        "tune_topkd.search_spaces": ["*.yaml", "bases/*.yaml"],
+    },
 )

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 from typing import Any
+from typing import TypeVar
 
 import typer
 
@@ -73,7 +74,8 @@ DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
 Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES, *STUDENT_WRITERS)})  # type: ignore[misc]
 YAML = Format("yaml")
-Table = StrEnum("Table", {name: name for name in FORMATS})  # type: ignore[misc]
+PAGE = "html"
+Table = StrEnum("Table", {name: name for name in (*FORMATS, PAGE)})  # type: ignore[misc]
 MARKDOWN, JSON = Table("markdown"), Table("json")
 
 app = typer.Typer(
@@ -459,27 +461,48 @@ def report(
         list[str] | None, typer.Argument(metavar="[SWEEP]...", help="[default: all]", autocompletion=_sweeps)
     ] = None,
     format_: Annotated[Table, typer.Option("--format")] = MARKDOWN,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="[default: stdout; of html report.html in the sweep's or the runs folder]"),
+    ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Tabulate sweeps, a row each: the best K and those equal to it, the parameters, the figure, the gains, the cost.
+    """Report on sweeps: a table with a row each, or, as html, a page with the answer, figures and all trainings.
 
     Below the table of several: the one config that loses least on all of them, and what it loses on each.
     """
     workspace, console = _workspace(runs_dir), Console()
-    _give(_table(_searched(sweeps, workspace, console), format_), output, console)
+    if format_ != PAGE:
+        return _give(_table(_searched(sweeps, workspace, console), format_), output, console)
+    from tune_topkd.sweep.page import page_file
+    from tune_topkd.sweep.page import page_of
+
+    command = functools.partial(command_for, workspace)
+    with console.phase("reading the ledgers"):
+        found = _of_each(sweeps, workspace, console, lambda name: Sweep(name, workspace).findings(command))
+        text = page_of(found)
+    _give(text, output or page_file(found, workspace), console)
 
 
-def _searched(sweeps: list[str] | None, workspace: Workspace, console: Console) -> list[Searched]:
-    """The sweeps that are named, or all that can be read.
+def _searched(sweeps: Sequence[str] | None, workspace: Workspace, console: Console) -> list[Searched]:
+    return _of_each(sweeps, workspace, console, lambda name: Sweep(name, workspace).searched())
+
+
+_FoundT = TypeVar("_FoundT")
+
+
+def _of_each(
+    sweeps: Sequence[str] | None, workspace: Workspace, console: Console, ask: Callable[[str], _FoundT]
+) -> list[_FoundT]:
+    """What there is to tell of each sweep; of all sweeps those that cannot be read are left out, and that is said.
 
     Raises:
         ConfigError: there is none.
     """
     found = []
-    for name in sweeps or workspace.sweeps():
+    for name in dict.fromkeys(sweeps or workspace.sweeps()):
         try:
-            found.append(Sweep(name, workspace).searched())
+            found.append(ask(name))
         except TuneTopKDError as error:
             if sweeps:
                 raise

@@ -13,7 +13,8 @@ from tune_topkd.sweep.workspace import RAY_VARIABLE
 from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
 from tune_topkd.sweep.workspace import Workspace
 
-_WITHOUT_MLFLOW = ("export", "status")
+_WITHOUT_MLFLOW = ("export", "status", "report", "verify")
+_WITHOUT_RUNS = ("verify",)
 _WITH_RAY = ("resume", "confirm")
 
 
@@ -23,7 +24,8 @@ def command_for(workspace: Workspace, *words: str) -> str:
 
     is_default = workspace.mlflow_uri == sqlite_uri(workspace.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
     uri, address = "" if is_default else workspace.mlflow_uri, workspace.address if words[0] in _WITH_RAY else None
-    return command(*words, runs=workspace.runs, mlflow_uri=uri, address=address)
+    runs = None if words[0] in _WITHOUT_RUNS else workspace.runs
+    return command(*words, runs=runs, mlflow_uri=uri, address=address)
 
 
 def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address: str | None = None) -> str:

@@ -16,6 +16,7 @@ from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TunedConfig
+from tune_topkd.findings import Findings
 from tune_topkd.findings import Row
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import TrialRecord
@@ -48,6 +49,7 @@ from tune_topkd.verdict import verdict_of
 
 if TYPE_CHECKING:
     from tune_topkd.execution import Executor
+    from tune_topkd.sweep.page import CommandLine
 
 Overrides = Mapping[str, Any] | Sequence[Override]
 """Values by dotted key, such as `{"sweep.trials": 8}`, or with where each came from."""
@@ -345,6 +347,20 @@ class Sweep:
         state = read_state(folder / LEDGER_FILE)
         config = frozen_config(folder, state)
         return Searched(config, state, preflight.complete_parameters(config))
+
+    def findings(self, command: "CommandLine | None" = None) -> Findings:
+        """All that a report page tells of it; `tune_topkd.report.page.sweep_page` makes the page.
+
+        Args:
+            command: makes the command lines that the page names of their words; by default they are those of `tune-topkd`.
+
+        Raises:
+            ConfigError: it has not begun, or its config has been changed by hand.
+            LedgerError: its ledger is damaged.
+        """
+        from tune_topkd.sweep.page import findings_of
+
+        return findings_of(self.name, self.workspace, command)
 
     def answer(self) -> TunedConfig:
         """The tuned config.

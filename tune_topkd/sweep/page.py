@@ -1,0 +1,378 @@
+"""What a report page tells of a sweep, from its ledger and its frozen config; and the page itself."""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from pathlib import Path
+
+from tune_topkd.config import RECIPE_PARAMETERS
+from tune_topkd.config import ParameterRange
+from tune_topkd.config import SweepConfig
+from tune_topkd.export import TUNED_FILE
+from tune_topkd.findings import Command
+from tune_topkd.findings import Findings
+from tune_topkd.findings import Importance
+from tune_topkd.findings import Note
+from tune_topkd.findings import Row
+from tune_topkd.findings import Rung
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import SweepState
+from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import is_of_the_answer
+from tune_topkd.ledger import measured_done
+from tune_topkd.ledger import read_state
+from tune_topkd.ledger import winner_of
+from tune_topkd.sweep.campaign import ranges
+from tune_topkd.sweep.campaign import row_of
+from tune_topkd.sweep.preflight import complete_parameters
+from tune_topkd.sweep.result import finalists_sentence
+from tune_topkd.sweep.spend import WEAK
+from tune_topkd.sweep.spend import rungs_of
+from tune_topkd.sweep.spend import spend
+from tune_topkd.sweep.spend import spend_by_arm
+from tune_topkd.sweep.wording import counted
+from tune_topkd.sweep.wording import short
+from tune_topkd.sweep.workspace import CONFIG_FILE
+from tune_topkd.sweep.workspace import DEFAULT_RUNS
+from tune_topkd.sweep.workspace import Workspace
+from tune_topkd.sweep.workspace import condition
+from tune_topkd.sweep.workspace import frozen_config
+from tune_topkd.verdict import advice
+from tune_topkd.verdict import verdict_of
+from tune_topkd.verdict import verdict_of_answer
+
+HARDLY = 0.1
+"""A share of the variation below which a parameter hardly mattered."""
+NEAR_THE_END = 0.03
+"""A value nearer than this to an end of its range, as a share of the range, may lie beyond it."""
+FEW_TRIALS = 10
+"""Trials of the full budget below which a search has hardly begun."""
+REPORT_FILE = "report.html"
+
+CommandLine = Callable[..., str]
+"""Makes a command line of this program of its words."""
+
+
+def findings_of(name: str, workspace: Workspace, command: CommandLine | None = None) -> Findings:
+    """All that a page tells of a sweep. Nothing but its ledger and its frozen config is read.
+
+    Args:
+        name: the sweep's.
+        workspace: where it lies.
+        command: makes the commands that the page names; by default they are those of `tune-topkd`.
+
+    Raises:
+        ConfigError: it has not begun, or its config has been changed by hand.
+        LedgerError: its ledger is damaged.
+    """
+    folder = workspace.existing(name)
+    state = read_state(folder / LEDGER_FILE)
+    config = frozen_config(folder, state)
+    return findings_from(config, state, folder, condition(folder, state), command or _plain_command(workspace))
+
+
+def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str, command: CommandLine) -> Findings:
+    """The same, of a sweep that has been read.
+
+    Args:
+        config: its frozen config.
+        state: its trials.
+        folder: where it lies.
+        how: its condition.
+        command: makes command lines of their words.
+    """
+    from tune_topkd.search.importance import importances
+
+    try:
+        defaults = complete_parameters(config)
+    except ValueError:  # the method is a user's whose code is not here
+        defaults = config.loss | config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
+    row, found, rungs, spent = (
+        row_of(config, state, defaults),
+        importances(config, state),
+        rungs_of(config, state),
+        spend(state),
+    )
+    lead, sentence = _answer(config, state, row, how)
+    return Findings(
+        config=config,
+        state=state,
+        condition=how,
+        row=row,
+        lead=lead,
+        sentence=sentence,
+        notes=list(_notes(config, state, row, how, found, rungs)),
+        commands=list(_commands(row.sweep, state, folder, command)),
+        defaults=defaults,
+        importances=found,
+        rungs=rungs,
+        spends=spend_by_arm(state),
+        saved=spent.saved,
+        spend_sentence=spent.sentence(),
+    )
+
+
+def page_of(found: Sequence[Findings]) -> str:
+    """The HTML page of one sweep, or of a campaign of several."""
+    from tune_topkd.report.page import campaign_page
+    from tune_topkd.report.page import sweep_page
+
+    return sweep_page(found[0]) if len(found) == 1 else campaign_page(found)
+
+
+def page_file(found: Sequence[Findings], workspace: Workspace) -> Path:
+    """Where the page lies if nobody says where: in the sweep's folder, or in the runs folder if it is of several."""
+    name = found[0].row.sweep
+    return workspace.folder(name) / REPORT_FILE if len(found) == 1 else workspace.runs / REPORT_FILE
+
+
+# --- the answer -------------------------------------------------------------------------------------------------------
+
+
+def _answer(config: SweepConfig, state: SweepState, row: Row, how: str) -> tuple[str, str]:
+    """The answer in one sentence, and the same with its figures."""
+    winner = winner_of(state)
+    if winner is None:
+        return _no_answer(state, how), ""
+    if (verdict := verdict_of_answer(state)) is not None and verdict.answer.values:
+        return verdict.advice, verdict.sentence
+    record = winner.record
+    what = f"trial {record.key.number}" + (f" (K = {record.params['k']})" if "k" in record.params else "")
+    gains = {name: (gain.mean, gain.interval) for name, gain in row.gains.items()}
+    tuned = f"tuned {config.method}"
+    if winner.finalist is not None:
+        return advice(tuned, gains), f"The answer is {what}: {finalists_sentence(state)}."
+    if not gains:
+        lead = f"The best of {counted(state.size(), 'trial')} is {what}: {winner.figure} on one seed."
+    else:
+        over = [f"{mean:+.2f} points against {name}" for name, (mean, _) in gains.items()]
+        lead = f"On one seed the best of {counted(state.size(), 'trial')} is {what}: {winner.figure}, {_listed(over)}."
+    told = finalists_sentence(state)
+    return lead, f"{told[0].upper()}{told[1:]}." if told else ""
+
+
+def _no_answer(state: SweepState, how: str) -> str:
+    """Why there is none."""
+    counts = state.counts()
+    if not state.size():
+        return "The sweep is running; its first trial has not begun." if how == "running" else "No trial has begun."
+    if counts[TrialStatus.FAILED] == state.size():
+        return f"Every trial has failed ({counted(state.size(), 'trial')}): there is no answer."
+    yet = " yet" if how == "running" or state.stop_reason != "finished" else ""
+    return f"No trial has reached the full budget{yet}: there is no answer."
+
+
+# --- what to know before relying on it -----------------------------------------------------------------------------------
+
+
+def _notes(
+    config: SweepConfig,
+    state: SweepState,
+    row: Row,
+    how: str,
+    found: Sequence[Importance],
+    rungs: Sequence[Rung],
+) -> Iterator[Note]:
+    yield from _how_it_stands(state, how)
+    if winner_of(state) is not None:
+        yield from _how_it_was_measured(state, row)
+        yield from _beside_the_baselines(config, row)
+        yield from _what_k_did(row, found)
+        yield from _at_the_end_of_a_range(config, row)
+    yield from _failures(state)
+    weak = [rung for rung in rungs if rung.rank_correlation is not None and rung.rank_correlation < WEAK]
+    if weak:
+        which = _listed([str(rung.epoch) for rung in weak])
+        ranks = _listed([f"{rung.rank_correlation:.2f}" for rung in weak])
+        subject = f"rung at epoch {which}" if len(weak) == 1 else f"rungs at epochs {which}"
+        text = (
+            f"The rank correlation with the end is {ranks}, over {weak[0].trials} trials: trials were stopped nearly "
+            "at random. Later rungs, or none, may find more."
+        )
+        yield Note(f"The {subject} foresaw little", text)
+
+
+def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
+    done, target = sum(record.status.is_end for record in state.arm(SEARCH)), state.target
+    trials = f"{done} of {counted(target, 'trial')} have ended"
+    if how == "running":
+        yield Note("The sweep is running", f"{trials}. This page shows it as it was when the page was written.")
+    elif how != "finished":
+        why = f" ({state.stop_error})" if state.stop_error else ""
+        yield Note(f"The sweep is not finished: {how}", f"{trials}{why}. `resume` goes on with it.")
+    full = len(state.ranked())
+    if how == "finished" and 0 < full < FEW_TRIALS:
+        text = "With so few trials another seed of the search may give quite another answer."
+        yield Note(f"Only {counted(full, 'trial')} reached the full budget", text)
+
+
+def _how_it_was_measured(state: SweepState, row: Row) -> Iterator[Note]:
+    verdict, winner = verdict_of(state), winner_of(state)
+    assert winner is not None, "there is an answer"
+    if row.measured_on == "one seed":
+        text = (
+            f"The figure is of one training, on the images that chose it among {counted(state.size(), 'trial')}, so it "
+            "is too high. `confirm` measures the answer on fresh seeds and on the test set."
+        )
+        yield Note("One seed: this figure is optimistic", text)
+    elif row.measured_on == "fresh seeds":
+        text = (
+            "The mean is over seeds that took no part in the search, but the finalist was chosen by it, on validation "
+            "images. `confirm` measures the answer on the test set."
+        )
+        yield Note("Not measured on the test set", text)
+    if verdict is not None and verdict.look > 1:
+        text = "An earlier look at the same test set may have chosen what this one measured."
+        yield Note(f"Look {verdict.look} at the test set", text)
+    if verdict is not None and not verdict.is_done:
+        ended, total = measured_done(state) or (0, 0)
+        yield Note("The test stage is not done", f"{ended} of {total} trainings have ended. `resume` goes on with it.")
+    elif verdict is not None and not is_of_the_answer(state):
+        text = f"The test set was read for trial {verdict.answer.record.key.number}, which is not the answer any more."
+        yield Note("The answer has changed since the test set was read", text)
+    done = finalists_done(state)
+    if done is not None and done[0] < done[1]:
+        yield Note("The finalists are not done", f"{done[0]} of {done[1]} trainings on fresh seeds have ended.")
+    broken = winner.finalist.broken if winner.finalist is not None else {}
+    if broken:
+        text = "; ".join(f"seed {seed} {how}" for seed, how in broken.items())
+        yield Note("The answer fell apart on a fresh seed", f"{text[0].upper()}{text[1:]}.")
+
+
+def _beside_the_baselines(config: SweepConfig, row: Row) -> Iterator[Note]:
+    tuned, on = f"tuned {config.method}", row.measured_on
+    where = {"test set": "on the test set", "fresh seeds": "on fresh seeds"}.get(on, "on one seed")
+    told = {n: g for n, g in row.gains.items() if g.interval is not None and g.interval.excludes_zero}
+    for name, gain in sorted(told.items(), key=lambda item: item[1].mean):
+        if gain.mean < 0:
+            text = f"It is {-gain.mean:.2f} points above {tuned} {where}."
+            yield Note(f"{_capital(name)} is the better choice here", text)
+    seeds = "one seed does" if on == "one seed" else "these seeds do"
+    higher = {name: gain for name, gain in row.gains.items() if gain.mean < 0 and name not in told}
+    if higher:
+        points = [f"{name} is {-gain.mean:.2f} points above {tuned}" for name, gain in higher.items()]
+        verb = "has the higher mean" if len(higher) == 1 else "have the higher mean"
+        text = f"{_capital(_listed(points))} {where}. Which is better {seeds} not tell."
+        yield Note(f"{_capital(_listed(list(higher)))} {verb}", text)
+    equal = [n for n, g in row.gains.items() if g.mean >= 0 and g.interval is not None and n not in told]
+    if equal:
+        spans = [f"{row.gains[n].interval.low:+.2f} to {row.gains[n].interval.high:+.2f} over {n}" for n in equal]  # type: ignore[union-attr]
+        text = f"The gain {where} may lie anywhere from {_listed(spans)}."
+        yield Note(f"Not told apart from {_listed(equal)}", text)
+    if not row.gains:
+        yield Note("No baseline", f"Nothing was trained to compare {tuned} with.")
+
+
+def _what_k_did(row: Row, found: Sequence[Importance]) -> Iterator[Note]:
+    shares = [(i.shares["k"], i) for i in found if i.measure.startswith("fANOVA") and "k" in i.shares]
+    if shares and max(share for share, _ in shares) < HARDLY:
+        low, high = min(s for s, _ in shares) * 100, max(s for s, _ in shares) * 100
+        by = sorted({each.measure.partition(",")[0] for _, each in shares})
+        range_ = f"{high:.0f} %" if round(low) == round(high) else f"{low:.0f}–{high:.0f} %"
+        most = max(each.trials for _, each in shares)
+        text = f"{range_} of the variation in top-1 goes with it, by {_listed(by)} over up to {most} trials."
+        yield Note("K hardly mattered", text, is_warning=False)
+    equal = row.equal_k
+    others = [] if equal is None else [k for k in equal.values if k != row.params.get("k")]
+    if equal is not None and others:
+        values = "another value" if len(others) == 1 else f"{len(others)} other values"
+        text = f"K = {ranges(others)} cannot be told from the answer's, K = {row.params['k']}, by {equal.how}."
+        yield Note(f"{_capital(values)} of K may be as good", text, is_warning=False)
+
+
+def _at_the_end_of_a_range(config: SweepConfig, row: Row) -> Iterator[Note]:
+    for name, parameter in config.space.items():
+        value = row.params.get(name)
+        relative = config.relative.of if config.relative else []
+        if name in relative or parameter.choices is not None or not isinstance(value, int | float):
+            continue
+        if (place := _place(parameter, float(value))) is None:
+            continue
+        if place > 1 - NEAR_THE_END or (place < NEAR_THE_END and name != "k"):
+            end = "upper" if place > 0.5 else "lower"
+            text = (
+                f"The answer has {name} = {short(value)}; searched was {span(parameter)}. A wider range may find more."
+            )
+            yield Note(f"{name} lies at the {end} end of its range", text)
+
+
+def _place(parameter: ParameterRange, value: float) -> float | None:
+    """Where a value lies in its range, 0 to 1; none where an end names another parameter, or there is no range."""
+    low, high = parameter.low, parameter.high
+    if isinstance(low, str) or isinstance(high, str) or low is None or high is None or low >= high:
+        return None
+    if parameter.log:
+        return math.log(value / low) / math.log(high / low) if value > 0 else None
+    return (value - low) / (high - low)
+
+
+def span(parameter: ParameterRange) -> str:
+    """A range in words."""
+    if parameter.choices is not None:
+        return ", ".join(short(choice) for choice in parameter.choices)
+    low, high = (b if isinstance(b, str) else f"{b:g}" for b in (parameter.low, parameter.high))
+    return f"{low} to {high}" + (", logarithmic" if parameter.log else "")
+
+
+def _failures(state: SweepState) -> Iterator[Note]:
+    failed = [record for record in state.arm(SEARCH) if record.status is TrialStatus.FAILED]
+    if not failed:
+        return
+    causes = Counter(_cause(record) for record in failed).most_common()
+    named = "; ".join(f"{cause} ({count})" for cause, count in causes[:3])
+    more = f"; and {len(causes) - 3} other reasons" if len(causes) > 3 else ""
+    yield Note(f"{len(failed)} of {counted(state.size(), 'trial')} failed", f"{named}{more}.")
+
+
+def _cause(record: TrialRecord) -> str:
+    return f"{record.reason}: {record.error}" if record.error and record.reason != "diverged" else record.reason
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# --- the commands -------------------------------------------------------------------------------------------------------
+
+
+def _plain_command(workspace: Workspace) -> CommandLine:
+    """Command lines of `tune-topkd` for a workspace."""
+
+    def command(*words: str) -> str:
+        is_elsewhere = words[0] != "verify" and workspace.runs != Path(DEFAULT_RUNS).absolute()
+        return shlex.join(["tune-topkd", *words, *(["--runs-dir", str(workspace.runs)] if is_elsewhere else [])])
+
+    return command
+
+
+def _commands(name: str, state: SweepState, folder: Path, command: CommandLine) -> Iterator[Command]:
+    """What brings this about again, and what comes next."""
+    yield Command(
+        "Run this search again, as a sweep of its own",
+        command("run", str(folder / CONFIG_FILE), "--name", f"{name}-again"),
+    )
+    if state.stop_reason != "finished":
+        yield Command("Go on with it", command("resume", name))
+    plan = state.confirm
+    words = [] if plan is None else ["--finalists", str(len(plan.finalists)), "--seeds", str(plan.test_seeds)]
+    if state.ranked():
+        yield Command("Confirm the answer on fresh seeds and on the test set", command("confirm", name, *words))
+        yield Command(
+            "Use the answer elsewhere: one file with the loss and its values",
+            command("export", name, "--format", "python", "-o", "tuned.py"),
+        )
+    if verdict_of_answer(state) is not None:
+        yield Command(
+            "Train the answer again and see whether its figure holds", command("verify", str(folder / TUNED_FILE))
+        )
+    yield Command("Write this page again", command("report", name, "--format", "html"))
