@@ -63,7 +63,8 @@ def test_the_wheel_has_every_module_and_every_search_space(wheel):
     found = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "tune_topkd").rglob("*.py")}
     spaces = {f"tune_topkd/{path.relative_to(ROOT)}" for path in (ROOT / "search_spaces").rglob("*.yaml")}
-    assert modules | spaces | {"tune_topkd/py.typed"} <= found
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "tune_topkd" / "report" / "page" / "templates").iterdir()}
+    assert modules | spaces | pages | {"tune_topkd/py.typed"} <= found
     assert not [name for name in found if name.startswith(("tests", "search_spaces", "benchmarks"))]
 
 

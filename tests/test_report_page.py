@@ -59,8 +59,8 @@ searched, confirmed = test_confirm.searched, test_confirm.confirmed  # fixtures
 MIB = 1024**2
 MOST_BYTES = 3_000_000
 FIGURES = {
-    "gains", "k", "weights", "test", "finalists", "history", "importance", "slices", "parallel", "curves", "rungs", "spend",
-    "timeline",
+    "gains", "k", "weights", "test", "finalists", "history", "importance", "slices", "parallel", "curves", "rungs",
+    "spend", "timeline",
 }  # fmt: skip
 EVIL = '</script><script>document.title = 1</script><img src=x onerror="document.title=1"> & \'"` \u2028 @ink {{ 7*7 }}'
 
@@ -69,7 +69,7 @@ EVIL = '</script><script>document.title = 1</script><img src=x onerror="document
 
 
 def by_k(trial, epoch):
-    """Rises with the epoch to a top that is best near K = 4; each seed has its noise; the test set is a little easier."""
+    """Rises with the epoch to a top that is best near K = 4; each seed has its noise; the test set is easier."""
     record, seed, budget = trial.record, trial.config.seed, trial.config.recipe.epochs
     noise = 0.3 * float(np.random.default_rng([seed, record.origin.number]).standard_normal())
     value = formulas.value(trial.config, epoch) + noise
@@ -226,7 +226,7 @@ def test_a_confirmed_sweep_has_the_verdict_on_top_and_every_figure(whole, page):
     assert "top-1 on the test set; 95 % interval" in words
     for command in (
         "run runs/t/sweep.yaml --name t-again",
-        "confirm t --finalists 3 --seeds 4",
+        "confirm t-again --finalists 3 --seeds 4",
         "verify runs/t/tuned.yaml",
     ):
         assert f"tune-topkd {command}" in words
@@ -253,7 +253,7 @@ def test_a_sweep_of_one_seed_says_that_its_figure_is_optimistic(searched):
     assert "One seed: this figure is optimistic. The figure is of one training, on the images that chose it" in words
     assert "Only 6 trials reached the full budget" in words
     assert "K was not searched: it is 5 in every trial." in words
-    assert "The test set has not been read; `confirm` reads it, once." in words
+    assert "The test set has not been read; confirm reads it, once." in words
     assert "No trial was trained again on fresh seeds" in words
 
 
@@ -329,7 +329,8 @@ NO_K = config_from(
 )  # fmt: skip
 CUSTOM = config_from(
     {
-        "data": {"name": "digits"}, "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}}, "student": "digits_linear",
+        "data": {"name": "digits"}, "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}},
+        "student": "digits_linear",
         "method": "not_installed_here:loss", "recipe": {"epochs": 9, "lr": 0.1},
         "space": {"lr": {"low": 0.01, "high": 1.0, "log": True}, "pull": PULLS},
         "sweep": {"trials": 3, "asha": None}, "baselines": {"methods": ["ce"], "trials": 1},
@@ -340,6 +341,12 @@ DONE, PRUNED, FAILED, RUNNING = TrialStatus.COMPLETED, TrialStatus.PRUNED, Trial
 ODD = {
     "empty, running": (FULL, [], "running", "The sweep is running; its first trial has not begun."),
     "empty, killed": (FULL, [], "killed", "No trial has begun."),
+    "running, with an answer": (
+        FULL,
+        [*trial(0, [50.0] * 9, DONE), *trial(1, [], RUNNING)],
+        "running",
+        "The best of 2 trials so far is trial 0",
+    ),
     "running": (FULL, [*trial(0, [50.0, 60.0], RUNNING), *trial(1, [], RUNNING)], "running", "No trial has reached"),
     "all failed": (
         FULL,
@@ -347,7 +354,7 @@ ODD = {
         "failed",
         "Every trial has failed (1 trial): there is no answer.",
     ),
-    "pruned only": (FULL, [*trial(0, [50.0], PRUNED, reason="asha"), Stop(reason="finished")], "finished", "No trial has"),
+    "pruned only": (FULL, [*trial(0, [50.0], PRUNED, reason="asha"), Stop(reason="finished")], "finished", "No trial"),
     "diverged": (
         FULL,
         [*trial(0, [50.0, math.nan], FAILED, reason="diverged"), *trial(1, [50.0] * 9, DONE)],
@@ -507,8 +514,8 @@ def test_a_campaigns_lead_counts_what_the_sweeps_say():
         row("e", top1=False),
     ]
     assert campaign_lead(rows) == (
-        "Of 5 sweeps: in 1 the tuned method is better than every baseline (a); in 1 a baseline is the better choice (c); "
-        "in 1 the seeds do not tell the tuned method from some baseline (b); in 1 there is one seed only, which tells "
+        "Of 5 sweeps: in 1 the tuned method is better than every baseline (a); in 1 a baseline is the better choice "
+        "(c); in 1 the seeds do not tell the tuned method from some baseline (b); in 1 there is one seed only, which tells "
         "nothing apart (d); in 1 there is no answer yet (e)."
     )
 

@@ -23,7 +23,7 @@ from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 
-MOST = 256
+MOST = 200
 """Trials that a measure is taken over: fANOVA's time grows with their square."""
 FEWEST_PER_PARAMETER = 1.5
 """Trials for each parameter below which a measure says nothing."""
@@ -32,8 +32,8 @@ FEWEST_PER_PARAMETER = 1.5
 def importances(config: SweepConfig, state: SweepState) -> list[Importance]:
     """How much of the variation goes with each parameter, at the end and at the first rung.
 
-    Completed trials are few, and early stopping chose them, so it is also measured at the first rung, where all trials have
-    a value after the same number of epochs; that is about learning fast, not about ending high.
+    Completed trials are few, and early stopping chose them, so it is also measured at the first rung, where all trials
+    have a value after the same number of epochs; that is about learning fast, not about ending high.
     """
     fanova = FanovaImportanceEvaluator(seed=0)
     quarter = PedAnovaImportanceEvaluator(target_quantile=0.25)

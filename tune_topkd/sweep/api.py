@@ -352,7 +352,7 @@ class Sweep:
         """All that a report page tells of it; `tune_topkd.report.page.sweep_page` makes the page.
 
         Args:
-            command: makes the command lines that the page names of their words; by default they are those of `tune-topkd`.
+            command: makes the command lines that the page names; by default they are those of `tune-topkd`.
 
         Raises:
             ConfigError: it has not begun, or its config has been changed by hand.

@@ -23,7 +23,6 @@ from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
-from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import read_state
@@ -108,7 +107,7 @@ def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str
         lead=lead,
         sentence=sentence,
         notes=list(_notes(config, state, row, how, found, rungs)),
-        commands=list(_commands(row.sweep, state, folder, command)),
+        commands=list(_commands(row.sweep, config, state, folder, how, command)),
         defaults=defaults,
         importances=found,
         rungs=rungs,
@@ -148,13 +147,14 @@ def _answer(config: SweepConfig, state: SweepState, row: Row, how: str) -> tuple
     tuned = f"tuned {config.method}"
     if winner.finalist is not None:
         return advice(tuned, gains), f"The answer is {what}: {finalists_sentence(state)}."
+    far = " so far" if how == "running" else ""
     if not gains:
-        lead = f"The best of {counted(state.size(), 'trial')} is {what}: {winner.figure} on one seed."
+        lead = f"The best of {_trials(state.size())}{far} is {what}: {winner.figure} on one seed."
     else:
         over = [f"{mean:+.2f} points against {name}" for name, (mean, _) in gains.items()]
-        lead = f"On one seed the best of {counted(state.size(), 'trial')} is {what}: {winner.figure}, {_listed(over)}."
-    told = finalists_sentence(state)
-    return lead, f"{told[0].upper()}{told[1:]}." if told else ""
+        lead = f"On one seed the best of {_trials(state.size())}{far} is {what}: {winner.figure}, {_listed(over)}."
+    told = "" if how == "running" else finalists_sentence(state)
+    return lead, f"{_capital(told)}." if told else ""
 
 
 def _no_answer(state: SweepState, how: str) -> str:
@@ -168,7 +168,7 @@ def _no_answer(state: SweepState, how: str) -> str:
     return f"No trial has reached the full budget{yet}: there is no answer."
 
 
-# --- what to know before relying on it -----------------------------------------------------------------------------------
+# --- what to know before relying on it --------------------------------------------------------------------------------
 
 
 def _notes(
@@ -200,7 +200,7 @@ def _notes(
 
 def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
     done, target = sum(record.status.is_end for record in state.arm(SEARCH)), state.target
-    trials = f"{done} of {counted(target, 'trial')} have ended"
+    trials = f"{done:,} of {_trials(target)} have ended"
     if how == "running":
         yield Note("The sweep is running", f"{trials}. This page shows it as it was when the page was written.")
     elif how != "finished":
@@ -217,7 +217,7 @@ def _how_it_was_measured(state: SweepState, row: Row) -> Iterator[Note]:
     assert winner is not None, "there is an answer"
     if row.measured_on == "one seed":
         text = (
-            f"The figure is of one training, on the images that chose it among {counted(state.size(), 'trial')}, so it "
+            f"The figure is of one training, on the images that chose it among {_trials(state.size())}, so it "
             "is too high. `confirm` measures the answer on fresh seeds and on the test set."
         )
         yield Note("One seed: this figure is optimistic", text)
@@ -236,9 +236,6 @@ def _how_it_was_measured(state: SweepState, row: Row) -> Iterator[Note]:
     elif verdict is not None and not is_of_the_answer(state):
         text = f"The test set was read for trial {verdict.answer.record.key.number}, which is not the answer any more."
         yield Note("The answer has changed since the test set was read", text)
-    done = finalists_done(state)
-    if done is not None and done[0] < done[1]:
-        yield Note("The finalists are not done", f"{done[0]} of {done[1]} trainings on fresh seeds have ended.")
     broken = winner.finalist.broken if winner.finalist is not None else {}
     if broken:
         text = "; ".join(f"seed {seed} {how}" for seed, how in broken.items())
@@ -260,13 +257,14 @@ def _beside_the_baselines(config: SweepConfig, row: Row) -> Iterator[Note]:
         verb = "has the higher mean" if len(higher) == 1 else "have the higher mean"
         text = f"{_capital(_listed(points))} {where}. Which is better {seeds} not tell."
         yield Note(f"{_capital(_listed(list(higher)))} {verb}", text)
-    equal = [n for n, g in row.gains.items() if g.mean >= 0 and g.interval is not None and n not in told]
+    equal = {n: g.interval for n, g in row.gains.items() if g.mean >= 0 and g.interval is not None and n not in told}
     if equal:
-        spans = [f"{row.gains[n].interval.low:+.2f} to {row.gains[n].interval.high:+.2f} over {n}" for n in equal]  # type: ignore[union-attr]
+        spans = [f"{low:+.2f} to {high:+.2f} over {name}" for name, (low, high) in equal.items()]
         text = f"The gain {where} may lie anywhere from {_listed(spans)}."
-        yield Note(f"Not told apart from {_listed(equal)}", text)
+        yield Note(f"Not told apart from {_listed(list(equal))}", text)
     if not row.gains:
-        yield Note("No baseline", f"Nothing was trained to compare {tuned} with.")
+        text = "None has a value yet" if config.baselines is not None else "This sweep has none"
+        yield Note("No baseline", f"{text}: what {tuned} is worth cannot be told.")
 
 
 def _what_k_did(row: Row, found: Sequence[Importance]) -> Iterator[Note]:
@@ -327,11 +325,15 @@ def _failures(state: SweepState) -> Iterator[Note]:
     causes = Counter(_cause(record) for record in failed).most_common()
     named = "; ".join(f"{cause} ({count})" for cause, count in causes[:3])
     more = f"; and {len(causes) - 3} other reasons" if len(causes) > 3 else ""
-    yield Note(f"{len(failed)} of {counted(state.size(), 'trial')} failed", f"{named}{more}.")
+    yield Note(f"{len(failed):,} of {_trials(state.size())} failed", f"{named}{more}.")
 
 
 def _cause(record: TrialRecord) -> str:
     return f"{record.reason}: {record.error}" if record.error and record.reason != "diverged" else record.reason
+
+
+def _trials(number: int) -> str:
+    return f"{number:,} trial{'' if number == 1 else 's'}"
 
 
 def _capital(text: str) -> str:
@@ -342,7 +344,7 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-# --- the commands -------------------------------------------------------------------------------------------------------
+# --- the commands -----------------------------------------------------------------------------------------------------
 
 
 def _plain_command(workspace: Workspace) -> CommandLine:
@@ -355,24 +357,25 @@ def _plain_command(workspace: Workspace) -> CommandLine:
     return command
 
 
-def _commands(name: str, state: SweepState, folder: Path, command: CommandLine) -> Iterator[Command]:
+def _commands(
+    name: str, config: SweepConfig, state: SweepState, folder: Path, how: str, command: CommandLine
+) -> Iterator[Command]:
     """What brings this about again, and what comes next."""
-    yield Command(
-        "Run this search again, as a sweep of its own",
-        command("run", str(folder / CONFIG_FILE), "--name", f"{name}-again"),
-    )
-    if state.stop_reason != "finished":
-        yield Command("Go on with it", command("resume", name))
-    plan = state.confirm
-    words = [] if plan is None else ["--finalists", str(len(plan.finalists)), "--seeds", str(plan.test_seeds)]
+    again, plan = f"{name}-again", state.confirm
+    more = ["--trials", str(state.target)] if state.target != config.sweep.trials else []
+    text = command("run", str(folder / CONFIG_FILE), "--name", again, *more)
+    yield Command("Run this search again, as a sweep of its own", text)
+    if plan is not None:
+        words = ["--finalists", str(len(plan.finalists)), "--seeds", str(plan.test_seeds)]
+        yield Command("Then confirm it as this one was", command("confirm", again, *words))
+    if how not in ("finished", "running"):
+        yield Command("Go on with this sweep", command("resume", name))
+    if how == "finished" and plan is None and state.ranked():
+        yield Command("Confirm this answer on fresh seeds and on the test set", command("confirm", name))
     if state.ranked():
-        yield Command("Confirm the answer on fresh seeds and on the test set", command("confirm", name, *words))
-        yield Command(
-            "Use the answer elsewhere: one file with the loss and its values",
-            command("export", name, "--format", "python", "-o", "tuned.py"),
-        )
+        text = command("export", name, "--format", "python", "-o", "tuned.py")
+        yield Command("Use the answer elsewhere: one file with the loss and its values", text)
     if verdict_of_answer(state) is not None:
-        yield Command(
-            "Train the answer again and see whether its figure holds", command("verify", str(folder / TUNED_FILE))
-        )
+        text = command("verify", str(folder / TUNED_FILE))
+        yield Command("Train the answer again and see whether its figure holds", text)
     yield Command("Write this page again", command("report", name, "--format", "html"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import altair as alt
 import jinja2
+import markupsafe
 import vl_convert
 
 from tune_topkd import __version__
@@ -255,7 +256,7 @@ def _about(found: Findings) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value]
 
 
-# --- a campaign ---------------------------------------------------------------------------------------------------------
+# --- a campaign -------------------------------------------------------------------------------------------------------
 
 
 def campaign_page(every: Sequence[Findings]) -> str:
@@ -355,7 +356,7 @@ def _campaign_notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-# --- the file -----------------------------------------------------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------------------------------
 
 
 def _rendered(template: str, drawn: _Drawn, **content: Any) -> str:
@@ -384,15 +385,22 @@ def _script_safe(text: str) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+def _with_code(text: str) -> markupsafe.Markup:
+    """A sentence whose words in backticks are code."""
+    return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))  # noqa: S704 (escaped)
+
+
 @functools.cache
 def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("tune_topkd.report.page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters["with_code"] = _with_code
+    return templates
 
 
 def _asset(name: str) -> str:

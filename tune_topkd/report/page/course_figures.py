@@ -119,7 +119,7 @@ def rungs_figure(found: Findings) -> Figure | None:
         .mark_bar()
         .encode(
             y=y,
-            x=alt.X("trials:Q", axis=alt.Axis(title="trials", format="d", tickMinStep=1, grid=True)),
+            x=alt.X("trials:Q", axis=alt.Axis(title="trials", format="d", tickMinStep=1, grid=True, tickCount=8)),
             color=alt.Color("what:N", scale=colours, title=None),
             order="order:Q",
             tooltip=[
@@ -151,7 +151,7 @@ def timeline_figure(found: Findings) -> Figure | None:
         alt.Chart(named("timeline"))
         .mark_bar(stroke="@paper", strokeWidth=0.5 if len(rows) < 600 else 0)
         .encode(
-            x=alt.X("begin:Q", axis=alt.Axis(title=f"{unit} since the sweep began", grid=True)),
+            x=alt.X("begin:Q", axis=alt.Axis(title=f"{unit} since the sweep began", grid=True, tickCount=10)),
             x2="end:Q",
             y=alt.Y("lane:O", axis=alt.Axis(title="at once" if lanes < 30 else None, domain=False, labels=lanes < 30)),
             color=alt.Color("arm:N", scale=alt.Scale(domain=stages, range=colours), title=None),

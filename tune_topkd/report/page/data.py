@@ -66,7 +66,7 @@ def parameters_of(config: SweepConfig) -> list[Parameter]:
 
 @dataclass(frozen=True)
 class Top1Axis:
-    """From where to where the axis of top-1 goes: poor values lie on its lower edge, to leave room for the good ones."""
+    """From where to where the axis of top-1 goes: poor values lie on its lower edge, to leave room for good ones."""
 
     low: float
     high: float
@@ -87,7 +87,7 @@ def axis_of(values: Iterable[float], always: Iterable[float] = ()) -> Top1Axis:
 
 
 def base_values(found: Findings) -> dict[str, float]:
-    """The baselines in percent by name: means over fresh seeds where the answer has them, else the value of one seed."""
+    """The baselines in percent by name: means over fresh seeds where the answer has them, else values of one seed."""
     state, winner = found.state, winner_of(found.state)
     values = {}
     for record in baseline_trials(state):
@@ -132,7 +132,7 @@ def trial_rows(found: Findings, axis: Top1Axis) -> Rows:
 
 
 def other_rows(found: Findings) -> Rows:
-    """A row for each training that is not a trial of the search: baselines, finalists on fresh seeds, the test stage."""
+    """A row for each training that is no trial of the search: baselines, finalists on fresh seeds, the test stage."""
     parameters = parameters_of(found.config)
     return [_row(record, parameters) for record in found.state.trials.values() if record.key.arm != SEARCH]
 
@@ -217,7 +217,7 @@ def _some(records: Sequence[TrialRecord], state: SweepState, most: int) -> list[
     return [record for record in records if record.key in chosen]
 
 
-# --- lines through all parameters ---------------------------------------------------------------------------------------
+# --- lines through all parameters -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def finalists_figure(found: Findings) -> Figure | None:
     named_ = {_finalist_name(finalist): finalist for finalist in each if finalist.values}
     caption = (
         "Points are trainings on seeds that took no part in the search, all on the same ones; the tick is the mean, "
-        "the bar its 95 % interval, the cross the value that the trial was found by: what it has above the mean was luck."
+        "the bar its 95 % interval, the cross the value that the trial was found by: what it has above the mean is luck."
     )
     return _seeds("finalists", "Finalists on fresh seeds", caption, named_, "validation top-1 (%)", owns=True)
 
@@ -167,7 +167,7 @@ def _seeds(id_: str, title: str, caption: str, arms: Mapping[str, Finalist], axi
     return Figure(id_, title, caption, f"{title}. {told}.", [chart], rows)
 
 
-# --- sweeps side by side ------------------------------------------------------------------------------------------------
+# --- sweeps side by side ----------------------------------------------------------------------------------------------
 
 
 def campaign_gains_figure(rows: Sequence[Row]) -> Figure | None:

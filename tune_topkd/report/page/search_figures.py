@@ -164,7 +164,11 @@ def _by_k(trials: Rows, k: Parameter) -> Rows:
 def history_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure:
     """Top-1 by the number of the trial, and the best so far."""
     parameters, bases = parameters_of(found.config), base_values(found)
-    x = alt.X("n:Q", axis=alt.Axis(title="trial", format="d", tickMinStep=1), scale=alt.Scale(nice=False, padding=8))
+    x = alt.X(
+        "n:Q",
+        axis=alt.Axis(title="trial", format="d", tickMinStep=1, tickCount=12),
+        scale=alt.Scale(nice=False, padding=8),
+    )
     line = (
         alt.Chart(named("trials"))
         .transform_filter("datum.best != null")
@@ -269,12 +273,21 @@ def parallel_figure(found: Findings) -> Figure | None:
     )
     caption = (
         "A line for each trial, coloured by its top-1; the answer is the thick one, pruned trials are grey. Lines "
-        "that meet on an axis show a value that good trials share; lines that fan out show a parameter that matters little. "
+        "that meet on an axis show a value that good trials share; lines that fan out show one that matters little. "
     )
     alt_text = f"Parallel coordinates of {', '.join(names)}; completed trials coloured by top-1."
     rows = {"lines": drawn.lines, "ticks": drawn.ticks}
     width = max(90 * len(names), 320)
-    return Figure("parallel", "All parameters at once", caption + drawn.left_out, alt_text, [chart], rows, (), width)
+    return Figure(
+        "parallel",
+        "All parameters at once",
+        caption + (f"{drawn.left_out}." if drawn.left_out else ""),
+        alt_text,
+        [chart],
+        rows,
+        (),
+        width,
+    )
 
 
 def weights_figure(found: Findings, trials: Rows) -> Figure | None:
