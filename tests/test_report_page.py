@@ -361,7 +361,7 @@ ODD = {
         "interrupted",
         "The best of 2 trials is trial 1 (K = 5): 50.00 % on one seed.",
     ),
-    "one trial": (FULL, trial(0, [50.0] * 9, DONE), "finished", "The best of 1 trial is trial 0 (K = 5)"),
+    "one trial": (FULL, [*trial(0, [50.0] * 9, DONE)], "finished", "The best of 1 trial is trial 0 (K = 5)"),
     "equal values": (
         FULL,
         [line for n in range(30) for line in trial(n, [50.0] * 9, DONE)],
@@ -518,6 +518,7 @@ def test_a_campaigns_lead_counts_what_the_sweeps_say():
         "(c); in 1 the seeds do not tell the tuned method from some baseline (b); in 1 there is one seed only, which tells "
         "nothing apart (d); in 1 there is no answer yet (e)."
     )
+    assert campaign_lead(rows[:1] * 2) == "In all 2 sweeps the tuned method is better than every baseline."
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -647,6 +648,13 @@ def test_every_figure_has_marks_in_both_schemes(opened, page, together, scheme):
         assert (background == "rgb(255, 255, 255)") == (scheme == "light")
         ink = tab.evaluate("getComputedStyle(document.querySelector('[data-chart] .role-axis-label text')).fill")
         assert ink == {"light": "rgb(34, 34, 34)", "dark": "rgb(230, 232, 235)"}[scheme]
+
+
+@pytest.mark.browser
+def test_the_pages_of_odd_sweeps_are_drawn_without_a_word(opened):
+    for config, lines, how, _ in ODD.values():
+        tab = opened(sweep_page(told(config, of_events(config, list(lines)), how)), width=1024)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 1024
 
 
 @pytest.mark.browser

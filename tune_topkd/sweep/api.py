@@ -346,7 +346,7 @@ class Sweep:
         folder = self.workspace.existing(self.name)
         state = read_state(folder / LEDGER_FILE)
         config = frozen_config(folder, state)
-        return Searched(config, state, preflight.complete_parameters(config))
+        return Searched(config, state, preflight.known_parameters(config))
 
     def findings(self, command: "CommandLine | None" = None) -> Findings:
         """All that a report page tells of it; `tune_topkd.report.page.sweep_page` makes the page.

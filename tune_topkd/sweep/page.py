@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ParameterRange
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
@@ -29,7 +28,7 @@ from tune_topkd.ledger import read_state
 from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.campaign import ranges
 from tune_topkd.sweep.campaign import row_of
-from tune_topkd.sweep.preflight import complete_parameters
+from tune_topkd.sweep.preflight import known_parameters
 from tune_topkd.sweep.result import finalists_sentence
 from tune_topkd.sweep.spend import WEAK
 from tune_topkd.sweep.spend import rungs_of
@@ -88,10 +87,7 @@ def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str
     """
     from tune_topkd.search.importance import importances
 
-    try:
-        defaults = complete_parameters(config)
-    except ValueError:  # the method is a user's whose code is not here
-        defaults = config.loss | config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
+    defaults = known_parameters(config)
     row, found, rungs, spent = (
         row_of(config, state, defaults),
         importances(config, state),

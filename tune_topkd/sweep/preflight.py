@@ -269,6 +269,14 @@ def complete_parameters(config: SweepConfig) -> dict[str, Scalar]:
     return loss_defaults(config) | config.loss | recipe
 
 
+def known_parameters(config: SweepConfig) -> dict[str, Scalar]:
+    """The same, but for the defaults of a loss of the user's whose code is not here."""
+    try:
+        return complete_parameters(config)
+    except ValueError:
+        return config.loss | config.recipe.model_dump(include=set(RECIPE_PARAMETERS), exclude_none=True)
+
+
 def _point_problems(config: SweepConfig, space: Space) -> Iterator[Problem]:
     """What is wrong with the points that the user wants tried first."""
     kinds = {axis.name: axis.kind for axis in space.axes()}

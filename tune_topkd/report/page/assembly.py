@@ -33,8 +33,8 @@ from tune_topkd.report.page.figure import columns
 from tune_topkd.report.page.look import PALETTES
 from tune_topkd.report.page.look import settings
 
-MOST_POINTS_OF_A_SWEEP = 400
-"""Trials of a sweep that a campaign's page draws."""
+MOST_POINTS_OF_A_SWEEP, MOST_POINTS = 400, 6000
+"""Trials that a campaign's page draws of a sweep, and of all."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]")
 _VEGA_LITE = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
 _STATE_CLASSES = {"finished": "good", "running": "busy", "failed": "bad"}
@@ -128,7 +128,8 @@ def _k_section(found: Findings, trials: Rows, drawn: _Drawn) -> dict[str, Any]:
     is_searched = "k" in found.config.space
     value = found.config.loss.get("k", found.defaults.get("k"))
     if is_searched:
-        why = "No trial has a value yet." if not trials else "Its values are not numbers."
+        has_values = search_figures.has_values(trials)
+        why = "Its values are not numbers." if has_values else "No trial has a value."
     elif value is None:
         why = f"The method {found.config.method} has no parameter of this name."
     else:
@@ -145,8 +146,8 @@ def _k_section(found: Findings, trials: Rows, drawn: _Drawn) -> dict[str, Any]:
 
 
 def _search_sections(found: Findings, trials: Rows, drawn: _Drawn) -> list[dict[str, Any]]:
-    axis, none = axis_of_trials(found), "No trial has a value yet."
-    has_values = any(row["top1"] is not None for row in trials)
+    axis, none = axis_of_trials(found), "No trial has a value."
+    has_values = search_figures.has_values(trials)
     few = "It takes three completed trials for every two parameters, of different values."
     search = [
         drawn.figure(
@@ -267,11 +268,11 @@ def campaign_page(every: Sequence[Findings]) -> str:
     for found in every:
         axis, prefix = axis_of_trials(found), f"{links[found.row.sweep]}-"
         trials = [row for row in trial_rows(found, axis) if row["has_y"]]
-        few = _thinned(trials)
+        few = _thinned(trials, min(MOST_POINTS_OF_A_SWEEP, MOST_POINTS // len(every)))
         figure = search_figures.k_figure(found, few, axis)
-        if figure is None and any(row["top1"] is not None for row in few):
+        if figure is None and search_figures.has_values(few):
             figure = search_figures.history_figure(found, few, axis)
-        missing = ("k", "Top-1 against K", "No trial has a value yet.")
+        missing = ("k", "Top-1 against K", "No trial has a value.")
         about = drawn.figure(figure, missing, prefix)
         if len(few) < len(trials):
             about["caption"] += (
@@ -304,13 +305,12 @@ def campaign_page(every: Sequence[Findings]) -> str:
     )
 
 
-def _thinned(trials: Rows) -> Rows:
+def _thinned(trials: Rows, most: int) -> Rows:
     """At most so many trials, evenly by their values, the best and the answer among them."""
-    if len(trials) <= MOST_POINTS_OF_A_SWEEP:
+    if len(trials) <= most:
         return trials
     ranked = sorted(trials, key=lambda row: (row["status"] != TrialStatus.COMPLETED, -(row["top1"] or 0.0)))
-    step = len(ranked) / MOST_POINTS_OF_A_SWEEP
-    taken = {ranked[int(place * step)]["n"] for place in range(MOST_POINTS_OF_A_SWEEP)}
+    taken = {ranked[place * len(ranked) // most]["n"] for place in range(most)}
     return [row for row in trials if row["n"] in taken or row["is_best"]]
 
 
@@ -337,6 +337,8 @@ def campaign_lead(rows: Sequence[Row]) -> str:
         "no answer": "there is no answer yet",
     }
     parts = [f"in {len(names)} {words[what]}{_few(names)}" for what, names in told.items() if names]
+    if len(parts) == 1:
+        return f"In all {len(rows)} sweeps {next(words[what] for what, names in told.items() if names)}."
     return f"Of {len(rows)} sweeps: {'; '.join(parts)}."
 
 
@@ -350,7 +352,8 @@ def _campaign_notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.equal_k is not None:
             how.setdefault(row.equal_k.how, []).append(row.sweep)
-    notes += [f"Equal K of {', '.join(names)}: {what}." for what, names in how.items()]
+    few = {what: ", ".join(names) if len(names) <= 6 else f"{len(names)} sweeps" for what, names in how.items()}
+    notes += [f"Equal K of {names}: {what}." for what, names in few.items()]
     if any(row.measured_on == "one seed" for row in rows):
         notes.append("A figure of one seed was chosen by the images that it is measured on, and is too high.")
     return notes

@@ -76,11 +76,16 @@ def _answer(parameters: Sequence[Parameter], axis: Top1Axis, x: alt.X, title: st
     return chart
 
 
+def has_values(trials: Rows) -> bool:
+    """Whether there is anything to draw: a trial that did not fail has a value."""
+    return any(row["top1"] is not None and row["status"] != "failed" for row in trials)
+
+
 def k_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure | None:
     """Top-1 against K; none where K is not searched."""
     parameters = parameters_of(found.config)
     k = next((p for p in parameters if p.name == "k" and not p.is_choice), None)
-    if k is None or not any(row["kx"] for row in trials):
+    if k is None or not any(row["kx"] for row in trials) or not has_values(trials):
         return None
     values, fresh, bases = _by_k(trials, k), repeated(found), base_values(found)
     known = [float(row[k.field]) for row in trials if row[k.field] is not None]
@@ -175,9 +180,9 @@ def history_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure:
         .mark_line(interpolate="step-after", color="@best", strokeWidth=2)
         .encode(x=x, y=top1(axis, field_name="best"))
     )
-    chart = alt.layer(*base_rules(bases, axis), _points(trials, parameters, axis, x, 40), line).properties(
-        width="container", height=280
-    )
+    layers = [*base_rules(bases, axis), _points(trials, parameters, axis, x, 40)]
+    layers += [line] if any(row["best"] is not None for row in trials) else []
+    chart = alt.layer(*layers).properties(width="container", height=280)
     winner = winner_of(found.state)
     alt_text = f"Validation top-1 of {len(trials)} trials in their order, with the best so far."
     if winner is not None:
