@@ -249,7 +249,8 @@ def test_the_trials_of_all_arms_are_in_the_page(whole, page):
 def test_a_sweep_of_one_seed_says_that_its_figure_is_optimistic(searched):
     found = told(test_confirm.config(), state_of(searched))
     words = text(sweep_page(found))
-    assert "On one seed the best of 6 trials is trial 2: 80.00 %, +10.00 points against cross-entropy" in words
+    assert "On one seed the best of 6 trials is trial 2: 80.00 %. " in words
+    assert "That is +10.00 points against cross-entropy, " in words
     assert "One seed: this figure is optimistic. The figure is of one training, on the images that chose it" in words
     assert "Only 6 trials reached the full budget" in words
     assert "K was not searched: it is 5 in every trial." in words
@@ -345,7 +346,7 @@ ODD = {
         FULL,
         [*trial(0, [50.0] * 9, DONE), *trial(1, [], RUNNING)],
         "running",
-        "The best of 2 trials so far is trial 0",
+        "best of 2 trials so far is trial 0",
     ),
     "running": (FULL, [*trial(0, [50.0, 60.0], RUNNING), *trial(1, [], RUNNING)], "running", "No trial has reached"),
     "all failed": (
@@ -359,26 +360,26 @@ ODD = {
         FULL,
         [*trial(0, [50.0, math.nan], FAILED, reason="diverged"), *trial(1, [50.0] * 9, DONE)],
         "interrupted",
-        "The best of 2 trials is trial 1 (K = 5): 50.00 % on one seed.",
+        "On one seed the best of 2 trials is trial 1 (K = 5): 50.00 %.",
     ),
-    "one trial": (FULL, [*trial(0, [50.0] * 9, DONE)], "finished", "The best of 1 trial is trial 0 (K = 5)"),
+    "one trial": (FULL, [*trial(0, [50.0] * 9, DONE)], "finished", "On one seed the best of 1 trial is trial 0 (K = 5)"),
     "equal values": (
         FULL,
         [line for n in range(30) for line in trial(n, [50.0] * 9, DONE)],
         "finished",
-        "The best of 30 trials is trial 0",
+        "best of 30 trials is trial 0",
     ),
     "without K": (
         NO_K,
         [line for n in range(3) for line in trial(n, [40.0 + n] * 9, DONE, {"lr": 0.1 * (n + 1)})],
         "finished",
-        "The best of 3 trials is trial 2: 42.00 % on one seed.",
+        "best of 3 trials is trial 2: 42.00 %.",
     ),
     "a custom method whose code is not here": (
         CUSTOM,
         [line for n in range(8) for line in trial(n, [40.0 + n] * 9, DONE, {"lr": 0.1, "pull": PULLS[n % 2]})],
         "finished",
-        "The best of 8 trials is trial 7",
+        "best of 8 trials is trial 7",
     ),
 }  # fmt: skip
 

@@ -6,10 +6,31 @@ from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
 
+from tune_topkd.config import ParameterRange
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.ledger import SweepState
 from tune_topkd.verdict import Interval
+
+NONE = "–"
+"""What stands where there is no value."""
+
+
+def text_of(value: Scalar | None) -> str:
+    """A value in few characters."""
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def range_text(parameter: ParameterRange) -> str:
+    """A range in words."""
+    if parameter.choices is not None:
+        return ", ".join(map(text_of, parameter.choices))
+    low, high = (bound if isinstance(bound, str) else f"{bound:g}" for bound in (parameter.low, parameter.high))
+    return f"{low} to {high}" + (", logarithmic" if parameter.log else "")
 
 
 @dataclass(frozen=True)

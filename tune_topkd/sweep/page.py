@@ -17,6 +17,7 @@ from tune_topkd.findings import Importance
 from tune_topkd.findings import Note
 from tune_topkd.findings import Row
 from tune_topkd.findings import Rung
+from tune_topkd.findings import range_text
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
@@ -144,13 +145,11 @@ def _answer(config: SweepConfig, state: SweepState, row: Row, how: str) -> tuple
     if winner.finalist is not None:
         return advice(tuned, gains), f"The answer is {what}: {finalists_sentence(state)}."
     far = " so far" if how == "running" else ""
-    if not gains:
-        lead = f"The best of {_trials(state.size())}{far} is {what}: {winner.figure} on one seed."
-    else:
-        over = [f"{mean:+.2f} points against {name}" for name, (mean, _) in gains.items()]
-        lead = f"On one seed the best of {_trials(state.size())}{far} is {what}: {winner.figure}, {_listed(over)}."
+    lead = f"On one seed the best of {_trials(state.size())}{far} is {what}: {winner.figure}."
+    over = [f"{mean:+.2f} points against {name}" for name, (mean, _) in gains.items()]
+    beside = f"That is {_listed(over)}, each on one seed." if over else ""
     told = "" if how == "running" else finalists_sentence(state)
-    return lead, f"{_capital(told)}." if told else ""
+    return lead, " ".join(filter(None, [beside, f"{_capital(told)}." if told else ""]))
 
 
 def _no_answer(state: SweepState, how: str) -> str:
@@ -290,9 +289,8 @@ def _at_the_end_of_a_range(config: SweepConfig, row: Row) -> Iterator[Note]:
             continue
         if place > 1 - NEAR_THE_END or (place < NEAR_THE_END and name != "k"):
             end = "upper" if place > 0.5 else "lower"
-            text = (
-                f"The answer has {name} = {short(value)}; searched was {span(parameter)}. A wider range may find more."
-            )
+            searched = f"{range_text(parameter)} was searched"
+            text = f"The answer has {name} = {short(value)}, and {searched}. A wider range may find more."
             yield Note(f"{name} lies at the {end} end of its range", text)
 
 
@@ -304,14 +302,6 @@ def _place(parameter: ParameterRange, value: float) -> float | None:
     if parameter.log:
         return math.log(value / low) / math.log(high / low) if value > 0 else None
     return (value - low) / (high - low)
-
-
-def span(parameter: ParameterRange) -> str:
-    """A range in words."""
-    if parameter.choices is not None:
-        return ", ".join(short(choice) for choice in parameter.choices)
-    low, high = (b if isinstance(b, str) else f"{b:g}" for b in (parameter.low, parameter.high))
-    return f"{low} to {high}" + (", logarithmic" if parameter.log else "")
 
 
 def _failures(state: SweepState) -> Iterator[Note]:

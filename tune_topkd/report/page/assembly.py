@@ -16,6 +16,7 @@ import markupsafe
 import vl_convert
 
 from tune_topkd import __version__
+from tune_topkd.findings import NONE
 from tune_topkd.findings import Findings
 from tune_topkd.findings import Row
 from tune_topkd.ledger import TrialStatus
@@ -24,6 +25,7 @@ from tune_topkd.report.page import evidence_figures
 from tune_topkd.report.page import search_figures
 from tune_topkd.report.page import tables
 from tune_topkd.report.page.data import Rows
+from tune_topkd.report.page.data import Top1Axis
 from tune_topkd.report.page.data import axis_of_trials
 from tune_topkd.report.page.data import other_rows
 from tune_topkd.report.page.data import parameters_of
@@ -96,7 +98,7 @@ def sweep_page(found: Findings) -> str:
     drawn, row = _Drawn(), found.row
     axis = axis_of_trials(found)
     trials, others = trial_rows(found, axis), other_rows(found)
-    sections = [_k_section(found, trials, drawn), *_search_sections(found, trials, drawn)]
+    sections = [_k_section(found, trials, axis, drawn), *_search_sections(found, trials, axis, drawn)]
     contents = [("answer", "The answer"), ("commands", "Reproduce it")]
     contents += [(section["id"], section["title"]) for section in sections]
     contents += [("trainings", "All trainings"), ("about", "Where it comes from")]
@@ -123,8 +125,7 @@ def sweep_page(found: Findings) -> str:
     )
 
 
-def _k_section(found: Findings, trials: Rows, drawn: _Drawn) -> dict[str, Any]:
-    axis = axis_of_trials(found)
+def _k_section(found: Findings, trials: Rows, axis: Top1Axis, drawn: _Drawn) -> dict[str, Any]:
     is_searched = "k" in found.config.space
     value = found.config.loss.get("k", found.defaults.get("k"))
     if is_searched:
@@ -145,8 +146,8 @@ def _k_section(found: Findings, trials: Rows, drawn: _Drawn) -> dict[str, Any]:
     return {"id": "about-k", "title": "K", "parts": figures}
 
 
-def _search_sections(found: Findings, trials: Rows, drawn: _Drawn) -> list[dict[str, Any]]:
-    axis, none = axis_of_trials(found), "No trial has a value."
+def _search_sections(found: Findings, trials: Rows, axis: Top1Axis, drawn: _Drawn) -> list[dict[str, Any]]:
+    none = "No trial has a value."
     has_values = search_figures.has_values(trials)
     few = "It takes three completed trials for every two parameters, of different values."
     search = [
@@ -197,7 +198,7 @@ def _search_sections(found: Findings, trials: Rows, drawn: _Drawn) -> list[dict[
 def _facts(found: Findings) -> list[tuple[str, str]]:
     state, row = found.state, found.row
     counts = ", ".join(f"{n:,} {status}" for status, n in state.counts().items() if n)
-    pair = row.student if row.teacher == tables.NONE else f"{row.teacher} → {row.student}"
+    pair = row.student if row.teacher == NONE else f"{row.teacher} → {row.student}"
     facts = [("dataset", row.dataset), ("teacher → student", pair), ("method", row.method)]
     facts.append(("trials of the search", f"{state.size():,} of {state.target:,}" + (f": {counts}" if counts else "")))
     if state.teacher_file is not None:

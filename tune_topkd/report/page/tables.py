@@ -5,19 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 
-from tune_topkd.config import ParameterRange
-from tune_topkd.config import Scalar
+from tune_topkd.findings import NONE
 from tune_topkd.findings import Figure as Told
 from tune_topkd.findings import Findings
 from tune_topkd.findings import Row
+from tune_topkd.findings import range_text
+from tune_topkd.findings import text_of
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import winner_of
 from tune_topkd.report.page.data import interval_of
 from tune_topkd.verdict import baseline_name
 from tune_topkd.verdict import verdict_of
-
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,6 @@ class Table:
     rows: Sequence[Line]
     sortable: bool = True
     notes: Sequence[str] = field(default=())
-
-
-def text_of(value: Scalar | None) -> str:
-    """A value in few characters."""
-    if value is None:
-        return NONE
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def range_text(parameter: ParameterRange) -> str:
-    """A range in words."""
-    if parameter.choices is not None:
-        return ", ".join(map(text_of, parameter.choices))
-    low, high = (str(b) if isinstance(b, str) else f"{b:g}" for b in (parameter.low, parameter.high))
-    return f"{low} to {high}" + (", logarithmic" if parameter.log else "")
 
 
 def parameter_table(found: Findings) -> Table | None:
