@@ -13,7 +13,7 @@ from tune_topkd.report.page.figure import named
 from tune_topkd.report.page.look import STATUS_COLOURS
 
 STAGES = ("search", "baselines", "fresh seeds", "test set")
-STAGE_COLOURS = ("@bar0", "@bar1", "@bar2", "@best")
+STAGE_COLOURS = ("@bar0", "@bar1", "@bar2", "@failed")
 
 
 def curves_figure(found: Findings) -> Figure | None:

@@ -9,6 +9,7 @@ from tune_topkd.findings import Findings
 from tune_topkd.findings import Row
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import finalists
+from tune_topkd.ledger import winner_of
 from tune_topkd.report.page.data import Rows
 from tune_topkd.report.page.data import seed_rows
 from tune_topkd.report.page.figure import Figure
@@ -48,7 +49,7 @@ def gains_figure(row: Row) -> Figure | None:
     scale = alt.Scale(domain=[least - pad, most + pad], nice=False)
     x_axis = alt.Axis(title="points above the baseline", format="+", grid=True, tickCount=5)
     y = alt.Y("name:N", sort=None, axis=alt.Axis(title=None, domain=False, labelLimit=190))
-    colours = {"above": "@completed", "not told apart": "@pruned", "below": "@best"}
+    colours = {"above": "@completed", "not told apart": "@pruned", "below": "@failed"}
     domain = [what for what in colours if any(r["what"] == what for r in rows)]
     colour = alt.Color("what:N", scale=alt.Scale(domain=domain, range=[colours[d] for d in domain]), title=None)
     base = alt.Chart(named("gains"))
@@ -81,7 +82,9 @@ def finalists_figure(found: Findings) -> Figure | None:
         "Points are trainings on seeds that took no part in the search, all on the same ones; the tick is the mean, "
         "the bar its 95 % interval, the cross the value that the trial was found by: what it has above the mean is luck."
     )
-    return _seeds("finalists", "Finalists on fresh seeds", caption, named_, "validation top-1 (%)", owns=True)
+    winner = winner_of(found.state)
+    answer = "" if winner is None or winner.finalist is None else _finalist_name(winner.finalist)
+    return _seeds("finalists", "Finalists on fresh seeds", caption, named_, answer, "validation top-1 (%)", owns=True)
 
 
 def _finalist_name(finalist: Finalist) -> str:
@@ -102,14 +105,18 @@ def test_figure(found: Findings) -> Figure | None:
         "Points are trainings on further seeds, on all images but those of the test set, measured once after their "
         "last epoch; the tick is the mean, the bar its 95 % interval."
     )
-    return _seeds("test", "The test set", caption, named_, "test top-1 (%)", owns=False)
+    return _seeds("test", "The test set", caption, named_, verdict.answer.name, "test top-1 (%)", owns=False)
 
 
-def _seeds(id_: str, title: str, caption: str, arms: Mapping[str, Finalist], axis: str, *, owns: bool) -> Figure | None:
-    """Values by seed, a line for each arm."""
+def _seeds(
+    id_: str, title: str, caption: str, arms: Mapping[str, Finalist], answer: str, axis: str, *, owns: bool
+) -> Figure | None:
+    """Values by seed, a line for each arm, the answer's in its own colour."""
     if not arms:
         return None
     each, means = seed_rows(arms)
+    means = [row | {"is_answer": row["name"] == answer} for row in means]
+    colour = alt.condition("datum.is_answer", alt.value("@best"), alt.value("@pruned"))
     own = [{"name": name, "own": round(f.record.value or 0.0, 3)} for name, f in arms.items()] if owns else []
     known = [
         *(r["top1"] for r in each),
@@ -129,13 +136,13 @@ def _seeds(id_: str, title: str, caption: str, arms: Mapping[str, Finalist], axi
     ]
     spans = (
         alt.Chart(named("means"))
-        .mark_bar(height=10, color="@best", opacity=0.28, cornerRadius=5)
-        .encode(y=y, x=alt.X("low:Q", scale=scale, axis=x_axis), x2="high:Q", tooltip=tips)
+        .mark_bar(height=10, opacity=0.32, cornerRadius=5)
+        .encode(y=y, color=colour, x=alt.X("low:Q", scale=scale, axis=x_axis), x2="high:Q", tooltip=tips)
     )
     ticks = (
         alt.Chart(named("means"))
-        .mark_tick(thickness=3, height=20, color="@best")
-        .encode(y=y, x=alt.X("mean:Q", scale=scale), tooltip=tips)
+        .mark_tick(thickness=3, height=20)
+        .encode(y=y, color=colour, x=alt.X("mean:Q", scale=scale), tooltip=tips)
     )
     points = (
         alt.Chart(named("seeds"))

@@ -123,7 +123,7 @@ def k_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure | None:
         "Each point is a trial, moved a little to the side where several have the same K; the line joins the best of "
         "each K, dashes are medians of three or more completed trials. The search gives more trials to the K it "
         "likes, and the best of more trials is higher by luck.",
-        "Diamonds are means over fresh seeds with their 95 % intervals." if fresh else "",
+        "Diamonds are means over fresh seeds with their 95 % intervals, the ringed one the answer's." if fresh else "",
         _on_the_edge(trials),
     ]
     alt_text = f"Validation top-1 against K for {len(trials)} trials. {told}"
@@ -147,6 +147,10 @@ def _fresh_marks(axis: Top1Axis, scale: alt.Scale) -> Iterator[alt.Chart]:
     )
     yield base.mark_rule(color="@best", strokeWidth=2).encode(y=top1(axis, field_name="low"), y2="high:Q")
     yield base.mark_point(shape="diamond", filled=True, size=110, color="@best", stroke="@paper", strokeWidth=1).encode(
+        y=top1(axis, field_name="mean")
+    )
+    ring: alt.Chart = base.transform_filter("datum.is_answer")
+    yield ring.mark_point(shape="circle", filled=False, size=340, color="@best", strokeWidth=2).encode(
         y=top1(axis, field_name="mean")
     )
 
