@@ -362,7 +362,7 @@ ODD = {
         "interrupted",
         "On one seed the best of 2 trials is trial 1 (K = 5): 50.00 %.",
     ),
-    "one trial": (FULL, [*trial(0, [50.0] * 9, DONE)], "finished", "On one seed the best of 1 trial is trial 0 (K = 5)"),
+    "one trial": (FULL, [*trial(0, [50.0] * 9, DONE)], "finished", "the best of 1 trial is trial 0 (K = 5)"),
     "equal values": (
         FULL,
         [line for n in range(30) for line in trial(n, [50.0] * 9, DONE)],
@@ -516,8 +516,8 @@ def test_a_campaigns_lead_counts_what_the_sweeps_say():
     ]
     assert campaign_lead(rows) == (
         "Of 5 sweeps: in 1 the tuned method is better than every baseline (a); in 1 a baseline is the better choice "
-        "(c); in 1 the seeds do not tell the tuned method from some baseline (b); in 1 there is one seed only, which tells "
-        "nothing apart (d); in 1 there is no answer yet (e)."
+        "(c); in 1 the seeds do not tell the tuned method from some baseline (b); in 1 there is one seed only, which "
+        "tells nothing apart (d); in 1 there is no answer yet (e)."
     )
     assert campaign_lead(rows[:1] * 2) == "In all 2 sweeps the tuned method is better than every baseline."
 

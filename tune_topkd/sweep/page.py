@@ -89,12 +89,8 @@ def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str
     from tune_topkd.search.importance import importances
 
     defaults = known_parameters(config)
-    row, found, rungs, spent = (
-        row_of(config, state, defaults),
-        importances(config, state),
-        rungs_of(config, state),
-        spend(state),
-    )
+    row, spent = row_of(config, state, defaults), spend(state)
+    found, rungs = importances(config, state), rungs_of(config, state)
     lead, sentence = _answer(config, state, row, how)
     return Findings(
         config=config,

@@ -80,7 +80,7 @@ def finalists_figure(found: Findings) -> Figure | None:
     named_ = {_finalist_name(finalist): finalist for finalist in each if finalist.values}
     caption = (
         "Points are trainings on seeds that took no part in the search, all on the same ones; the tick is the mean, "
-        "the bar its 95 % interval, the cross the value that the trial was found by: what it has above the mean is luck."
+        "the bar its 95 % interval, the cross the value that it was found by: what that has above the mean is luck."
     )
     winner = winner_of(found.state)
     answer = "" if winner is None or winner.finalist is None else _finalist_name(winner.finalist)
