@@ -173,7 +173,19 @@ def test_a_model_that_foresees_little_is_named():
 
 def test_every_format_says_it_but_csv(two):
     found = recommended(two)
-    assert "**One config for all 2**: lr=" in as_markdown([], found)
+    assert "\nOne config for all 2: lr=" in as_markdown([], found)
     assert json.loads(as_json([], found))["recommended"]["params"] == found.params
-    assert "% **One config for all 2**" in as_latex([], found)
+    assert "% One config for all 2: " in as_latex([], found)
     assert as_csv([], found) == as_csv([])
+
+
+def test_the_page_of_a_campaign_shows_it(two, tmp_path):
+    from tune_topkd.sweep.page import findings_from
+    from tune_topkd.sweep.page import page_of
+
+    found = [findings_from(s.config, s.state, tmp_path, "finished", lambda *words: " ".join(words)) for s in two]
+    page, told = page_of(found), recommended(two).told()
+    assert told.sentence in page
+    for row in told.rows:
+        assert all(f">{cell}<" in page for cell in row)
+    assert "One config for all" not in page_of(found[:1])

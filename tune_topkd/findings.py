@@ -167,6 +167,17 @@ class ArmSpend:
 
 
 @dataclass(frozen=True)
+class ForAll:
+    """The one config that is recommended for several sweeps, in words."""
+
+    sentence: str
+    """Which it is and what it loses at most, or why there is none."""
+    headings: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    """What it loses on each sweep; empty where there is none."""
+
+
+@dataclass(frozen=True)
 class Findings:
     """All that a page tells of a sweep."""
 

@@ -30,6 +30,8 @@ from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.campaign import ranges
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.preflight import known_parameters
+from tune_topkd.sweep.recommending import Searched
+from tune_topkd.sweep.recommending import recommended
 from tune_topkd.sweep.result import finalists_sentence
 from tune_topkd.sweep.spend import WEAK
 from tune_topkd.sweep.spend import rungs_of
@@ -115,7 +117,10 @@ def page_of(found: Sequence[Findings]) -> str:
     from tune_topkd.report.page import campaign_page
     from tune_topkd.report.page import sweep_page
 
-    return sweep_page(found[0]) if len(found) == 1 else campaign_page(found)
+    if len(found) == 1:
+        return sweep_page(found[0])
+    for_all = recommended([Searched(f.config, f.state, f.defaults) for f in found])
+    return campaign_page(found, None if for_all is None else for_all.told())
 
 
 def page_file(found: Sequence[Findings], workspace: Workspace) -> Path:

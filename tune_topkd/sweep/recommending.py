@@ -27,6 +27,8 @@ from tune_topkd.config import DEFAULTS
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.findings import NONE
+from tune_topkd.findings import ForAll
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
@@ -124,22 +126,26 @@ class Recommendation:
             "ranks": dict(self.ranks),
         }
 
-    def lines(self) -> list[str]:
-        """As Markdown: what it is, and a table of what it loses where."""
+    def told(self) -> ForAll:
+        """In words: what it is, and a table of what it loses where."""
         if not self.params:
-            return [f"No config is recommended for all: {self.why_none}."]
+            return ForAll(f"No config is recommended for all: {self.why_none}.")
         worst = max(self.losses, key=lambda loss: loss.points)
-        told = [
-            f"**One config for all {len(self.losses)}**: {short_params(self.params)} ({self.origin}). "
+        plain = {loss.sweep: loss.text() for loss in self.of_defaults}
+        return ForAll(
+            f"One config for all {len(self.losses)}: {short_params(self.params)} ({self.origin}). "
             f"Against tuning each it loses {worst.points:.2f} points at most, on {worst.sweep}.",
-            "",
-            "| sweep | loses, points | the defaults lose | by |",
-            "|---|--:|--:|---|",
-        ]
-        for loss in self.losses:
-            plain = next((other.text() for other in self.of_defaults if other.sweep == loss.sweep), "–")
-            told.append(f"| {loss.sweep} | {loss.text()} | {plain} | {self._by(loss)} |")
-        return told
+            ("sweep", "loses, points", "the defaults lose", "by"),
+            [(loss.sweep, loss.text(), plain.get(loss.sweep, NONE), self._by(loss)) for loss in self.losses],
+        )
+
+    def lines(self) -> list[str]:
+        """As Markdown."""
+        told = self.told()
+        if not told.rows:
+            return [told.sentence]
+        rows = [f"| {' | '.join(row)} |" for row in told.rows]
+        return [told.sentence, "", f"| {' | '.join(told.headings)} |", "|---|--:|--:|---|", *rows]
 
     def _by(self, loss: Loss) -> str:
         if loss.how == "own":

@@ -18,6 +18,7 @@ import vl_convert
 from tune_topkd import __version__
 from tune_topkd.findings import NONE
 from tune_topkd.findings import Findings
+from tune_topkd.findings import ForAll
 from tune_topkd.findings import Row
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.page import course_figures
@@ -261,8 +262,8 @@ def _about(found: Findings) -> list[tuple[str, str]]:
 # --- a campaign -------------------------------------------------------------------------------------------------------
 
 
-def campaign_page(every: Sequence[Findings]) -> str:
-    """The page of several sweeps."""
+def campaign_page(every: Sequence[Findings], for_all: ForAll | None = None) -> str:
+    """The page of several sweeps, with the one config that is recommended for all of them."""
     drawn, rows = _Drawn(), [found.row for found in every]
     links = {found.row.sweep: f"sweep-{place}" for place, found in enumerate(every)}
     sweeps = []
@@ -301,6 +302,8 @@ def campaign_page(every: Sequence[Findings]) -> str:
         contents=[("answer", "The answer"), *((links[row.sweep], row.sweep) for row in rows)],
         lead=campaign_lead(rows),
         table=tables.campaign_table(rows, links, _campaign_notes(rows)),
+        for_all=None if for_all is None else for_all.sentence,
+        for_all_table=tables.for_all_table(for_all) if for_all is not None and for_all.rows else None,
         figures=[drawn.figure(figure) for figure in figures if figure is not None],
         sweeps=sweeps,
     )

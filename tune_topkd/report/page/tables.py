@@ -8,6 +8,7 @@ from dataclasses import field
 from tune_topkd.findings import NONE
 from tune_topkd.findings import Figure as Told
 from tune_topkd.findings import Findings
+from tune_topkd.findings import ForAll
 from tune_topkd.findings import Row
 from tune_topkd.findings import range_text
 from tune_topkd.findings import text_of
@@ -190,6 +191,12 @@ def campaign_table(rows: Sequence[Row], links: Mapping[str, str], notes: Sequenc
         for row in rows
     ]
     return Table("A row for each sweep", columns, lines, notes=notes)
+
+
+def for_all_table(for_all: ForAll) -> Table:
+    """What the one config for all sweeps loses on each."""
+    columns = [Column(name, "lose" in name) for name in for_all.headings]
+    return Table("What it loses on each sweep", columns, [Line(row) for row in for_all.rows])
 
 
 def _told(figure: Told | None, sign: str = "") -> str:
