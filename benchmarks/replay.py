@@ -1,4 +1,4 @@
-"""`python -m benchmarks.replay [--seeds N] [--quick] [--write]`: what sweeps of glyphs find, by the hundred.
+"""`python -m benchmarks.replay [--samplers] [--seeds N] [--quick] [--write]`: what sweeps of glyphs find, by the hundred.
 
 Every sweep is a real one (sampler, ASHA, ledger, what TPE is told) on the simulated executor, four trials at once; its
 trainings are drawn from recorded ones (`benchmarks/record.py`, `benchmarks/surrogate.py`). The budget is that of so many
@@ -46,6 +46,7 @@ from benchmarks.surrogate import Surrogate
 from benchmarks.surrogate import recorded
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import OBJECTIVE_EMA
+from tune_topkd.config import SAMPLERS
 from tune_topkd.config import Override
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
@@ -105,6 +106,9 @@ VARIANTS = (
     Variant("random, every trial to the end", "default", 300, {"sweep.sampler": "random", "sweep.asha": None}),
     Variant("default, warm from `unclipped` at 40", "default", 10, warm=_COLD),
     _COLD,
+)
+SAMPLER_VARIANTS = tuple(
+    Variant(f"default, by the sampler {name}", "default", 40, {"sweep.sampler": name}) for name in SAMPLERS
 )
 
 
@@ -240,6 +244,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.replay", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help="sweeps of each variant")
+    parser.add_argument("--samplers", action="store_true", help="compare the samplers")
     parser.add_argument("--only", default="", help="variants whose name has this")
     parser.add_argument("--at-once", type=int, default=cores())
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
@@ -247,8 +252,10 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     seeds = range(2 if args.quick else args.seeds)
-    variants = [v for v in VARIANTS if args.only in v.name and (not args.quick or v.budget <= 20)]
-    best = {name: best_expected(name) for name in SPACES}
+    known = SAMPLER_VARIANTS if args.samplers else VARIANTS
+    variants = [v for v in known if args.only in v.name and (not args.quick or args.samplers or v.budget <= 20)]
+    spaces = sorted({v.space for v in variants}) if args.samplers else list(SPACES)
+    best = {name: best_expected(name) for name in spaces}
     table = [
         "| search | budget | found | regret | its 90 % point | optimism | sweeps |",
         "|---|---|---|---|---|---|---|",
@@ -259,10 +266,11 @@ def main() -> None:
             table.append(row(variant, found, best[variant.space]))
             print(table[-1], file=sys.stderr, flush=True)
     minutes = (time.perf_counter() - started) / 60
-    lines = [f"# Replay of glyphs, {date.today()}", "", *machine()[:2], *map(model_line, SPACES)]
+    lines = [f"# Replay of glyphs, {date.today()}", "", *machine()[:2], *map(model_line, spaces)]
     lines += [f"- {minutes:.1f} min in all, {args.at_once} at once", ""]
-    lines += [*(__doc__ or "").strip().splitlines()[2:], "", *table, "", *draw_lines(), ""]
-    give(lines, "replay-glyphs", args.write)
+    lines += [*(__doc__ or "").strip().splitlines()[2:], "", *table, ""]
+    lines += [] if args.samplers else [*draw_lines(), ""]
+    give(lines, "replay-samplers" if args.samplers else "replay-glyphs", args.write)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tune_topkd.ledger import Share
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import read_events
 from tune_topkd.search import Search
+from tune_topkd.search import TpeSampler
 from tune_topkd.search import audit
 from tune_topkd.sweep import audit_sweep
 
@@ -97,8 +98,8 @@ def test_nothing_is_wrong_with_a_sweep_that_was_killed_at_any_line(tmp_path, who
 
 def test_only_some_proposals_of_a_long_sweep_are_drawn_again(whole, monkeypatch):
     drawn = []
-    ask = audit.TpeSampler.ask
-    monkeypatch.setattr(audit.TpeSampler, "ask", lambda self, n: drawn.append(n) or ask(self, n))
+    ask = TpeSampler.ask
+    monkeypatch.setattr(TpeSampler, "ask", lambda self, n: drawn.append(n) or ask(self, n))
     audit_sweep(config(), whole)
     assert drawn == list(range(1, TRIALS))
     drawn.clear()

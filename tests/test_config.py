@@ -273,13 +273,16 @@ BROKEN = {
     "an unknown sampler": (
         {"sweep": {"sampler": "tep"}},
         [
-            "sweep.sampler.name = 'tep': did you mean 'tpe'? known: random, tpe; or a factory of your own: package.module:"
+            "sweep.sampler.name = 'tep': did you mean 'tpe'? known: cmaes, gp, qmc, random, tpe; or a factory of your own: "
         ],
     ),
-    "no sampler": ({"sweep": {"sampler": None}}, ["sweep.sampler.name = 'none': known: random, tpe; or a factory of "]),
+    "no sampler": (
+        {"sweep": {"sampler": None}},
+        ["sweep.sampler.name = 'none': known: cmaes, gp, qmc, random, tpe; or a factory of "],
+    ),
     "a library's sampler": (
         {"sweep": {"sampler": "timm:tpe"}},
-        ["sweep.sampler.name = 'timm:tpe': known: random, tpe"],
+        ["sweep.sampler.name = 'timm:tpe': known: cmaes, gp, qmc, random, tpe"],
     ),
     "a sampler without a name": ({"sweep": {"sampler": {"keep": 1}}}, ["sweep.sampler.name: is required but missing"]),
     "a list for a sampler": ({"sweep": {"sampler": ["tpe"]}}, ["sweep.sampler = ['tpe']: must be a mapping of keys"]),

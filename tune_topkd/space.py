@@ -49,6 +49,15 @@ class Axis:
         value = _between(self.low, self.high, share, log=self.log)
         return round(value) if self.kind == "int" else value
 
+    def share(self, value: Scalar) -> float:
+        """How far along the axis a number is, from 0 to 1: the inverse of `at`; 0.5 on an axis of one value alone."""
+        number = float(value)
+        if self.low == self.high:
+            return 0.5
+        if self.log:
+            return math.log(number / self.low) / math.log(self.high / self.low)
+        return (number - self.low) / (self.high - self.low)
+
 
 class Space:
     """The ranges of a `SweepConfig`, with their order, their conditional bounds and their relative weights."""

@@ -17,7 +17,7 @@ from tune_topkd.user_code import is_users
 
 METHODS: tuple[str, ...] = ("topkd", "kd", "dkd", "lskd", "kd+topkd", "dkd+topkd", "lskd+topkd", "ce")
 
-SAMPLERS = ("random", "tpe")
+SAMPLERS = ("cmaes", "gp", "qmc", "random", "tpe")
 """What may propose the trials, by name."""
 
 ASHA = "asha"

@@ -185,7 +185,8 @@ def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
     if config.sweep.asha is not None and scheduler.name != ASHA:
         rule = f"is of the scheduler asha, but sweep.scheduler is {scheduler.name}: set it to null, or leave one of them out"
         yield Problem(key="sweep.asha", rule=rule)
-    cures = {"tpe": "its random proposals are sweep.startup_trials", ASHA: "its rungs are set under sweep.asha"}
+    startup = "its random proposals are sweep.startup_trials"
+    cures = {"tpe": startup, "gp": startup, ASHA: "its rungs are set under sweep.asha"}
     for key, chosen, known in (("sampler", sampler, SAMPLERS), ("scheduler", scheduler, SCHEDULERS)):
         for option, value in chosen.options.items() if chosen.name in known else ():
             rule = f"{chosen.name} takes no options here; {cures.get(chosen.name, 'leave it out')}"

@@ -463,8 +463,9 @@ class SweepSettings(_Section):
     """Of the scheduler `asha`; `null` lets every trial run to the end. With another scheduler it is `null`."""
     rung_metric: Literal["val_top1", "val_top1_ema"] | None = None
     """What trials are compared by before their last epoch; by default `val_top1_ema` where `recipe.ema` is set."""
-    startup_trials: int = Field(10, ge=1)
-    """Random proposals before Optuna's TPE takes over; the first one of all is the defaults."""
+    startup_trials: int | None = Field(None, ge=1)
+    """Random proposals before the model of `tpe` or `gp` takes over; the first one of all is the defaults. By default two
+    for each axis that is searched, at least 10."""
     points: list[dict[str, Scalar]] | None = None
     """Parameters that are tried after the defaults, before anything is proposed; what a point leaves out is the default.
     Of relative weights only the ratios matter."""

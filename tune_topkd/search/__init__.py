@@ -10,6 +10,9 @@ from tune_topkd.search.choosing import ChoiceError
 from tune_topkd.search.choosing import choice_problems
 from tune_topkd.search.choosing import sampler_of
 from tune_topkd.search.choosing import scheduler_of
+from tune_topkd.search.samplers import CmaesSampler
+from tune_topkd.search.samplers import GpSampler
+from tune_topkd.search.samplers import QmcSampler
 from tune_topkd.search.samplers import RandomSampler
 from tune_topkd.search.samplers import Sampler
 from tune_topkd.search.samplers import SamplerFactory
@@ -21,6 +24,9 @@ from tune_topkd.search.search import Search
 __all__ = [
     "Asha",
     "ChoiceError",
+    "CmaesSampler",
+    "GpSampler",
+    "QmcSampler",
     "RandomSampler",
     "Sampler",
     "SamplerFactory",

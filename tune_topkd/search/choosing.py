@@ -5,11 +5,13 @@ What is the user's is held to its protocol: whatever it raises, or gives that th
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import partial
+from importlib import metadata
 from typing import Any
 from typing import NoReturn
 
@@ -27,6 +29,9 @@ from tune_topkd.ledger import Decision
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.search.samplers import CmaesSampler
+from tune_topkd.search.samplers import GpSampler
+from tune_topkd.search.samplers import QmcSampler
 from tune_topkd.search.samplers import RandomSampler
 from tune_topkd.search.samplers import SamplerFactory
 from tune_topkd.search.samplers import TpeSampler
@@ -48,14 +53,52 @@ class ChoiceError(TuneTopKDError):
         self.problem = problem
 
 
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "cmaes": ("cmaes", "numpy"),
+    "gp": ("optuna", "torch", "scipy"),
+    "qmc": ("scipy",),
+    "random": (),
+    "tpe": ("optuna",),
+}
+"""What each of `SAMPLERS` proposes by: with another version of one of these it may propose something else."""
+
+_OLDEST = {"gp": ("optuna", 5), "cmaes": ("cmaes", 0), "qmc": ("scipy", 1)}
+"""The package that a sampler cannot do without, and its major version: older processes of Optuna's do not see the trials
+that are at work, and several at once would be the same point."""
+
+
 def sampler_of(config: SweepConfig) -> SamplerFactory:
-    """What makes the sampler that a sweep's config names; one of the user's raises `ChoiceError`."""
-    chosen = config.sweep.sampler
+    """What makes the sampler that a sweep's config names; one of the user's raises `ChoiceError`.
+
+    Raises:
+        ChoiceError: a package that it needs is not installed.
+    """
+    chosen, startup = config.sweep.sampler, config.sweep.startup_trials
     ours: dict[str, SamplerFactory] = {
+        "cmaes": partial(CmaesSampler, rung_metric=config.rung_metric),
+        "gp": partial(GpSampler, startup_trials=startup, rung_metric=config.rung_metric),
+        "qmc": QmcSampler,
         "random": RandomSampler,
-        "tpe": partial(TpeSampler, startup_trials=config.sweep.startup_trials, rung_metric=config.rung_metric),
+        "tpe": partial(TpeSampler, startup_trials=startup, rung_metric=config.rung_metric),
     }
-    return ours[chosen.name] if chosen.name in ours else partial(_CheckedSampler, chosen)
+    if chosen.name not in ours:
+        return partial(_CheckedSampler, chosen)
+    package, oldest = _OLDEST.get(chosen.name, ("optuna", 0))
+    if (found := _major(package)) is None or found < oldest:
+        needed = f"{package} {oldest} or newer" if oldest > 1 else package
+        have = "is not installed" if found is None else f"here it is {metadata.version(package)}"
+        rule = f"needs the package {needed}, and {have}: pip install --upgrade {package}"
+        raise ChoiceError(_problem(chosen, rule))
+    return ours[chosen.name]
+
+
+def _major(package: str) -> int | None:
+    """The first number of an installed package's version; None if it is not there."""
+    try:
+        found = re.match(r"\d+", metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return None
+    return int(found[0]) if found else 0
 
 
 def scheduler_of(config: SweepConfig) -> Scheduler:

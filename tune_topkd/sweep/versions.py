@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tune_topkd import __version__
 
-_PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "numpy")
+_PACKAGES = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "numpy", "scipy", "cmaes")
 
 
 def versions() -> dict[str, str]:
