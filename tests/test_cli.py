@@ -573,6 +573,8 @@ def begun(folder, *events):
         ("finished", "finished"),
         ("failed", "failed"),
         ("time_budget", "out of time"),
+        ("gpu_hours", "out of GPU hours"),
+        ("cpu_hours", "out of CPU hours"),
         ("trouble", "stopped by trouble"),
         ("interrupted", "interrupted"),
         (None, "killed"),
@@ -1003,10 +1005,10 @@ def test_doctor_tells_what_is_there(tmp_path, inside):
 
 
 COMMANDS = {
-    "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget "
-    "--runs-dir --mlflow-uri --address --warm-start --set",
+    "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget --gpu-hours "
+    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --set",
     "check": "--trials --epochs --set --show",
-    "resume": "--trials --time-budget --runs-dir --mlflow-uri --address --set",
+    "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --set",
     "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",
     "verify": "--seeds --set",
     "report": "--format --output -o --runs-dir",

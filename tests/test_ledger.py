@@ -27,6 +27,7 @@ from tune_topkd.ledger import Event
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Plateau
 from tune_topkd.ledger import Prepared
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
@@ -198,6 +199,10 @@ LINES = [
      f'"end",{KEY},"epoch":2,"status":"failed","reason":"diverged","error":"NaN","value":null'),
     (end(0, None, TrialStatus.FAILED, reason="oom", error="\udce9"),
      f'"end",{KEY},"status":"failed","reason":"oom","error":"\\udce9","epoch":2,"value":null'),
+    (Driver(host="h", pid=1, trials=3, gpu_hours=1.5),
+     '"driver","host":"h","pid":1,"trials":3,"folder":null,"versions":{},"places":{},"gpu_hours":1.5'),
+    (Plateau(trials=9, best=61.5, gained=0.25, newest=5, points=1.0),
+     '"plateau","trials":9,"best":61.5,"gained":0.25,"newest":5,"points":1.0'),
     (Stop(reason="finished"), '"stop","reason":"finished","error":""'),
 ]  # fmt: skip
 

@@ -20,8 +20,8 @@ from tune_topkd.search import QmcSampler
 from tune_topkd.search import RandomSampler
 from tune_topkd.search import TpeSampler
 from tune_topkd.search.conformance import AXES
-from tune_topkd.search.samplers import startup_trials_of
 from tune_topkd.space import Axis
+from tune_topkd.space import startup_trials_of
 
 PLANE = (Axis("x", "float", 0.0, 1.0), Axis("y", "float", 0.01, 100.0, log=True))
 CHOICES = (Axis("kind", "choice", choices=("a", "b", "c")),)
@@ -68,7 +68,7 @@ def test_the_share_of_a_value_leads_back_to_it(axis):
 @pytest.mark.parametrize(("axes", "startup"), [(1, 10), (5, 10), (6, 12), (14, 28)])
 def test_there_are_two_random_proposals_for_each_axis_and_at_least_ten(axes, startup):
     many = [Axis(f"x{n}", "float") for n in range(axes)]
-    assert startup_trials_of(many) == startup
+    assert startup_trials_of(axes) == startup
     assert TpeSampler(many, 0)._startup_trials == GpSampler(many, 0)._startup_trials == startup
     assert TpeSampler(many, 0, startup_trials=3)._startup_trials == 3
 

@@ -57,7 +57,7 @@ def carry_through(cluster, folder, train, first=(), **sections):
         header = Header(sweep="t", id=folder.name, seed=seed, trials=trials, first=list(first))
         ledger = Ledger.create(path, header)
     with ledger:
-        ledger.append(Driver(host="h", pid=os.getpid(), trials=config.sweep.trials))
+        ledger.append(Driver(host="h", pid=os.getpid(), trials=config.sweep.trials, cpu_hours=config.sweep.cpu_hours))
         run_sweep(Search(config, ledger), cluster=cluster, folder=folder, train=train)
         return ledger.state
 
@@ -287,6 +287,12 @@ def test_a_time_budget_ends_the_run_and_a_resume_goes_on(sweep):
     assert state.counts()["completed"] == 6
     for key, reports in before.items():
         assert reports.items() <= state.trials[key].reports.items()
+
+
+def test_hours_that_are_used_up_end_the_run(sweep):
+    state = sweep(formulas.slow, sweep={"trials": 6, "cpu_hours": 0.9 / 3600, "asha": None})
+    epochs = sum(record.epoch for record in state.trials.values())
+    assert (state.stop_reason, epochs) == ("cpu_hours", 9), "an epoch takes a tenth of a second, by the formula"
 
 
 def test_a_trial_gets_the_threads_of_its_cpus(fates):

@@ -59,6 +59,11 @@ class Axis:
         return (number - self.low) / (self.high - self.low)
 
 
+def startup_trials_of(axes: int) -> int:
+    """Random proposals before a model of so many axes takes over: two for each, and at least Optuna's 10."""
+    return max(10, 2 * axes)
+
+
 class Space:
     """The ranges of a `SweepConfig`, with their order, their conditional bounds and their relative weights."""
 

@@ -121,6 +121,10 @@ Spaces = Annotated[
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
 TimeBudget = Annotated[float | None, typer.Option(help="Stop all trials after so many seconds.")]
+GpuHours = Annotated[
+    float | None, typer.Option(help="Stop after so many hours of training × GPUs of the trial, of the whole sweep.")
+]
+CpuHours = Annotated[float | None, typer.Option(help="The same of CPUs.")]
 
 
 def main() -> None:
@@ -191,6 +195,12 @@ def run(
         typer.Option(metavar="N|auto", help="May be a fraction: 0.25 shares a GPU by four. auto: measured."),
     ] = None,
     time_budget: TimeBudget = None,
+    gpu_hours: GpuHours = None,
+    cpu_hours: CpuHours = None,
+    plateau: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", help="End the search when its newest trials brought fewer points of top-1."),
+    ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
@@ -212,6 +222,9 @@ def run(
         cpus_per_trial=_number(cpus_per_trial),
         gpus_per_trial=_number(gpus_per_trial),
         time_budget=time_budget,
+        gpu_hours=gpu_hours,
+        cpu_hours=cpu_hours,
+        plateau=plateau,
     )
     workspace, console = _workspace(runs_dir, mlflow_uri or None, address), Console()
     with console.phase("checking what is to run"):
@@ -372,6 +385,8 @@ def resume(
     sweep: SweepName,
     trials: Trials = None,
     time_budget: TimeBudget = None,
+    gpu_hours: GpuHours = None,
+    cpu_hours: CpuHours = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
@@ -380,7 +395,13 @@ def resume(
     """Resume a sweep after any interruption; finished trials are not run again."""
     moved = [parse_set(text) for text in set_ or []]
     found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
-    result = _shown(found.resume, found, console, trials=trials, time_budget=time_budget, moved=moved)
+    limits: dict[str, Any] = {
+        "trials": trials,
+        "time_budget": time_budget,
+        "gpu_hours": gpu_hours,
+        "cpu_hours": cpu_hours,
+    }
+    result = _shown(found.resume, found, console, **limits, moved=moved)
     _conclude({sweep: result}, found.workspace, console)
 
 

@@ -23,6 +23,8 @@ from tune_topkd.cli.calling import command_for
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
+from tune_topkd.ledger import CPU_HOURS
+from tune_topkd.ledger import GPU_HOURS
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import End
@@ -43,6 +45,7 @@ from tune_topkd.sweep import Callback
 from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Result
 from tune_topkd.sweep.remaining import Pace
+from tune_topkd.sweep.remaining import seconds_to_limit
 from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
@@ -144,11 +147,14 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
                 console.print(f"  {images.sentence(verdict)}", soft_wrap=True)
         elif advice := result.advice():
             console.print(f"  {advice}", soft_wrap=True)
-        for told in (*(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence()):
+        ended = "" if state.plateau is None else state.plateau.sentence
+        for told in filter(
+            None, (ended, *(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence())
+        ):
             console.print(f"  {told}", soft_wrap=True)
         console.print(f"{name}: {counts}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
         _tell_where(result, workspace, console)
-    elif state.stop_reason in ("interrupted", "time_budget") and not state.counts()["failed"]:
+    elif state.stop_reason in ("interrupted", "time_budget", GPU_HOURS, CPU_HOURS) and not state.counts()["failed"]:
         done = f"{counts or 'no trials'} so far, none of them of the full budget"
         console.print(f"{name}: {done}; {state.stop_reason.replace('_', ' ')}", soft_wrap=True)
     else:
@@ -286,6 +292,8 @@ class ProgressDisplay:
         budget = self._config.sweep.time_budget
         if budget is not None:
             seconds = min(budget - passed, budget if seconds is None else seconds)
+        if (to_limit := seconds_to_limit(self._config, self._state)) is not None:
+            seconds = to_limit if seconds is None else min(seconds, to_limit)
         if seconds is None:
             return f"{duration(passed)} so far"
         return f"about {duration(max(seconds, 0.0))} left"

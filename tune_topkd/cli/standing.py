@@ -52,6 +52,7 @@ def line_of(entry: dict[str, Any]) -> str:
             if is_done
             else f"; test: {test['done']} of {test['of']} trainings"
         )
+    tail += f"; {entry['plateau']}" if entry["plateau"] else ""
     return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
 
 
@@ -71,6 +72,7 @@ def standing(name: str, workspace: Workspace) -> dict[str, Any]:
         "sweep": name,
         "state": found.condition,
         "error": found.error,
+        "plateau": found.plateau,
         "trials": found.trials,
         "target": found.target,
         "best": best and {"number": best.key.number, "val_top1": best.value, "params": best.params},

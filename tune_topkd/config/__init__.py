@@ -30,6 +30,7 @@ from tune_topkd.config.placement import placements
 from tune_topkd.config.placement import value_at
 from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
+from tune_topkd.config.rules import budget_problems
 from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import BASELINE_SPACES
 from tune_topkd.config.sections import DEFAULTS
@@ -108,6 +109,7 @@ __all__ = [
     "SweepSettings",
     "TeacherConfig",
     "TrialConfig",
+    "budget_problems",
     "config_from",
     "dump_config",
     "load_config",

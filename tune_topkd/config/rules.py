@@ -176,7 +176,15 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
     if finalists and config.sweep.seed + finalists.seeds > LARGEST_SEED:
         rule = f"the seeds up to sweep.seed + {finalists.seeds} must be at most {LARGEST_SEED:,}"
         problems.append(Problem(key="sweep.seed", rule=rule, value=config.sweep.seed, has_value=True))
-    return [*problems, *_choice_problems(config)]
+    return [*problems, *budget_problems(config), *_choice_problems(config)]
+
+
+def budget_problems(config: SweepConfig) -> Iterator[Problem]:
+    """A limit that no trial could ever come to, as its share of a node stands."""
+    settings = config.sweep
+    if settings.gpu_hours is not None and settings.gpus_per_trial == 0:
+        rule = "no trial has a GPU (sweep.gpus_per_trial is 0), so none would be counted; give sweep.cpu_hours or "
+        yield Problem(key="sweep.gpu_hours", rule=f"{rule}sweep.time_budget", value=settings.gpu_hours, has_value=True)
 
 
 def _choice_problems(config: SweepConfig) -> Iterator[Problem]:

@@ -452,6 +452,25 @@ class FinalistsConfig(_Section):
     """Trainings of each, on the seeds that follow the sweep's own."""
 
 
+class PlateauConfig(_Section):
+    """When a search has found what it will find: its newest trials have brought less than the noise. See `due_plateau`.
+
+    A bare number may stand for the whole section.
+    """
+
+    points: float = Field(gt=0)
+    """Of top-1, in percentage points: what cannot be told from noise, such as the standard deviation of a config over
+    seeds."""
+    newest: int = Field(20, ge=2)
+    """How many trials these are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_number(cls, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return {"points": float(value)} if is_number else value
+
+
 class SweepSettings(_Section):
     """How the search is run."""
 
@@ -482,6 +501,13 @@ class SweepSettings(_Section):
     """Seconds without a report after which a trial counts as hung and is ended; more than the longest epoch."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds after which no trial goes on; the sweep can be resumed."""
+    gpu_hours: Annotated[float | None, LATER] = Field(None, gt=0)
+    """Hours of training, times each trial's GPUs, after which no trial goes on. They are of the whole sweep, by its ledger,
+    whoever has resumed it; a trial on a quarter of a GPU takes a quarter."""
+    cpu_hours: Annotated[float | None, LATER] = Field(None, gt=0)
+    """The same of CPUs."""
+    plateau: Annotated[PlateauConfig | None, LATER] = None
+    """End the search where it brings no more; baselines and finalists follow as after its last trial."""
     finalists: Annotated[FinalistsConfig | None, LATER] = None
     """`null` leaves the answer to the search's own values, of one seed."""
 

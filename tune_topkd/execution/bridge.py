@@ -176,7 +176,7 @@ class Bridge:
                 case "report":
                     self._nodes.reported(message["node"])
                     decision = self.search.reported(key, message["epoch"], message["metrics"])
-                    if decision is Decision.CONTINUE and not self.search.out_of_time and not self.search.fatal:
+                    if decision is Decision.CONTINUE and not self.search.lets_go:
                         return str(TrialScheduler.CONTINUE)
         self._let_go(key)
         return str(TrialScheduler.STOP)

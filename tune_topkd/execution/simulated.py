@@ -129,7 +129,7 @@ class _Simulation:
             self.search.failed(record.key, "error", f"{type(error).__name__}: {error}")
             return
         self.search.reported(record.key, record.epoch + 1, metrics)
-        if not record.status.is_end:
+        if not record.status.is_end and not self.search.lets_go:
             self._begin_epoch(trial)
 
 

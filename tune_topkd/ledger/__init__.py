@@ -4,10 +4,17 @@ Every suggestion, report, decision and end is one line of `ledger.jsonl`, on the
 (Optuna's study, ASHA's rungs, the MLflow runs, the tables) is a view that can be rebuilt from it.
 
 Inside: `events` are the lines, `state` is what they tell, `finalists` is which trial is the answer, `looks` is what it
-gives on the test set, `baselines` is how many trials these have, `log` is the file, `trackers` is who watches.
+gives on the test set, `baselines` is how many trials these have, `endings` is when a search ends early, `log` is the
+file, `trackers` is who watches.
 """
 
 from tune_topkd.ledger.baselines import baseline_target
+from tune_topkd.ledger.endings import CPU_HOURS
+from tune_topkd.ledger.endings import EPOCH_SECONDS
+from tune_topkd.ledger.endings import GPU_HOURS
+from tune_topkd.ledger.endings import Hours
+from tune_topkd.ledger.endings import HoursSpent
+from tune_topkd.ledger.endings import due_plateau
 from tune_topkd.ledger.events import LEDGER_VERSION
 from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import REPEATING
@@ -23,6 +30,7 @@ from tune_topkd.ledger.events import Finalists
 from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
 from tune_topkd.ledger.events import Look
+from tune_topkd.ledger.events import Plateau
 from tune_topkd.ledger.events import Prepared
 from tune_topkd.ledger.events import Repeat
 from tune_topkd.ledger.events import Report
@@ -76,7 +84,10 @@ from tune_topkd.ledger.trackers import Tracker
 from tune_topkd.ledger.trackers import tell_all
 
 __all__ = [
+    "CPU_HOURS",
+    "EPOCH_SECONDS",
     "ERRORS_APART",
+    "GPU_HOURS",
     "LEDGER_FILE",
     "LEDGER_VERSION",
     "MOST_SEEDS",
@@ -94,9 +105,12 @@ __all__ = [
     "Finalist",
     "Finalists",
     "Header",
+    "Hours",
+    "HoursSpent",
     "Ledger",
     "LedgerError",
     "Look",
+    "Plateau",
     "Prepared",
     "Repeat",
     "Report",
@@ -121,6 +135,7 @@ __all__ = [
     "difference",
     "different",
     "due_look",
+    "due_plateau",
     "finalist_of",
     "finalist_trials",
     "finalists",

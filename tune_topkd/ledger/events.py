@@ -12,6 +12,7 @@ A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 
 | `confirm` | `Confirm` | the answer is to be confirmed: which trials are the finalists, on how many fresh seeds |
 | `test` | `Look` | the test set is about to be read: for which trials, trained again on which seeds |
 | `repeat` | `Repeat` | a trial was made that is another one on another seed |
+| `plateau` | `Plateau` | the search is over: its newest trials brought less than the noise |
 | `start` | `Start` | a worker began it, or went on from its checkpoint |
 | `report` | `Report` | one epoch's metrics and what was decided on them |
 | `retry` | `Retry` | its worker was lost; it is to go on from its checkpoint |
@@ -21,8 +22,8 @@ A line is a JSON object: `seq` (its line number, from 0), `time` (seconds since 
 The keys of a line are the fields of its class, in their order; a trial's `key` is written as `arm` and `number`. A reader
 passes over keys that it does not know, and a field with a default may be missing, as in a ledger of an older version.
 Version 1 has no `retry`. Versions 1 and 2 have no `prepared`: their `teacher_file` stands in the `sweep` event. A program
-that does not know `repeat`, `confirm` or `test` refuses the line, so it takes no repeat for a trial of the search or of a
-baseline.
+that does not know `repeat`, `confirm`, `test` or `plateau` refuses the line, so it takes no repeat for a trial of the
+search or of a baseline.
 """
 
 import dataclasses
@@ -271,11 +272,18 @@ class Driver(Content):
     """Config keys whose files have moved, with where they are."""
     finalists: Finalists | None = None
     """Which trials are to be repeated once the search is over, from now on; None leaves it as it was."""
+    gpu_hours: float | None = None
+    """Of training, times the GPUs of each trial, after which the sweep is to stop; None if there is no such limit."""
+    cpu_hours: float | None = None
+    """The same of CPUs."""
 
     def data(self) -> dict[str, Any]:
-        """The line's own keys and values; `finalists` only where there are any."""
+        """The line's own keys and values; `finalists` and hours only where there are any."""
         data = super().data()
         finalists = data.pop("finalists")
+        for name in ("gpu_hours", "cpu_hours"):
+            if data[name] is None:
+                del data[name]
         return data if finalists is None else data | {"finalists": dataclasses.asdict(finalists)}
 
     @classmethod
@@ -465,20 +473,47 @@ class End(TrialContent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plateau(Content):
+    """The search is over before its last trial: the newest ones brought less than the noise."""
+
+    NAME = "plateau"
+
+    trials: int
+    """How many the search has, now and for good, unless somebody goes on with more."""
+    best: float
+    """The best value at the full budget, in percent."""
+    gained: float
+    """By how much the newest trials have raised it, in points."""
+    newest: int
+    """How many these are."""
+    points: float
+    """What they had to bring, at least."""
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        brought = f"{self.gained:.2f} points" if self.gained else "nothing"
+        return (
+            f"the search ended at a plateau, with {self.trials} trials: the newest {self.newest} brought {brought}, less "
+            f"than sweep.plateau.points = {self.points:g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stop(Content):
     """The driver let go."""
 
     NAME = "stop"
 
     reason: str
-    """`finished`, `interrupted`, `time_budget`, `failed` or `trouble`."""
+    """`finished`, `interrupted`, `time_budget`, `gpu_hours`, `cpu_hours`, `failed` or `trouble`."""
     error: str = ""
     """In one line: what all trials failed of, or what the trouble was."""
 
 
 _CLASSES: Mapping[str, type[Content]] = {
     each.NAME: each
-    for each in (Header, Driver, Prepared, Confirm, Look, Suggest, Repeat, Start, Report, Retry, End, Stop)
+    for each in (Header, Driver, Prepared, Confirm, Look, Suggest, Repeat, Plateau, Start, Report, Retry, End, Stop)
 }
 
 

@@ -20,6 +20,7 @@ from tune_topkd.ledger.events import Finalists
 from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
 from tune_topkd.ledger.events import Look
+from tune_topkd.ledger.events import Plateau
 from tune_topkd.ledger.events import Prepared
 from tune_topkd.ledger.events import Repeat
 from tune_topkd.ledger.events import Report
@@ -99,6 +100,13 @@ class SweepState:
         """How the answer is to be confirmed; None if nobody asked for it."""
         self.looks: tuple[Look, ...] = ()
         """The looks at the test set that there have been."""
+        self.gpu_hours: float | None = None
+        """Of training, times GPUs, after which the sweep stops; None without such a limit."""
+        self.cpu_hours: float | None = None
+        self.plateau: Plateau | None = None
+        """Why the search ended before its last trial, where it did and nobody asked for more."""
+        self.plateau_after = 0
+        """How many of `ended` lie before the last plateau."""
         self.stop_reason = ""
         """Why the last driver let go; empty while one is at work, or when it was killed."""
         self.stop_error = ""
@@ -152,10 +160,19 @@ class SweepState:
                 self.places |= driver.places
                 self.finalists = driver.finalists or self.finalists
                 self.driver_since = event.time
+                self.gpu_hours, self.cpu_hours = driver.gpu_hours, driver.cpu_hours
+                if driver.trials > self.size():
+                    self.plateau = None
             case Prepared() as prepared:
                 if self.prepared is not None:
                     raise LedgerError(f"line {event.seq + 1}: a second `prepared` event")
                 self.prepared = prepared
+            case Plateau() as plateau:
+                if plateau.trials != self.size():
+                    raise LedgerError(
+                        f"line {event.seq + 1}: a plateau of {plateau.trials} trials, where there are {self.size()}"
+                    )
+                self.target, self.plateau, self.plateau_after = plateau.trials, plateau, len(self.ended)
             case Stop() as stop:
                 self.stop_reason, self.stop_error = stop.reason, stop.error
             case Confirm() as confirm:

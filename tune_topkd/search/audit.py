@@ -14,6 +14,8 @@ from importlib import metadata
 
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import CPU_HOURS
+from tune_topkd.ledger import GPU_HOURS
 from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Confirm
@@ -23,7 +25,9 @@ from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
+from tune_topkd.ledger import HoursSpent
 from tune_topkd.ledger import Look
+from tune_topkd.ledger import Plateau
 from tune_topkd.ledger import Repeat
 from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
@@ -36,6 +40,7 @@ from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import due_look
+from tune_topkd.ledger import due_plateau
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import to_measure
 from tune_topkd.search.baselines import baseline_samplers
@@ -97,6 +102,7 @@ class _Audit:
         self._samplers = {SEARCH: self._sampler, **baseline_samplers(config, sampler_of(config))}
         self._may_start: dict[TrialKey, bool] = {}
         self._common_error = CommonError()
+        self._spent = HoursSpent.of(config, self.state)
         self._is_driven = False
         suggested = sum(isinstance(event.content, Suggest) and event.key.arm == SEARCH for event in events)
         self._stride = max(1, math.ceil(suggested / PROPOSALS_DRAWN_AGAIN))
@@ -128,6 +134,10 @@ class _Audit:
             case Repeat() as repeat:
                 yield from self._repeat_findings(repeat)
                 yield from self._beginning_findings(repeat.key)
+            case Plateau() as plateau:
+                if plateau != (expected_plateau := due_plateau(self._config, self.state)):
+                    right = "it goes on" if expected_plateau is None else expected_plateau.sentence
+                    yield f"the search is ended ({plateau.sentence}), where {right}"
             case Confirm() as confirm:
                 yield from self._confirm_findings(confirm)
             case Look() as look:
@@ -152,6 +162,8 @@ class _Audit:
                 self._is_driven = True
             case Stop(reason=reason):
                 self._is_driven = False
+                if reason in (GPU_HOURS, CPU_HOURS) and self._spent.used_up(self.state) != reason:
+                    yield f"the sweep is stopped for {reason}, which are not used up"
                 if reason == "failed" and self._knows_common_errors() and not self._common_error.error:
                     yield "the sweep is given up although its trials do not all fail alike"
         if not isinstance(event.content, Header | Stop) and not self._is_driven:
@@ -159,6 +171,8 @@ class _Audit:
 
     def _after(self, event: Event) -> Iterator[str]:
         match event.content:
+            case Report(key=key, metrics=metrics):
+                self._spent.take(self.state.trials[key], metrics)
             case End(key=key):
                 if (sampler := self._samplers.get(key.arm)) is not None:
                     sampler.tell(self.state.trials[key])
@@ -197,6 +211,10 @@ class _Audit:
 
     def _beginning_findings(self, key: TrialKey) -> Iterator[str]:
         self._may_start[key] = True
+        if used_up := self._spent.used_up(self.state):
+            yield f"trial {key} is begun although {used_up} are used up"
+        if key.arm == SEARCH and (plateau := due_plateau(self._config, self.state)) is not None:
+            yield f"trial {key} is suggested where {plateau.sentence}"
         if self._common_error.error and self._knows_common_errors():
             yield f"trial {key} is suggested although the newest have all failed alike"
 

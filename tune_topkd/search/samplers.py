@@ -31,6 +31,7 @@ from tune_topkd.config import Scalar
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.space import Axis
+from tune_topkd.space import startup_trials_of
 
 LONGEST_HISTORY = 500
 """A longer history keeps its best fifth, the running and the newest trials: TPE's cost grows with what it looks at."""
@@ -106,7 +107,7 @@ class StudySampler(ABC):
     ) -> None:
         self._seed = seed
         self._rung_metric = rung_metric
-        self._startup_trials = startup_trials or startup_trials_of(axes)
+        self._startup_trials = startup_trials or startup_trials_of(len(axes))
         self.distributions = {axis.name: _distribution(axis) for axis in axes}
         self.study = optuna.create_study(direction="maximize", sampler=_NOTHING_IS_SAMPLED)
         self._asked: dict[int, optuna.Trial] = {}
@@ -361,11 +362,6 @@ class CmaesSampler:
             self._ranks[record.key.number] = (1, record.epoch, value)
         else:
             self._ranks[record.key.number] = (0, 0, value)
-
-
-def startup_trials_of(axes: Sequence[Axis]) -> int:
-    """Random proposals before a model takes over: two for each axis, and at least Optuna's 10."""
-    return max(10, 2 * len(axes))
 
 
 def _seed(seed: int, number: int) -> int:

@@ -28,6 +28,7 @@ from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Content
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import End
+from tune_topkd.ledger import HoursSpent
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import Repeat
@@ -44,6 +45,7 @@ from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import baseline_target
 from tune_topkd.ledger import due_look
+from tune_topkd.ledger import due_plateau
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import tell_all
 from tune_topkd.ledger import to_measure
@@ -127,6 +129,7 @@ class Search:
         except Exception as error:
             raise UndecidedError.of(error) from error
         self._common_error = CommonError.of(self.state)
+        self._spent = HoursSpent.of(config, self.state)
         self._to_reissue = list(self.state.running())
 
     @property
@@ -150,6 +153,16 @@ class Search:
         return self._deadline is not None and self._clock() >= self._deadline
 
     @property
+    def used_up(self) -> str:
+        """Which limit of the sweep's hours is reached, if one is: `gpu_hours` or `cpu_hours`."""
+        return self._spent.used_up(self.state)
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether no trial goes on, whatever is left to do."""
+        return bool(self.fatal or self.out_of_time or self.used_up)
+
+    @property
     def is_finished(self) -> bool:
         """Whether every trial, every baseline, every training of a finalist and every one of the test has ended."""
         is_idle = self._is_searched and not self.state.running()
@@ -166,10 +179,12 @@ class Search:
 
         None when there is none to start now: those at work may be lost, or be finalists when they have ended.
         """
-        if self.fatal or self.out_of_time:
+        if self.lets_go:
             return None
         if self._to_reissue:
             return self._to_reissue.pop(0)
+        if (plateau := due_plateau(self.config, self.state)) is not None:
+            self._write(plateau)
         number = self.state.size()
         if number < self.state.target:
             return self._suggest(TrialKey(SEARCH, number), self._propose(number), self._space)
@@ -214,6 +229,7 @@ class Search:
             value = math.nan if decision is Decision.DIVERGED else metrics[key.metric]
             contents.append(self._end(key, decision, epoch, value))
         self._write(*contents)
+        self._spent.take(record, metrics)
         if decision is not Decision.CONTINUE:
             self._over(record)
         return decision
@@ -273,7 +289,7 @@ class Search:
         elif self.fatal:
             reason = "failed"
         else:
-            reason = "time_budget" if self.out_of_time else "interrupted"
+            reason = "time_budget" if self.out_of_time else self.used_up or "interrupted"
         self._write(Stop(reason=reason, error=trouble if reason == "trouble" else self.fatal))
         return reason
 

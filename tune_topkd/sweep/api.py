@@ -32,6 +32,7 @@ from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.continuing import Continuation
 from tune_topkd.sweep.continuing import continuation
+from tune_topkd.sweep.driver import Limits
 from tune_topkd.sweep.driver import Turn
 from tune_topkd.sweep.recommending import Searched
 from tune_topkd.sweep.result import Result
@@ -61,9 +62,12 @@ class Status:
 
     sweep: str
     condition: str
-    """`running`, `finished`, `failed`, `interrupted`, `out of time`, `stopped by trouble` or `killed`."""
+    """`running`, `finished`, `failed`, `interrupted`, `out of time`, `out of GPU hours`, `out of CPU hours`,
+    `stopped by trouble` or `killed`."""
     error: str
     """What stopped it, if an error did."""
+    plateau: str
+    """Why its search ended before its last trial, in a sentence; empty if it did not."""
     trials: dict[str, int]
     """How many are completed, pruned, failed, running; interrupted instead, where nobody runs them."""
     target: int
@@ -241,6 +245,8 @@ class Sweep:
         *,
         trials: int | None = None,
         time_budget: float | None = None,
+        gpu_hours: float | None = None,
+        cpu_hours: float | None = None,
         moved: Overrides = (),
         executor: "Executor | None" = None,
     ) -> Result:
@@ -250,6 +256,8 @@ class Sweep:
             callbacks: watch it.
             trials: instead of the number that it was to have.
             time_budget: in seconds; it had its own, if any.
+            gpu_hours: of the whole sweep, those it has had included, instead of its limit so far.
+            cpu_hours: likewise.
             moved: where its files are now, such as `{"data.root": "/data"}`; the space never changes.
             executor: where trials run; by default the workspace's Ray.
 
@@ -261,7 +269,8 @@ class Sweep:
             OSError: the disk is full or read-only; what it has is safe.
         """
         places = moved_places(as_overrides(moved))
-        return Turn(self.workspace, Watchers(callbacks), executor, places).resume(self.name, trials, time_budget)
+        limits = Limits(trials, time_budget, gpu_hours, cpu_hours)
+        return Turn(self.workspace, Watchers(callbacks), executor, places).resume(self.name, limits)
 
     def confirm(
         self,
@@ -316,6 +325,7 @@ class Sweep:
             sweep=self.name,
             condition=how,
             error=state.stop_error,
+            plateau="" if state.plateau is None else state.plateau.sentence,
             trials=trials,
             target=state.target,
             best=None if winner is None else winner.record,

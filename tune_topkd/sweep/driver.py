@@ -20,6 +20,7 @@ from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
+from tune_topkd.config import budget_problems
 from tune_topkd.config import config_from
 from tune_topkd.config import dump_config
 from tune_topkd.export import TUNED_FILE
@@ -76,6 +77,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What ends a sweep that is resumed. What is None stays as it was; without a time budget there is none."""
+
+    trials: int | None = None
+    time_budget: float | None = None
+    """In seconds from now."""
+    gpu_hours: float | None = None
+    """Of the whole sweep, what it has had included."""
+    cpu_hours: float | None = None
+
+
+@dataclass(frozen=True)
 class Turn:
     """What a process brings to a sweep."""
 
@@ -125,13 +138,12 @@ class Turn:
                 folder.rmdir()
             raise
 
-    def resume(self, name: str, trials: int | None = None, time_budget: float | None = None) -> Result:
+    def resume(self, name: str, limits: "Limits") -> Result:
         """Run what is left of a sweep.
 
         Args:
             name: the sweep's.
-            trials: instead of the number that it was to have.
-            time_budget: in seconds; it had its own, if any.
+            limits: what is to end it, instead of what did.
 
         Raises:
             ConfigError: the sweep, its config or what it depends on is not as it was when it began, or an argument is
@@ -141,7 +153,7 @@ class Turn:
         folder = self.workspace.existing(name)
         with listening() as interruption, Ledger.open(folder / LEDGER_FILE) as ledger:
             state, source = ledger.state, str(folder / CONFIG_FILE)
-            config = _resumed(frozen_config(folder, state), source, self.places, state, trials, time_budget)
+            config = _resumed(frozen_config(folder, state), source, self.places, state, limits)
             began_in = state.last_driver.folder if state.last_driver is not None else None
             check_again(config, source, began_in)
             self._check_unchanged(config, state)
@@ -157,7 +169,7 @@ class Turn:
         folder = self.workspace.existing(name)
         with listening() as interruption, Ledger.open(folder / LEDGER_FILE) as ledger:
             state, source = ledger.state, str(folder / CONFIG_FILE)
-            config = _resumed(frozen_config(folder, state), source, self.places, state, None, None)
+            config = _resumed(frozen_config(folder, state), source, self.places, state, Limits())
             line = request(config, state, plan)
             began_in = state.last_driver.folder if state.last_driver is not None else None
             check_again(config, source, began_in)
@@ -184,7 +196,8 @@ class Turn:
         """From the ledger's `driver` event, and what is to be confirmed, to its `stop` and the answer."""
         finalists = ledger.state.finalists or Finalists.configured(config.sweep.finalists)
         about = {"trials": config.sweep.trials, "finalists": finalists, "places": self.places}
-        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about))
+        hours = {"gpu_hours": config.sweep.gpu_hours, "cpu_hours": config.sweep.cpu_hours}
+        ledger.append(Driver.here(folder=os.getcwd(), versions=versions(), **about, **hours))
         try:
             executor = self.executor or _ray(self.workspace, interruption)
             config, files = self._prepare(config, ledger, executor)
@@ -234,6 +247,8 @@ class Turn:
         cpus, gpus = config.sweep.cpus_per_trial, config.sweep.gpus_per_trial
         assert not isinstance(cpus, str), "it has just been measured"
         assert not isinstance(gpus, str), "it has just been measured"
+        if problems := list(budget_problems(config)):
+            raise ConfigError(state.header.sweep, problems)
         prepared = Prepared(
             digest=config_digest(config.model_dump(mode="json")),
             teacher_file=TeacherFile(teacher.key, teacher.val_top1) if teacher else None,
@@ -385,15 +400,19 @@ def _resumed(
     source: str,
     places: Mapping[str, Any],
     state: SweepState,
-    trials: int | None,
-    time_budget: float | None,
+    limits: Limits,
 ) -> SweepConfig:
     """The config with what a resume may change, checked as `run` checks it."""
     overrides = [Override(key, value, f"--set {key}") for key, value in places.items()]
+    trials, last = limits.trials, state.last_driver
     overrides += [
         Override("sweep.trials", state.target if trials is None else trials, "--trials"),
-        Override("sweep.time_budget", time_budget, "--time-budget"),
+        Override("sweep.time_budget", limits.time_budget, "--time-budget"),
     ]
+    for name, before in () if last is None else (("gpu_hours", last.gpu_hours), ("cpu_hours", last.cpu_hours)):
+        if (hours := getattr(limits, name)) is not None or before is not None:
+            value = before if hours is None else hours
+            overrides.append(Override(f"sweep.{name}", value, f"--{name.replace('_', '-')}"))
     resumed = config_from(config.model_dump(mode="json"), source, overrides)
     if trials is not None and trials < len(state.arm("search")):
         rule = f"must be at least {len(state.arm('search'))}, the trials there are"

@@ -5,8 +5,10 @@ import math
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import AshaConfig
 from tune_topkd.config import SweepConfig
+from tune_topkd.ledger import EPOCH_SECONDS
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Finalists
+from tune_topkd.ledger import HoursSpent
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
@@ -55,6 +57,18 @@ class Pace:
         longest = max((left_of(record, config, state) for record in state.running()), default=0.0)
         since = min(max(now - self._last, 0.0), seconds / counted)  # the next report is on its way
         return max(max(sum(ahead) * seconds / counted, longest * of_one) - since, 0.0)
+
+
+def seconds_to_limit(config: SweepConfig, state: SweepState) -> float | None:
+    """Seconds until the sweep's GPU or CPU hours are used up, by the trials that are at work; none without such a limit."""
+    if state.gpu_hours is None and state.cpu_hours is None:
+        return None
+    spent, given = HoursSpent.of(config, state), HoursSpent.of(config, SweepState())
+    for record in state.running():
+        given.take(record, {EPOCH_SECONDS: 1.0})  # what they take in a second
+    pairs = ((state.gpu_hours, spent.hours.gpu, given.hours.gpu), (state.cpu_hours, spent.hours.cpu, given.hours.cpu))
+    left = [max(limit - used, 0.0) / rate for limit, used, rate in pairs if limit is not None and rate]
+    return min(left, default=None)
 
 
 def epochs_ahead(config: SweepConfig, state: SweepState) -> list[float]:

@@ -59,7 +59,8 @@ class Result:
     state: SweepState
     """All that the ledger tells: every trial, its parameters and its reports."""
     reason: str
-    """Why it stopped: `finished`, `interrupted`, `time_budget`, or `failed` with an error that every trial would make."""
+    """Why it stopped: `finished`, `interrupted`, `time_budget`, `gpu_hours`, `cpu_hours`, or `failed` with an error that
+    every trial would make."""
     mlflow_trouble: str = ""
     """Why MLflow has not got all of the sweep; empty if it has."""
 

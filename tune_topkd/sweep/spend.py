@@ -8,6 +8,7 @@ from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SweepConfig
 from tune_topkd.findings import ArmSpend
 from tune_topkd.findings import Rung
+from tune_topkd.ledger import EPOCH_SECONDS
 from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TEST
@@ -17,8 +18,6 @@ from tune_topkd.ledger import TrialStatus
 from tune_topkd.sweep.wording import duration
 from tune_topkd.verdict import baseline_name
 
-EPOCH_SECONDS = "epoch_seconds"
-"""The metric that says how long an epoch took in its worker, in seconds."""
 FEWEST = 8
 """Trials of the full budget below which a rank correlation says nothing."""
 WEAK = 0.5

@@ -48,7 +48,13 @@ PLACES = placements(SweepConfig)
 """Keys that say where a sweep's files are and how they are read, not what they are: `resume --set` may change them."""
 
 _FIRST_WITHOUT_PLACES = 3  # the ledger version whose digest leaves out where files are
-_STATES = {"time_budget": "out of time", "trouble": "stopped by trouble", "": "killed"}
+_STATES = {
+    "time_budget": "out of time",
+    "gpu_hours": "out of GPU hours",
+    "cpu_hours": "out of CPU hours",
+    "trouble": "stopped by trouble",
+    "": "killed",
+}
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,8 @@ def may_begin_again(state: SweepState) -> bool:
 
 
 def condition(folder: Path, state: SweepState) -> str:
-    """`running`, or how it ended: `finished`, `failed`, `interrupted`, `out of time`, `stopped by trouble`, `killed`."""
+    """`running`, or how it ended: `finished`, `failed`, `interrupted`, `out of time`, `out of GPU hours`,
+    `out of CPU hours`, `stopped by trouble`, `killed`."""
     if is_driven(folder / LEDGER_FILE):
         return "running"
     return _STATES.get(state.stop_reason, state.stop_reason)

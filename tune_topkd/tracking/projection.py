@@ -43,7 +43,7 @@ _MLFLOW_STATUS = {
     TrialStatus.PRUNED: "KILLED",
     TrialStatus.FAILED: "FAILED",
 }
-_MLFLOW_END = {"finished": "FINISHED", "time_budget": "FINISHED", "failed": "FAILED"}
+_MLFLOW_END = {**dict.fromkeys(("finished", "time_budget", "gpu_hours", "cpu_hours"), "FINISHED"), "failed": "FAILED"}
 PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 
