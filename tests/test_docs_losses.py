@@ -1,5 +1,6 @@
 """docs/losses.md is true: its loss is what it says, its space passes the check, and a student learns by it."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -18,19 +19,21 @@ from tune_topkd.sweep.callbacks import SILENT
 from tune_topkd.sweep.single import train_one
 
 TEXT = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
-(LOSS,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
-(SPACE,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
+LOSS, RULE = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+SPACE, CHOSEN = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working directory with the module and the space."""
     (tmp_path / "soft_margin.py").write_text(LOSS)
+    (tmp_path / "halving_rule.py").write_text(RULE)
     (tmp_path / "space.yaml").write_text(SPACE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     sys.modules.pop("soft_margin", None)
+    sys.modules.pop("halving_rule", None)
 
 
 def test_its_parameters_are_those_after_the_star(here):
@@ -62,3 +65,14 @@ def test_a_student_learns_by_it(here, monkeypatch):
     said = train_one(config, "short", 0, Workspace(here / "runs", mlflow_uri=""), SILENT)
     assert said["epochs"] == 2
     assert not said["diverged"]
+
+
+def test_its_rule_passes_the_check_and_is_what_it_says(here):
+    chosen = yaml.safe_load(CHOSEN)["loss"]
+    raw = yaml.safe_load(SPACE) | {"method": "topkd", "space": {"k": {"low": 1, "high": 5}}}
+    for rule in (chosen, {"scaling_rule": "halving_rule:rule"}):
+        assert preflight.load_checked(raw | {"loss": rule}).config.loss == rule
+    found = importlib.import_module("halving_rule").rule
+    teacher, order = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.tensor([[0, 1, 2]])
+    weights, shift = found(teacher, order, scale_top=3.0, scale_last=1.0, shift=0.5)
+    assert (weights.tolist(), shift.tolist()) == ([3.0, 2.0, 1.5], [[0.5]])

@@ -41,6 +41,9 @@ def problems_of_pair(config: PairConfig) -> list[Problem]:
 def _space_problems(config: SweepConfig) -> list[Problem]:
     problems = []
     numbers = {name for name, r in config.space.items() if r.choices is None}
+    if "scaling_rule" in config.space:
+        rule = "is code, which is not searched: name one under loss.scaling_rule, and run a sweep for each"
+        problems.append(Problem(key="space.scaling_rule", rule=rule))
     for name, parameter in config.space.items():
         for bound in parameter.bound_names():
             if bound not in numbers or bound == name:

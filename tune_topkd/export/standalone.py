@@ -18,8 +18,9 @@ from importlib import resources
 from typing import Any
 
 from tune_topkd.config import Scalar
+from tune_topkd.errors import TuneTopKDError
 
-_MODULES = ("precision", "checks", "interface", "functional", "baselines", "topkd", "methods")
+_MODULES = ("precision", "checks", "interface", "scaling", "functional", "baselines", "topkd", "methods")
 """Of `tune_topkd.loss`, those that losses are made of, each after what it imports; no two define the same name."""
 _OF_METHODS = "CallableLoss"
 """What is taken of `methods`, which otherwise finds losses by name."""
@@ -27,6 +28,10 @@ _REFERENCE = re.compile(r"(?<!`)`(\w+)`(?!`)")
 _PLUGIN = "+topkd"
 _BASE = "base_"
 _WIDTH = 120
+
+
+class NotAloneError(TuneTopKDError):
+    """A loss that has a part which no file can hold that stands alone."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,14 @@ def standalone(method: str, loss: Mapping[str, Scalar]) -> Standalone:
         loss: the parameters; the text reads their values from `values`.
 
     Raises:
+        NotAloneError: the scaling rule is the user's.
         ValueError: as `build_loss` does.
     """
+    if ":" in str(rule := loss.get("scaling_rule", "")):
+        raise NotAloneError(
+            f"loss.scaling_rule = {rule!r}: a rule of your own is no part of a file that stands alone; the formats yaml and "
+            "json name it, for tune_topkd.export.load_tuned_config"
+        )
     construction, kind = _construction(method, loss)
     needed, text = _kept(_names(ast.parse(construction)) | {kind}, *_source())
     if ":" in method:
@@ -182,10 +193,12 @@ def _kept(
     while new := (wanted & definitions.keys()) - kept:
         kept |= new
         wanted = wanted.union(*(definitions[name].needs for name in new))
-    text = ""
+    text, is_after_constant = "", False
     for name, definition in definitions.items():
         if name in kept:
-            text += ("\n" if definition.is_constant and text else "\n\n\n" if text else "") + definition.text
+            apart = "\n" if definition.is_constant and is_after_constant else "\n\n\n"
+            text += (apart if text else "") + definition.text
+            is_after_constant = definition.is_constant
     return [statement for name, statement in imports.items() if name in wanted], text
 
 

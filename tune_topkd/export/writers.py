@@ -138,9 +138,10 @@ _CALLED = "criterion(student_logits, teacher_logits, labels)"
 
 
 def _its_module(tuned: TunedConfig) -> str:
-    """What the loss needs besides this project, if it is the user's."""
-    module = _users_module(tuned)
-    return f"; imports {module}" if module else ""
+    """What the loss needs besides this project, if it or its scaling rule is the user's."""
+    rule, is_users, _ = str(tuned.loss.get("scaling_rule", "")).partition(":")
+    modules = dict.fromkeys(filter(None, (_users_module(tuned), rule if is_users else "")))
+    return f"; imports {' and '.join(modules)}" if modules else ""
 
 
 def _users_module(tuned: TunedConfig) -> str:

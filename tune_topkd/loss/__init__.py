@@ -20,9 +20,9 @@ they are with ``torch.nn.CrossEntropyLoss``.
 Docstrings mark a formula as **paper** where it is reported of the named paper and as **ours** where the
 public text leaves a gap that this project fills.
 
-Inside: `functional` holds the formulas of TopKD and `topkd` its losses, `baselines` the losses it is compared with,
-`methods` finds a loss by name, `state` is what a user's loss keeps between calls. Below them lie `interface`,
-which all losses share, `precision` and `checks`.
+Inside: `functional` holds the formulas of TopKD, `scaling` the rules for its weights and `topkd` its losses, `baselines`
+the losses it is compared with, `methods` finds a loss by name, `state` is what a user's loss keeps between calls. Below
+them lie `interface`, which all losses share, `precision` and `checks`.
 """
 
 from tune_topkd.loss.baselines import CELoss
@@ -36,22 +36,30 @@ from tune_topkd.loss.interface import DistillationLoss
 from tune_topkd.loss.methods import METHODS
 from tune_topkd.loss.methods import build_loss
 from tune_topkd.loss.methods import loss_parameters
+from tune_topkd.loss.scaling import SCALING_RULES
+from tune_topkd.loss.scaling import ScalingRule
+from tune_topkd.loss.scaling import check_scaling_rule
+from tune_topkd.loss.scaling import linear_scaling
 from tune_topkd.loss.state import LossState
 from tune_topkd.loss.topkd import TopKDLoss
 from tune_topkd.loss.topkd import TopKDPlugin
 
 __all__ = [
     "METHODS",
+    "SCALING_RULES",
     "CELoss",
     "DKDLoss",
     "DistillationLoss",
     "KDLoss",
     "LogitStandardKDLoss",
     "LossState",
+    "ScalingRule",
     "TopKDLoss",
     "TopKDPlugin",
     "build_loss",
+    "check_scaling_rule",
     "contrastive_loss",
+    "linear_scaling",
     "loss_parameters",
     "top_k_decoupled_loss",
     "top_k_scaling",

@@ -15,6 +15,8 @@ from tune_topkd.loss.checks import check_temperature
 from tune_topkd.loss.precision import autocast_off
 from tune_topkd.loss.precision import safe_length
 from tune_topkd.loss.precision import widened
+from tune_topkd.loss.scaling import ScalingRule
+from tune_topkd.loss.scaling import linear_scaling
 
 
 def top_k_scaling(
@@ -26,6 +28,7 @@ def top_k_scaling(
     scale_last: float,
     scale_gt: float,
     shift: float,
+    rule: ScalingRule = linear_scaling,
 ) -> Tensor:
     """Raise the teacher's K largest logits and the ground truth's: the Top-K Scaling Module.
 
@@ -49,6 +52,7 @@ def top_k_scaling(
         scale_last: weight of rank K, at least 1.
         scale_gt: weight of a ground truth that the teacher missed, at least ``scale_top``.
         shift: coefficient of ``delta``, at least 0.
+        rule: gives the weights by rank and ``delta``; as `linear_scaling`, which is described above.
 
     Returns:
         The scaled logits, ``(B, C)``, float32 or wider, detached.
@@ -61,7 +65,7 @@ def top_k_scaling(
     check_labels(labels, teacher_logits)
     check_k_fits(k, teacher_logits)
     (teacher,) = widened(teacher_logits.detach())
-    return scaled_teacher(teacher, labels.long(), k, scale_top, scale_last, scale_gt, shift)
+    return scaled_teacher(teacher, labels.long(), k, scale_top, scale_last, scale_gt, shift, rule)
 
 
 def top_k_decoupled_loss(
@@ -147,16 +151,12 @@ def scaled_teacher(
     scale_last: float,
     scale_gt: float,
     shift: float,
+    rule: ScalingRule = linear_scaling,
 ) -> Tensor:
     """Compute `top_k_scaling` of checked input."""
     order = _ranking(teacher).topk(k).indices
-    top = teacher.gather(1, order)
-    mean = top.mean(1, keepdim=True)
-    left = teacher.shape[1] - k
-    others = teacher.scatter(1, order, 0.0).sum(1, keepdim=True) / left if left else mean  # a mean of none would be NaN
-    delta = shift * (mean - others)
-    weights = torch.linspace(scale_top, scale_last, k, dtype=teacher.dtype, device=teacher.device)
-    scaled = teacher.scatter(1, order, _amplified(top, weights) + delta)
+    weights, delta = rule(teacher, order, scale_top=scale_top, scale_last=scale_last, shift=shift)
+    scaled = teacher.scatter(1, order, _amplified(teacher.gather(1, order), weights) + delta)
 
     target = labels.unsqueeze(1)
     missed = order[:, :1] != target

@@ -17,6 +17,10 @@ from tune_topkd.loss.functional import contrastive_entropy
 from tune_topkd.loss.functional import decoupled_distance
 from tune_topkd.loss.functional import scaled_teacher
 from tune_topkd.loss.interface import DistillationLoss
+from tune_topkd.loss.scaling import ScalingRule
+from tune_topkd.loss.scaling import check_scaling_rule
+from tune_topkd.loss.scaling import find_scaling_rule
+from tune_topkd.loss.scaling import linear_scaling
 
 
 class _TopK(DistillationLoss):
@@ -32,10 +36,14 @@ class _TopK(DistillationLoss):
         shift: float,
         alpha: float,
         beta: float,
+        scaling_rule: str | ScalingRule,
     ) -> None:
         """Check and keep the parameters."""
         super().__init__()
         check_scaling(k, scale_top, scale_last, scale_gt, shift)
+        self._rule = find_scaling_rule(scaling_rule)
+        if self._rule is not linear_scaling:
+            check_scaling_rule(self._rule, k=k, scale_top=scale_top, scale_last=scale_last, shift=shift)
         check_numbers(0, alpha=alpha, beta=beta)
         self.k = k
         self.scale_top = scale_top
@@ -44,10 +52,12 @@ class _TopK(DistillationLoss):
         self.shift = shift
         self.alpha = alpha
         self.beta = beta
+        self.scaling_rule = scaling_rule
 
     def _scaled_teacher(self, teacher: Tensor, labels: Tensor) -> Tensor:
         check_k_fits(self.k, teacher)
-        return scaled_teacher(teacher, labels, self.k, self.scale_top, self.scale_last, self.scale_gt, self.shift)
+        scales = self.scale_top, self.scale_last, self.scale_gt
+        return scaled_teacher(teacher, labels, self.k, *scales, self.shift, self._rule)
 
     def _tdl(self, student: Tensor, scaled: Tensor) -> Tensor:
         return decoupled_distance(student, scaled, self.k, self.alpha, self.beta)
@@ -71,6 +81,8 @@ class TopKDLoss(_TopK):
         shift: coefficient of the shift, at least 0; see `top_k_scaling` for these five.
         alpha: weight of the positive group, at least 0.
         beta: weight of the negative group, at least 0; see `top_k_decoupled_loss`.
+        scaling_rule: gives the weights by rank and the shift: ``linear``, which is `linear_scaling`, or a callable of its
+            signature, or the name of one, ``package.module:rule``. It is tried once when the loss is made.
         temperature: of the contrastive loss, above 0.
         normalize: whether the contrastive loss normalises the rows; see `contrastive_loss`.
         contrastive_batch: samples that are contrasted with one another: the batch is cut into groups of so many, so
@@ -80,7 +92,8 @@ class TopKDLoss(_TopK):
         contrastive_weight: weight of the contrastive loss.
 
     Raises:
-        ValueError: a parameter out of its range; at call time also k > C.
+        ValueError: a parameter out of its range, or a rule that cannot be had or gives what it must not; at call time also
+            k > C.
     """
 
     _weight_of: ClassVar[Mapping[str, str]] = {
@@ -99,6 +112,7 @@ class TopKDLoss(_TopK):
         shift: float = 0.1,
         alpha: float = 1.0,
         beta: float = 1.0,
+        scaling_rule: str | ScalingRule = "linear",
         temperature: float = 0.1,
         normalize: bool = True,
         contrastive_batch: int = 0,
@@ -115,6 +129,7 @@ class TopKDLoss(_TopK):
             shift=shift,
             alpha=alpha,
             beta=beta,
+            scaling_rule=scaling_rule,
         )
         check_temperature(temperature)
         check_flag(normalize=normalize)
@@ -159,6 +174,7 @@ class TopKDPlugin(_TopK):
         shift: see `TopKDLoss`.
         alpha: see `TopKDLoss`.
         beta: see `TopKDLoss`.
+        scaling_rule: see `TopKDLoss`.
         ce_weight: at least 0, as are the other two.
         base_weight: weight of the base.
         tdl_weight: weight of the decoupled loss.
@@ -180,6 +196,7 @@ class TopKDPlugin(_TopK):
         shift: float = 0.1,
         alpha: float = 1.0,
         beta: float = 1.0,
+        scaling_rule: str | ScalingRule = "linear",
         ce_weight: float = 1.0,
         base_weight: float = 1.0,
         tdl_weight: float = 1.0,
@@ -193,6 +210,7 @@ class TopKDPlugin(_TopK):
             shift=shift,
             alpha=alpha,
             beta=beta,
+            scaling_rule=scaling_rule,
         )
         if not callable(base):
             raise ValueError(f"`base` must be callable with (student, teacher, labels), but got {base!r}")

@@ -59,10 +59,19 @@ def identities(config: PairConfig, teacher_file: Path | None) -> dict[str, str]:
         found[TEACHER] = file_hash(teacher_file)
     loss_parameters(config.method)  # imports it
     names = [config.method.removesuffix("+topkd"), config.data.name, *(network.name for network in networks.values())]
-    names += _choices(config)
+    names += [*_scaling_rules(config), *_choices(config)]
     for name in names:
         found |= {f"{CODE} {module}": code_hash(path) for module, path in user_modules(name).items()}
     return found
+
+
+def _scaling_rules(config: PairConfig) -> list[str]:
+    """The rule of the scaling module that is the user's, imported."""
+    rule = str(config.loss.get("scaling_rule", ""))
+    if not is_users(rule):
+        return []
+    resolve(rule)
+    return [rule]
 
 
 def _choices(config: PairConfig) -> list[str]:

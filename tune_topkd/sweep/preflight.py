@@ -318,8 +318,8 @@ def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[P
 
 
 def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
-    """Problems of a sampler and a scheduler of the user's; ours have none, and take Optuna and Ray to import."""
-    if is_users(config.sweep.sampler.name) or is_users(config.sweep.scheduler.name):
+    """Problems of a sampler and a scheduler; the usual ones have none, and take Optuna and Ray to import."""
+    if config.sweep.sampler.name not in ("random", "tpe") or is_users(config.sweep.scheduler.name):
         from tune_topkd.search import choice_problems
 
         yield from choice_problems(config)
@@ -371,12 +371,26 @@ def _loss_problems(config: PairConfig, num_classes: int, notes: list[str] | None
     for name in unknown:
         rule = f"is no parameter of method {config.method}; {unknown_choice(name, known)}"
         yield _problem(f"loss.{name}", rule)
+    if _has_top_k(config) and "scaling_rule" in config.loss and (rule := _rule_problem(config)):
+        yield _problem("loss.scaling_rule", rule, config.loss["scaling_rule"])
+        return
     above = list(_k_problems(config, num_classes))
     yield from above
     if isinstance(config, SweepConfig):
         yield from _default_problems(config, known, notes)
     elif not unknown and not above and (rule := _refusal(config, {}, num_classes)):
         yield _problem("loss", rule)
+
+
+def _rule_problem(config: PairConfig) -> str:
+    """Why the loss cannot have its scaling rule; empty if it can."""
+    from tune_topkd.loss import TopKDLoss
+
+    try:
+        TopKDLoss(scaling_rule=str(config.loss["scaling_rule"]))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _default_problems(config: SweepConfig, known: Mapping[str, object], notes: list[str] | None) -> Iterator[Problem]:
