@@ -138,6 +138,9 @@ def _recipe_problems(config: PairConfig) -> list[Problem]:
         if recipe and recipe.schedule == "step" and any(m >= recipe.epochs for m in recipe.milestones):
             rule = f"a milestone lies at or after the last epoch ({recipe.epochs}); shares below 1 follow the epochs"
             problems.append(Problem(key=f"{key}.milestones", rule=rule, value=recipe.milestones, has_value=True))
+        if recipe and key == "teacher.recipe" and recipe.log_grad_norms:
+            rule = "is of the student's trainings, recipe.log_grad_norms: a teacher reports no metrics"
+            problems.append(Problem(key=f"{key}.log_grad_norms", rule=rule, value=True, has_value=True))
         if recipe and (recipe.distill_warmup or 0) > recipe.epochs:
             rule = f"must be at most the epochs, {recipe.epochs}: the distillation would never have its full weight"
             value = recipe.distill_warmup

@@ -215,6 +215,9 @@ class RecipeConfig(_Section):
     """Scale the gradient of all trained weights down to this norm where it is longer."""
     ema: Annotated[EmaConfig | None, LATER] = None
     """Also measure a moving average of the weights, as `val_top1_ema`; the training is the same with it and without."""
+    log_grad_norms: Annotated[bool, WHERE] = False
+    """Also report the norm of the gradient, as `train_grad_norm`, and that of each term of the loss. It takes a backward
+    pass more for each term, and the training is the same with it and without."""
     distill_warmup: int | None = Field(None, ge=0)
     """Epochs in which the weight of all terms but the cross-entropy rises linearly: min(epoch / distill_warmup, 1).
     By default that of the method: for DKD the field's 20 of 240 epochs, as a share of `epochs`; for the others 0."""

@@ -243,7 +243,7 @@ def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[
         counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
         raise NoAnswerError(f"sweep {state.header.sweep}: no trial reached the full budget ({counts or 'no trials'})")
     params = winner.record.params
-    recipe = config.recipe.model_dump() | recipe_part(params)
+    recipe = config.recipe.model_dump() | recipe_part(params) | {"log_grad_norms": False}
     return TunedConfig(
         method=config.method,
         loss=dict(loss_defaults) | config.loss | loss_part(params),

@@ -22,6 +22,7 @@ from tune_topkd.train.device import device_of
 from tune_topkd.train.device import in_share
 from tune_topkd.train.loop import BEST_TEST_TOP1
 from tune_topkd.train.loop import EPOCH_SECONDS
+from tune_topkd.train.loop import GRAD_NORM
 from tune_topkd.train.loop import IMAGES_PER_SECOND
 from tune_topkd.train.loop import LEARNING_RATE
 from tune_topkd.train.loop import TEST_TOP1
@@ -44,6 +45,7 @@ __all__ = [
     "CHECKPOINT_NAME",
     "EPOCH_SECONDS",
     "GPU_PART",
+    "GRAD_NORM",
     "IMAGES_PER_SECOND",
     "LEARNING_RATE",
     "LONGEST_WAIT_FOR_MEMORY",

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,6 +70,10 @@ TEST_TOP1 = OBJECTIVE_TEST
 TEST_TOP5 = "test_top5"
 BEST_TEST_TOP1 = "best_epoch_test_top1"
 """The highest `test_top1` of the epochs so far: selected on the test set, comparable only with rows that are too."""
+GRAD_NORM = "train_grad_norm"
+"""Where `recipe.log_grad_norms` is set: the length of the gradient of all trained weights, before it is clipped; and with
+`_` and the name of a term after it, that of the term, its weight and warm-up included. The means over the epoch's batches,
+but one that is not finite is left out: a metric that is not finite ends a trial, and this changes none."""
 EMA_SUFFIX = "_ema"
 """After `val_top1` or `test_top1`: of the moving average of the weights, where `recipe.ema` is set."""
 LEARNING_RATE = "lr"
@@ -174,6 +179,8 @@ class Training:
         steps = math.ceil(len(self.train_split) / config.recipe.batch_size)
         self.ema = None if config.recipe.ema is None else averaged(self.model, config.recipe.ema, steps)
         self.epoch = 0
+        self.grad_norms: list[Tensor] = []
+        """Of the epoch's steps so far: that of the gradient and those of the terms, where they are logged."""
         self.metrics: dict[str, float] = {}
         self.hits: Tensor | None = None
         """Of which test images it is right, once the test set has been read at the end."""
@@ -199,7 +206,17 @@ class Training:
         self.metrics = dict(zip(names, means.tolist(), strict=True)) | accuracies
         if self.config.data.selection == "best_test_epoch":
             self.metrics[BEST_TEST_TOP1] = max(best, accuracies[TEST_TOP1])
+        self.metrics |= self._mean_grad_norms(names)
         self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
+
+    def _mean_grad_norms(self, names: list[str]) -> dict[str, float]:
+        """What is reported of the epoch's gradients, whose loss and terms have these names."""
+        if not self.grad_norms:
+            return {}
+        of_terms = [f"{GRAD_NORM}_{name.removeprefix(TRAIN_PREFIX)}" for name in names[1:]]
+        means = torch.stack(self.grad_norms).double().mean(0).tolist()
+        found = dict(zip([GRAD_NORM, *of_terms], means, strict=True))
+        return {name: mean for name, mean in found.items() if math.isfinite(mean)}
 
     def _validate(self) -> dict[str, float]:
         """The accuracies on the validation split, in percent, under the names of what that split is.
@@ -270,6 +287,7 @@ class Training:
             The names of the loss and its terms, their means over the batches, float64 on the device, and the number of
             images.
         """
+        self.grad_norms = []
         names: list[str] = []
         values: list[Tensor] = []
         images = 0
@@ -297,21 +315,42 @@ class Training:
         """One step of the optimiser; the loss and its unweighted terms on this batch."""
         terms = self._batch_terms(batch, number)
         strength = self.config.recipe.distill_share(self.epoch + 1, self.config.method)
-        total = self.loss.total({name: term if name == "ce" else strength * term for name, term in terms.items()})
+        strong = {name: term if name == "ce" else strength * term for name, term in terms.items()}
+        total = self.loss.total(strong)
         if not total.requires_grad:
             raise ValueError(
                 f"method {self.config.method!r}: its loss has no gradient, so nothing can be learnt from it"
             )
         self.optimizer.zero_grad()
+        of_terms = self._term_grad_norms(strong) if self.config.recipe.log_grad_norms else []
         torch.autograd.backward(total)
         if number == 0 and all(weight.grad is None for weight in self.model.parameters()):
             raise ValueError(f"method {self.config.method!r}: its loss has no gradient for the student")
+        if of_terms:
+            of_all = (weight.grad for weight in trained_weights([self.model, self.loss]))
+            self.grad_norms.append(torch.stack([self._grad_norm(of_all), *of_terms]))
         if self.config.recipe.clip_grad is not None:
             nn.utils.clip_grad_norm_(trained_weights([self.model, self.loss]), self.config.recipe.clip_grad)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return total, terms
+
+    def _term_grad_norms(self, terms: Mapping[str, Tensor]) -> list[Tensor]:
+        """How long the gradient of each term of the loss is, by its weight: scalars; nothing of the step is changed."""
+        weights, found = trained_weights([self.model, self.loss]), []
+        for name in terms:
+            alone = self.loss.total({n: term if n == name else torch.zeros_like(term) for n, term in terms.items()})
+            grads: tuple[Tensor | None, ...] = (None,)
+            if alone.requires_grad:
+                grads = torch.autograd.grad(alone, weights, retain_graph=True, allow_unused=True)
+            found.append(self._grad_norm(grads))
+        return found
+
+    def _grad_norm(self, grads: Iterable[Tensor | None]) -> Tensor:
+        """The length of a gradient, which is 0 in what it has no part for; a float32 scalar on the device."""
+        lengths = [torch.linalg.vector_norm(grad).float() for grad in grads if grad is not None]
+        return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros((), device=self.device)
 
     def _batch_terms(self, batch: Batch, number: int) -> dict[str, Tensor]:
         """The unweighted terms of the loss on the epoch's batch `number`, mixed up where the augmentation says so."""
