@@ -1,13 +1,13 @@
-"""`python -m benchmarks.replay [--samplers] [--seeds N] [--quick] [--write]`: what sweeps of glyphs find, by the hundred.
+"""`python -m benchmarks.replay [--samplers | --endings] [--seeds N] [--quick] [--write]`: what sweeps find, by the hundred.
 
 Every sweep is a real one (sampler, ASHA, ledger, what TPE is told) on the simulated executor, four trials at once; its
-trainings are drawn from recorded ones (`benchmarks/record.py`, `benchmarks/surrogate.py`). The budget is that of so many
-trainings to the end. **Found** is the expected value of the config that a sweep ends with, in percent of validation top-1;
-**regret** is by how much the best expected value of its space, over 20,000 points, is above that: what a user would lose.
-**Optimism** is by how much the value that the sweep tells is above the expected one: its luck, without finalists. All are
-means ± standard errors over the sweeps' seeds. Each space has a model of its own, made of trainings with and without clipped
-gradients, and a model knows less of the best configs where it is made of fewer trainings: **found** compares ways to search
-one space, not two spaces.
+trainings are drawn from recorded ones of glyphs (`benchmarks/record.py`, `benchmarks/surrogate.py`). The budget is that of
+so many trainings to the end; **used** is what sweeps took of it. **Found** is the expected value of the config that a sweep
+ends with, in percent of validation top-1; **regret** is by how much the best expected value of its space, over 20,000
+points, is above that: what a user would lose. **Optimism** is by how much the value that the sweep tells is above the
+expected one: its luck, without finalists. All are means ± standard errors over the sweeps' seeds. Each space has a model of
+its own, made of trainings with and without clipped gradients, and a model knows less of the best configs where it is made
+of fewer trainings: **found** compares ways to search one space, not two spaces.
 
 `unclipped` is the space without clipped gradients, moving averages and units of effect (`recorded/glyphs-unclipped.yaml`),
 compared at its rungs by the weights' own accuracy; `default` is `search_spaces/glyphs.yaml`.
@@ -57,7 +57,7 @@ from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
-from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import SweepState
 from tune_topkd.search import RandomSampler
 from tune_topkd.search import Search
 from tune_topkd.space import Space
@@ -110,6 +110,16 @@ VARIANTS = (
 SAMPLER_VARIANTS = tuple(
     Variant(f"default, by the sampler {name}", "default", 40, {"sweep.sampler": name}) for name in SAMPLERS
 )
+ENDING_VARIANTS = (
+    Variant("default", "default", 80),
+    *(
+        Variant(
+            f"default, to a plateau: {newest} trials, {points:g} points", "default", 80, {"sweep.plateau": settings}
+        )
+        for newest, points in ((10, 1.0), (20, 1.0), (30, 1.0), (20, 0.5), (20, 2.0))
+        for settings in ({"newest": newest, "points": points},)
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class Found:
     """As the sweep tells it."""
     expected: float
     """As the model of the trainings has it."""
+    trainings: float = 0.0
+    """To the end that its epochs are as long as."""
 
 
 @cache
@@ -141,19 +153,20 @@ def sweep(variant: Variant, seed: int) -> Found:
     first = first_proposals(config)
     if variant.warm is not None:
         space, defaults = Space.of(config), first[0]
-        for record in _run(config_of(variant.warm, seed), variant.warm, [], seed)[:WARM_STARTS]:
+        for record in _run(config_of(variant.warm, seed), variant.warm, [], seed).ranked()[:WARM_STARTS]:
             known = {**DEFAULTS, **record.params}  # what the space did not search had its default
             wanted = {name: known.get(name, default) for name, default in defaults.items()}
             first.append(space.params(space.proposal(wanted)))
-    ranked = _run(config, variant, first, seed)
-    if not ranked:
+    state = _run(config, variant, first, seed)
+    best = state.best()
+    if best is None:
         return Found({}, 0.0, 0.0)
-    best = ranked[0]
-    return Found(best.params, best.value or 0.0, float(surrogate(variant.space).mean([best.params])[0]))
+    trainings = sum(record.epoch for record in state.trials.values()) / config.recipe.epochs
+    return Found(best.params, best.value or 0.0, float(surrogate(variant.space).mean([best.params])[0]), trainings)
 
 
-def _run(config: SweepConfig, variant: Variant, first: Sequence[Mapping[str, Scalar]], seed: int) -> list[TrialRecord]:
-    """Its trials that reached the full budget, best first."""
+def _run(config: SweepConfig, variant: Variant, first: Sequence[Mapping[str, Scalar]], seed: int) -> SweepState:
+    """How it ended."""
     fixed = {**recipe_fixed(config), **config.loss}
     curves: dict[int, tuple[Any, Any]] = {}
 
@@ -175,7 +188,7 @@ def _run(config: SweepConfig, variant: Variant, first: Sequence[Mapping[str, Sca
         ledger.append(Driver.here(trials=config.sweep.trials))
         reports = variant.budget * config.recipe.epochs
         simulate(Search(config, ledger, clock=clock), formula, at_once=AT_ONCE, clock=clock, reports=reports)
-        return ledger.state.ranked()
+        return ledger.state
 
 
 def recipe_fixed(config: SweepConfig) -> dict[str, Scalar]:
@@ -196,7 +209,8 @@ def row(variant: Variant, found: Sequence[Found], best: float) -> str:
     worst = sorted(regrets)[int(0.9 * len(regrets))]
     cells = [spread([f.expected for f in found], 2), spread(regrets, 2), f"{worst:.2f}"]
     cells.append(spread([f.value - f.expected for f in found], 2))
-    return f"| {variant.name} | {variant.budget} | {' | '.join(cells)} | {len(found)} |"
+    used = spread([f.trainings for f in found], 1)
+    return f"| {variant.name} | {variant.budget} | {used} | {' | '.join(cells)} | {len(found)} |"
 
 
 def model_line(name: str) -> str:
@@ -245,6 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.replay", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS, help="sweeps of each variant")
     parser.add_argument("--samplers", action="store_true", help="compare the samplers")
+    parser.add_argument("--endings", action="store_true", help="compare searches that end at a plateau")
     parser.add_argument("--only", default="", help="variants whose name has this")
     parser.add_argument("--at-once", type=int, default=cores())
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
@@ -252,13 +267,14 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     seeds = range(2 if args.quick else args.seeds)
-    known = SAMPLER_VARIANTS if args.samplers else VARIANTS
-    variants = [v for v in known if args.only in v.name and (not args.quick or args.samplers or v.budget <= 20)]
-    spaces = sorted({v.space for v in variants}) if args.samplers else list(SPACES)
+    known = SAMPLER_VARIANTS if args.samplers else ENDING_VARIANTS if args.endings else VARIANTS
+    page = "replay-samplers" if args.samplers else "replay-endings" if args.endings else "replay-glyphs"
+    variants = [v for v in known if args.only in v.name and (not args.quick or known is not VARIANTS or v.budget <= 20)]
+    spaces = sorted({v.space for v in variants}) if known is not VARIANTS else list(SPACES)
     best = {name: best_expected(name) for name in spaces}
     table = [
-        "| search | budget | found | regret | its 90 % point | optimism | sweeps |",
-        "|---|---|---|---|---|---|---|",
+        "| search | budget | used | found | regret | its 90 % point | optimism | sweeps |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     with ProcessPoolExecutor(args.at_once, mp_context=multiprocessing.get_context("forkserver")) as pool:
         for variant in variants:
@@ -269,8 +285,8 @@ def main() -> None:
     lines = [f"# Replay of glyphs, {date.today()}", "", *machine()[:2], *map(model_line, spaces)]
     lines += [f"- {minutes:.1f} min in all, {args.at_once} at once", ""]
     lines += [*(__doc__ or "").strip().splitlines()[2:], "", *table, ""]
-    lines += [] if args.samplers else [*draw_lines(), ""]
-    give(lines, "replay-samplers" if args.samplers else "replay-glyphs", args.write)
+    lines += [] if known is not VARIANTS else [*draw_lines(), ""]
+    give(lines, page, args.write)
 
 
 if __name__ == "__main__":

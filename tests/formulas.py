@@ -46,7 +46,12 @@ def sweep_config(**sections):
             "lr": {"low": 0.01, "high": 1.0, "log": True},
         },
         "relative": {"sum": 2.0, "of": ["ce_weight", "tdl_weight"]},
-        "sweep": {"trials": 12, "asha": {"grace_epochs": 1, "reduction_factor": 3}, "max_concurrent": 1},
+        "sweep": {
+            "trials": 12,
+            "startup_trials": 10,
+            "asha": {"grace_epochs": 1, "reduction_factor": 3},
+            "max_concurrent": 1,
+        },
         "baselines": {"methods": ["ce", "kd"], "trials": 2},
     }
     for name, section in sections.items():

@@ -12,6 +12,7 @@ import yaml
 from test_outside import raw_space
 from test_search import told
 from test_simulated import config
+from test_simulated import rising
 from test_simulated import sweep_of
 
 from tune_topkd.cli import main
@@ -19,6 +20,9 @@ from tune_topkd.config import SAMPLERS
 from tune_topkd.config import SCHEDULERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
+from tune_topkd.execution.simulated import simulate
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
@@ -166,6 +170,24 @@ def test_a_sweep_by_each_sampler_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_
             if at_once == 1:
                 assert told(part) == told(whole), cut
             assert audit_decisions(config(**settings), read_events(part)[0])[0] == [], (at_once, cut)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_baseline_that_is_tuned_alike_has_the_searchs_sampler(tmp_path, name):
+    alike = {"methods": ["kd"], "trials": 1, "match": True}
+    settings = {"sampler": name, "trials": 5, "startup_trials": 2, "asha": None}
+    plan = formulas.sweep_config(sweep=settings, baselines=alike, recipe={"epochs": 2})
+    with Ledger.create(tmp_path / "l", Header(sweep="s", id="0", seed=0, trials=5), is_durable=False) as ledger:
+        ledger.append(Driver.here(trials=5))
+        simulate(Search(plan, ledger), rising, at_once=1)
+        kd = ledger.state.arm("kd")
+    assert len(kd) == 5
+    sampler = sampler_of(plan)(Space.of_baseline(plan, "kd").axes(), 0)
+    for record in kd:
+        assert record.key.number == 0 or record.proposal == sampler.ask(record.key.number)
+        sampler.take(record.key.number, record.proposal)
+        sampler.tell(record)
+    assert audit_decisions(plan, read_events(tmp_path / "l")[0])[0] == []
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "random"])

@@ -28,6 +28,7 @@ from tune_topkd.ledger import read_state
 from tune_topkd.search import Search
 from tune_topkd.search import audit_decisions
 from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import cost
 from tune_topkd.sweep.remaining import seconds_to_limit
 
 HOUR = 3600.0
@@ -305,3 +306,10 @@ def test_a_sweep_that_ended_at_a_plateau_says_so_in_its_status(tmp_path):
     assert told.startswith("s: finished, 24 completed of 24; best ")
     assert told.endswith(status.plateau)
     assert TrialKey("search", 23) in result.state.trials
+
+
+def test_the_cost_of_a_sweep_names_what_may_end_it_earlier():
+    lines = list(cost.describe(config(cpu_hours=2.0, plateau=1.5)))
+    assert "the sweep stops after 2 CPU hours of training" in lines
+    assert "the search ends when its newest 20 trials bring less than 1.5 points of top-1" in lines
+    assert not any("stops after" in line or "the search ends" in line for line in cost.describe(config()))

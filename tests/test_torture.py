@@ -533,6 +533,20 @@ def test_a_sweep_killed_at_random_instants_ends_as_if_it_had_not_been(program, u
         assert sweep.told() == expected
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("sampler", ["cmaes", "gp", "qmc"])
+def test_a_sweep_by_another_sampler_killed_at_random_instants_ends_as_if_it_had_not_been(program, sampler):
+    whole = program("whole", concurrent=1, sampler=sampler)
+    whole.start()
+    assert whole.ends() == 0, whole.words()
+    sweep = program("killed", concurrent=1, sampler=sampler)
+    assert len(kill_at(moments(random.Random(sampler), 4, len(whole.told())), sweep)) > 1
+    sweep.start()
+    assert sweep.ends() == 0, sweep.words()
+    check_is_right(sweep)
+    assert sweep.told() == whole.told()
+
+
 def polite_moments(rng, number):
     """Half of them by the clock, in the first seconds of a command; the others just after a line of the ledger."""
     for turn in range(number):

@@ -55,9 +55,10 @@ def trial_id(config):
     return digest(config.model_dump(mode="json", exclude={"threads", "gpu_share"}))
 
 
-def sweep_config(concurrent=None, trials=12, seed=0, max_failures=3, asha=1):
+def sweep_config(concurrent=None, trials=12, seed=0, max_failures=3, asha=1, sampler="tpe"):
     """A sweep with every kind of range and baselines, and with ASHA if it is to have it."""
     settings = {"max_concurrent": concurrent, "trials": trials, "seed": seed, "max_failures": max_failures}
+    settings |= {"sampler": sampler} | ({} if sampler == "tpe" else {"startup_trials": 4})
     return formulas.sweep_config(sweep=settings if asha else {**settings, "asha": None})
 
 
@@ -81,10 +82,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-failures", type=int, default=3)
     parser.add_argument("--asha", type=int, default=1)
+    parser.add_argument("--sampler", default="tpe")
     parser.add_argument("--pause", type=float, default=0.02, help="seconds an epoch takes")
     parser.add_argument("--address")
     given = parser.parse_args()
-    config = sweep_config(given.concurrent, given.trials, given.seed, given.max_failures, given.asha)
+    config = sweep_config(given.concurrent, given.trials, given.seed, given.max_failures, given.asha, given.sampler)
     given.folder.mkdir(parents=True, exist_ok=True)
     train = Witnessed(str(given.folder / WORK_LOG), given.pause)
     with opened(given.folder / "ledger.jsonl", config) as ledger:

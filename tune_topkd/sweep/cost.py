@@ -30,6 +30,15 @@ _TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tiny_imagenet": 100_
 """Of the datasets whose size is known without their files; a part of them is held back for validation."""
 
 
+def _earlier_ends(config: SweepConfig) -> Iterator[str]:
+    """What may end the sweep, or its search, before that."""
+    for what, hours in (("GPU", config.sweep.gpu_hours), ("CPU", config.sweep.cpu_hours)):
+        if hours is not None:
+            yield f"the sweep stops after {hours:g} {what} hours of training"
+    if (plateau := config.sweep.plateau) is not None:
+        yield f"the search ends when its newest {plateau.newest} trials bring less than {plateau.points:g} points of top-1"
+
+
 def describe(config: SweepConfig) -> Iterator[str]:
     """Lines that say what would run: the pair, the space, the trials, the epochs, the time of an epoch here."""
     from tune_topkd.data import dataset_info
@@ -62,6 +71,7 @@ def describe(config: SweepConfig) -> Iterator[str]:
     asha = config.sweep.asha
     likely = most if asha is None else round(trials * _expected_epochs(config)) + (baselines + repeats) * epochs
     yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
+    yield from _earlier_ends(config)
     step, asking = _seconds_per_step(config)
     if not missing_data(config.data):
         dataset = load_dataset(config.data)
