@@ -10,13 +10,13 @@ import formulas
 import pytest
 import yaml
 from test_outside import raw_space
+from test_samplers import SAMPLER_CASES
 from test_search import told
 from test_simulated import config
 from test_simulated import rising
 from test_simulated import sweep_of
 
 from tune_topkd.cli import main
-from tune_topkd.config import SAMPLERS
 from tune_topkd.config import SCHEDULERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import config_from
@@ -144,7 +144,7 @@ def test_by_default_tpe_proposes_and_asha_stops():
     assert isinstance(scheduler_of(plain), Asha)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLER_CASES)
 def test_each_sampler_conforms_and_a_sweep_by_it_is_right(tmp_path, name):
     axes = AXES[1:3] if name == "gp" else AXES  # whole numbers cost it most; the sweep below has them
     check_sampler(sampler_of(config(sampler=name)), axes)
@@ -155,7 +155,7 @@ def test_each_sampler_conforms_and_a_sweep_by_it_is_right(tmp_path, name):
     assert audit_decisions(config(**settings), read_events(tmp_path / "l")[0])[0] == []
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLER_CASES)
 def test_a_sweep_by_each_sampler_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, name):
     """With one trial at a time to the same lines; with several every new proposal is still what an audit draws."""
     settings = {"sampler": name, "trials": 7, "startup_trials": 2}
@@ -172,7 +172,7 @@ def test_a_sweep_by_each_sampler_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_
             assert audit_decisions(config(**settings), read_events(part)[0])[0] == [], (at_once, cut)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", SAMPLER_CASES)
 def test_a_baseline_that_is_tuned_alike_has_the_searchs_sampler(tmp_path, name):
     alike = {"methods": ["kd"], "trials": 1, "match": True}
     settings = {"sampler": name, "trials": 5, "startup_trials": 2, "asha": None}
@@ -190,9 +190,10 @@ def test_a_baseline_that_is_tuned_alike_has_the_searchs_sampler(tmp_path, name):
     assert audit_decisions(plan, read_events(tmp_path / "l")[0])[0] == []
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "random"])
+@pytest.mark.parametrize("name", SAMPLER_CASES)
 def test_an_audit_finds_a_proposal_that_is_another_samplers(tmp_path, name):
-    sweep_of(tmp_path / "l", sampler="random", trials=8, startup_trials=2)
+    other = "qmc" if name == "random" else "random"
+    sweep_of(tmp_path / "l", sampler=other, trials=8, startup_trials=2)
     found, _ = audit_decisions(config(sampler=name, trials=8, startup_trials=2), read_events(tmp_path / "l")[0])
     assert any("is not what the sampler proposes" in finding for finding in found)
 

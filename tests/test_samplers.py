@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import numpy as np
+import optuna
 import pytest
 
 from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import OBJECTIVE_EMA
+from tune_topkd.config import SAMPLERS
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
@@ -22,6 +24,10 @@ from tune_topkd.search import TpeSampler
 from tune_topkd.search.conformance import AXES
 from tune_topkd.space import Axis
 from tune_topkd.space import startup_trials_of
+
+with_gp = pytest.mark.skipif(int(optuna.__version__.partition(".")[0]) < 5, reason="the sampler gp needs Optuna 5")
+SAMPLER_CASES = [pytest.param(name, marks=with_gp if name == "gp" else ()) for name in SAMPLERS]
+"""The samplers by name, those left out that the installed Optuna is too old for."""
 
 PLANE = (Axis("x", "float", 0.0, 1.0), Axis("y", "float", 0.01, 100.0, log=True))
 CHOICES = (Axis("kind", "choice", choices=("a", "b", "c")),)
@@ -160,11 +166,13 @@ def test_the_choices_of_cmaes_are_drawn_by_the_seed_and_the_number():
 # --- the Gaussian process -------------------------------------------------------------------------------------------
 
 
+@with_gp
 def test_a_gaussian_process_comes_to_the_better_region():
     late = search(GpSampler(PLANE, 0, 5), 16)[-6:]
     assert np.median([height(p) for p in late]) > 80  # it looks at an edge now and then
 
 
+@with_gp
 def test_a_gaussian_process_does_not_propose_the_same_point_to_several_at_once():
     proposals = search(GpSampler(PLANE, 0, 5), 14, at_once=5)
     late = [(p["x"], math.log10(p["y"]) / 4) for p in proposals[9:]]
@@ -182,6 +190,7 @@ def told(sampler, statuses):
     return sampler
 
 
+@with_gp
 def test_a_gaussian_process_is_shown_stopped_and_failed_trials_as_bad_ones():
     sampler = told(
         GpSampler(PLANE, 0, 1),
@@ -200,6 +209,7 @@ def test_a_gaussian_process_is_shown_stopped_and_failed_trials_as_bad_ones():
     assert sampler.study.trials[2].state.name == "PRUNED", "the study itself is told what happened"
 
 
+@with_gp
 def test_a_gaussian_process_leaves_a_region_that_always_fails():
     """Told of completed trials alone it would go on proposing what its process has seen nothing of."""
     sampler, failed = GpSampler(PLANE, 0, 6), []
@@ -212,11 +222,13 @@ def test_a_gaussian_process_leaves_a_region_that_always_fails():
     assert sum(failed[-6:]) <= 3, failed
 
 
+@with_gp
 def test_a_gaussian_process_of_failures_alone_proposes():
     sampler = told(GpSampler(PLANE, 0, 2), [(TrialStatus.FAILED, None)] * 4)
     assert sampler.ask(4) == sampler.ask(4)
 
 
+@with_gp
 def test_a_gaussian_process_proposes_the_same_whatever_the_number_of_threads_and_leaves_it():
     import torch
 

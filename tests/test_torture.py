@@ -26,6 +26,7 @@ from pathlib import Path
 
 import pytest
 import torture
+from test_samplers import with_gp
 
 from tune_topkd.ledger import Ledger
 from tune_topkd.search import Search
@@ -534,7 +535,7 @@ def test_a_sweep_killed_at_random_instants_ends_as_if_it_had_not_been(program, u
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sampler", ["cmaes", "gp", "qmc"])
+@pytest.mark.parametrize("sampler", ["cmaes", pytest.param("gp", marks=with_gp), "qmc"])
 def test_a_sweep_by_another_sampler_killed_at_random_instants_ends_as_if_it_had_not_been(program, sampler):
     whole = program("whole", concurrent=1, sampler=sampler)
     whole.start()
