@@ -7,6 +7,7 @@ import pytest
 import yaml
 from test_search import told
 
+from tune_topkd.cli.display import tell_result
 from tune_topkd.cli.standing import line_of
 from tune_topkd.cli.standing import standing
 from tune_topkd.config import ConfigError
@@ -313,3 +314,27 @@ def test_the_cost_of_a_sweep_names_what_may_end_it_earlier():
     assert "the sweep stops after 2 CPU hours of training" in lines
     assert "the search ends when its newest 20 trials bring less than 1.5 points of top-1" in lines
     assert not any("stops after" in line or "the search ends" in line for line in cost.describe(config()))
+
+
+class Printed:
+    """A console that keeps what it is given."""
+
+    def __init__(self):
+        self.lines = []
+
+    def print(self, what, **style):
+        self.lines.append(str(what))
+
+
+def test_what_comes_next_after_used_up_hours_is_more_of_them(tmp_path):
+    sweep = created(tmp_path, trials=4, cpu_hours=3.0)
+    result, console = sweep.run(executor=SimulatedExecutor(by_rate)), Printed()
+    tell_result(result, sweep.workspace, console)
+    assert console.lines[-1].endswith(f"resume s --cpu-hours 6 --runs-dir {tmp_path / 'runs'}")
+
+
+def test_a_plateau_is_told_with_the_result(tmp_path):
+    sweep, console = created(tmp_path, trials=40, plateau=20.0), Printed()
+    result = sweep.run(executor=SimulatedExecutor(by_rate))
+    tell_result(result, sweep.workspace, console)
+    assert f"  {result.state.plateau.sentence}" in console.lines

@@ -184,6 +184,9 @@ def _tell_where(result: Result, workspace: Workspace, console: Console) -> None:
         console.print("  the analysis analysis/sweep.ipynb")
     if state.stop_reason != "finished":
         following: tuple[str, ...] = ("resume", name)
+        limits = {GPU_HOURS: state.gpu_hours, CPU_HOURS: state.cpu_hours}
+        if (hours := limits.get(state.stop_reason)) is not None:  # with the same ones it would stop at once
+            following += (f"--{state.stop_reason.replace('_', '-')}", f"{2 * hours:g}")
     else:
         following = ("confirm", name) if result.verdict is None else ("export", name, "--format", "python")
     console.print(f"next: {command_for(workspace, *following)}", style="bold", soft_wrap=True)
