@@ -68,7 +68,8 @@ def simulate(
 ) -> str:
     """Run the trials of a search to the sweep's end.
 
-    Of epochs that end at the same time, the one that began first reports first.
+    A trial is let go at its next report once a limit of the sweep is reached, as by a real executor. Of epochs that end at
+    the same time, the one that began first reports first.
 
     Args:
         search: decides; its ledger gets the lines that a real sweep would write.
