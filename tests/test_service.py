@@ -240,6 +240,20 @@ def test_a_run_that_goes_on_takes_more_trials_a_time_budget_and_files_that_moved
     assert (fewer.state.target, fewer.state.counts()["completed"]) == (6, 6), "what is there stays"
 
 
+def test_a_run_that_ended_at_a_plateau_has_ended(create):
+    flat = {"sweep.trials": 30, "sweep.startup_trials": 2, "sweep.plateau": {"points": 1.0, "newest": 3}}
+    first = create(or_resume=True, overrides=flat).run(
+        executor=SimulatedExecutor(lambda trial, epoch: {"val_top1": 50.0})
+    )
+    assert first.state.plateau is not None
+    ended = first.state.size()
+    assert ended < 30
+    again = create(or_resume=True, overrides=flat).run(executor=SimulatedExecutor(measured))
+    assert again.state.size() == ended
+    more = create(or_resume=True, overrides={**flat, "sweep.trials": 31}).run(executor=SimulatedExecutor(measured))
+    assert more.state.size() > ended
+
+
 def test_a_run_goes_on_with_no_other_sweep_than_its_own(create):
     create().run(executor=SimulatedExecutor(measured))
     changed = {"sweep.seed": 3, "recipe.lr": 0.2}

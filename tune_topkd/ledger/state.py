@@ -103,6 +103,8 @@ class SweepState:
         self.gpu_hours: float | None = None
         """Of training, times GPUs, after which the sweep stops; None without such a limit."""
         self.cpu_hours: float | None = None
+        self.asked = 0
+        """The most trials that any driver was to run; a plateau lowers the target, and not this."""
         self.plateau: Plateau | None = None
         """Why the search ended before its last trial, where it did and nobody asked for more."""
         self.plateau_after = 0
@@ -157,6 +159,7 @@ class SweepState:
             case Driver() as driver:
                 self.forgiven = len(self.ended) if self.stop_reason == "failed" else self.forgiven
                 self.last_driver, self.stop_reason, self.target = driver, "", driver.trials
+                self.asked = max(self.asked, driver.trials)
                 self.places |= driver.places
                 self.finalists = driver.finalists or self.finalists
                 self.driver_since = event.time

@@ -229,7 +229,7 @@ class Sweep:
         """
         if (begun := self._begun) is not None:
             turn = Turn(self.workspace, Watchers(callbacks), executor, begun.places)
-            return turn.resume(self.name, begun.trials, begun.time_budget)
+            return turn.resume(self.name, begun.limits)
         if self._new is None:
             rule = "is there already: `resume` goes on with it"
             raise ConfigError("SWEEP", [Problem(key=self.name, rule=rule)])

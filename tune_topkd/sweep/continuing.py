@@ -13,14 +13,15 @@ from tune_topkd.config import value_at
 from tune_topkd.config import without
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import read_state
+from tune_topkd.sweep.driver import Limits
 from tune_topkd.sweep.workspace import PLACES
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.sweep.workspace import condition
 from tune_topkd.sweep.workspace import frozen_config
 from tune_topkd.sweep.workspace import may_begin_again
 
-TRIALS, TIME_BUDGET = "sweep.trials", "sweep.time_budget"
-_MAY_DIFFER = (TRIALS, TIME_BUDGET, "description", *PLACES)
+LIMITS = ("sweep.trials", "sweep.time_budget", "sweep.gpu_hours", "sweep.cpu_hours")
+_MAY_DIFFER = (*LIMITS, "description", *PLACES)
 """What says how far a sweep goes, and where its files are, but never what its trials are."""
 _MOST_TOLD = 5
 
@@ -29,9 +30,8 @@ _MOST_TOLD = 5
 class Continuation:
     """With what a sweep that has begun is gone on with."""
 
-    trials: int | None
-    """More than it was to have; None for as many."""
-    time_budget: float | None
+    limits: Limits
+    """Trials are among them only if they are more than were ever asked for."""
     places: Mapping[str, Any] = field(default_factory=dict)
     """Where its files are now, where that is elsewhere than before."""
 
@@ -66,9 +66,9 @@ def continuation(config: SweepConfig, source: str, name: str, workspace: Workspa
         rule = f"{folder} holds another sweep of this name; --name gives this one another, or put back what differs:"
         more = [Problem(key="", rule=f"and {n} more")] if (n := len(problems) - _MOST_TOLD) > 0 else []
         raise ConfigError(source, [Problem(key="--or-resume", rule=rule), *problems[:_MOST_TOLD], *more])
-    trials = value_at(now, TRIALS)
+    trials, *others = (value_at(now, key) for key in LIMITS)
     places = {key: value_at(now, key) for key in PLACES if value_at(now, key) != value_at(begun, key)}
-    return Continuation(trials if trials > state.target else None, value_at(now, TIME_BUDGET), places)
+    return Continuation(Limits(trials if trials > state.asked else None, *others), places)
 
 
 def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str, Any, Any]]:
