@@ -158,10 +158,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.stability", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("space", nargs="?", default="digits", help="a search space with a teacher of its own and an lr")
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the first table")
+    parser.add_argument(
+        "--clips", type=float, nargs="*", help="norms of the first table, besides the gradient as it is"
+    )
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of the second table; 0 leaves it out")
     parser.add_argument("--write", action="store_true", help=f"write the tables to {RESULTS}")
     args = parser.parse_args()
     started = time.perf_counter()
-    config, clips, seeds, count, draws = load_config(SPACES / f"{args.space}.yaml"), CLIPS, SEEDS, RATES, DRAWS
+    config, count, draws = load_config(SPACES / f"{args.space}.yaml"), RATES, args.draws
+    clips, seeds = CLIPS if args.clips is None else (None, *args.clips), tuple(range(args.seeds))
     if args.quick:
         config, clips, seeds, count, draws = _quick(config), (None, 1.0), (0, 1), 2, 6
     axis = next(axis for axis in Space.of(config).axes() if axis.name == "lr")
@@ -169,19 +175,25 @@ def main() -> None:
     context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(cores(), mp_context=context) as pool:
         bench = Bench(config, ensure_teacher(config, Path(folder), train), pool)
-        tables = [*clipping(bench, rates, clips, seeds), "", *ranks(bench, (None, 1.0), draws)]
+        tables = [*clipping(bench, rates, clips, seeds), *(["", *ranks(bench, (None, 1.0), draws)] if draws else [])]
     minutes = (time.perf_counter() - started) / 60
     lines = [f"# Stability of trainings on {args.space}, {date.today()}", "", *machine()[:2]]
     lines += [
         f"- {bench.count} trainings of {config.recipe.epochs} epochs, {cores()} at once: {minutes:.1f} min in all",
         f"- teacher: validation top-1 {bench.teacher.val_top1:.1f} %; seeds of the first table: {len(seeds)}",
         "",
-        *(__doc__ or "").strip().splitlines()[2:],
+        *paragraphs(draws),
         "",
         *tables,
         "",
     ]
     give(lines, f"stability-{args.space}-{cores()}-cores", args.write)
+
+
+def paragraphs(draws: int) -> list[str]:
+    """What the page's tables are."""
+    first, second, last = (__doc__ or "").strip().split("\n\n")[1:]
+    return "\n\n".join([first, *([second] if draws else []), last]).splitlines()
 
 
 def _quick(config: SweepConfig) -> SweepConfig:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from test_outside import raw_space
 from test_samplers import SAMPLER_CASES
+from test_samplers import SWEEP_CASES
 from test_search import told
 from test_simulated import config
 from test_simulated import rising
@@ -144,7 +145,7 @@ def test_by_default_tpe_proposes_and_asha_stops():
     assert isinstance(scheduler_of(plain), Asha)
 
 
-@pytest.mark.parametrize("name", SAMPLER_CASES)
+@pytest.mark.parametrize("name", SWEEP_CASES)
 def test_each_sampler_conforms_and_a_sweep_by_it_is_right(tmp_path, name):
     axes = AXES[1:3] if name == "gp" else AXES  # whole numbers cost it most; the sweep below has them
     check_sampler(sampler_of(config(sampler=name)), axes)
@@ -155,7 +156,7 @@ def test_each_sampler_conforms_and_a_sweep_by_it_is_right(tmp_path, name):
     assert audit_decisions(config(**settings), read_events(tmp_path / "l")[0])[0] == []
 
 
-@pytest.mark.parametrize("name", SAMPLER_CASES)
+@pytest.mark.parametrize("name", SWEEP_CASES)
 def test_a_sweep_by_each_sampler_cut_anywhere_goes_on_as_if_it_had_not_been(tmp_path, name):
     """With one trial at a time to the same lines; with several every new proposal is still what an audit draws."""
     settings = {"sampler": name, "trials": 7, "startup_trials": 2}

@@ -389,6 +389,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 @of_ray_itself
@@ -1006,13 +1007,17 @@ def test_doctor_tells_what_is_there(tmp_path, inside):
 
 COMMANDS = {
     "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget --gpu-hours "
-    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --set",
+    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --or-resume --set",
     "check": "--trials --epochs --set --show",
     "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --set",
     "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",
     "verify": "--seeds --set",
     "report": "--format --output -o --runs-dir",
-    "status": "--json --runs-dir",
+    "status": "--json --campaign --runs-dir",
+    "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --set",
+    "jobs": "--json --address",
+    "logs": "--follow -f --address",
+    "stop": "--address",
     "track": "--runs-dir --mlflow-uri",
     "audit": "--mlflow --runs-dir --mlflow-uri",
     "export": "--format --output -o --runs-dir --mlflow-uri",

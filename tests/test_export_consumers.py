@@ -775,6 +775,7 @@ def train_one_epoch(epoch, model, task=None):
 """What `main` of the export meets in timm's train.py, written anew: its names, and how it makes and calls a task."""
 
 
+@pytest.mark.slow
 def test_run_as_a_script_it_is_train_py_with_the_task(tmp_path):
     pytest.importorskip("timm.task", reason="needs timm 1.0.31: pip install 'timm>=1.0.31'")
     written(tmp_path, "timm", answer())

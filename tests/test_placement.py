@@ -30,6 +30,7 @@ ELSEWHERE = {
     "gpu_share": 0.5,
     "teacher_bank": "/elsewhere/bank",
     "dataset_file": "/elsewhere/dataset.pt",
+    "recipe.log_grad_norms": True,
 }
 FILES = ("teacher_checkpoint", "student.checkpoint")
 
@@ -50,7 +51,9 @@ def test_these_keys_say_where_and_no_others():
         "data.download",
         "data.workers",
         "teacher.checkpoint",
+        "teacher.recipe.log_grad_norms",
         "student.checkpoint",
+        "recipe.log_grad_norms",
     ]
     assert placements(SweepConfig) == PLACES
     assert set(placements(TrialConfig)) == {*ELSEWHERE, *FILES}
@@ -72,7 +75,8 @@ def test_a_trial_elsewhere_is_the_same_trial(key, value):
 @pytest.mark.parametrize("key", [key for key, mark in PLACES.items() if not mark.has_content])
 def test_a_sweep_elsewhere_is_the_same_sweep(key):
     content = SWEEP.model_dump(mode="json")
-    there = moved(SWEEP, key, ELSEWHERE[key]).model_dump(mode="json")
+    value = ELSEWHERE[key.removeprefix("teacher.")]  # a teacher's recipe has what a student's has
+    there = moved(SWEEP, key, value).model_dump(mode="json")
     assert there != content
     assert config_digest(there) == config_digest(content)
     assert config_digest(there, version=2) != config_digest(content, version=2), "as that version took it"

@@ -637,6 +637,7 @@ def together(whole, searched):
     return campaign_page([whole, renamed(found, "plain")])
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_figure_has_marks_in_both_schemes(opened, page, together, scheme):
@@ -651,6 +652,7 @@ def test_every_figure_has_marks_in_both_schemes(opened, page, together, scheme):
         assert ink == {"light": "rgb(34, 34, 34)", "dark": "rgb(230, 232, 235)"}[scheme]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_pages_of_odd_sweeps_are_drawn_without_a_word(opened):
     for config, lines, how, _ in ODD.values():
@@ -658,6 +660,7 @@ def test_the_pages_of_odd_sweeps_are_drawn_without_a_word(opened):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 1024
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_figures_follow_a_change_of_scheme(opened, page):
     tab = opened(page)
@@ -666,6 +669,7 @@ def test_the_figures_follow_a_change_of_scheme(opened, page):
     assert all(tab.evaluate(MARKS).values())
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [360, 1024, 1920])
 def test_no_page_scrolls_sideways(opened, page, together, width):
@@ -676,6 +680,7 @@ def test_no_page_scrolls_sideways(opened, page, together, width):
             assert chart.bounding_box()["width"] > 100
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_pointer_on_a_mark_shows_what_it_is(opened, page, together):
     tab = opened(page)
@@ -690,6 +695,7 @@ def test_a_pointer_on_a_mark_shows_what_it_is(opened, page, together):
         tab.mouse.move(1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_trainings_are_sorted_filtered_and_shown_in_parts(opened, whole, page):
     tab = opened(page)
@@ -716,6 +722,7 @@ def test_the_trainings_are_sorted_filtered_and_shown_in_parts(opened, whole, pag
     assert tab.locator("#all tbody tr.answer").count() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_the_table_of_a_campaign_is_sorted(opened, together):
     tab = opened(together)
@@ -730,6 +737,7 @@ def test_the_table_of_a_campaign_is_sorted(opened, together):
         assert numbers == sorted(numbers, reverse=order == "descending")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_figure_is_saved_and_a_command_copied(opened, page):
     tab = opened(page)
@@ -742,6 +750,7 @@ def test_a_figure_is_saved_and_a_command_copied(opened, page):
     button.filter(has_text=re.compile("Copied|Selected")).wait_for()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(opened, page, together, scheme):
@@ -758,6 +767,7 @@ def test_axe_finds_nothing_serious(opened, page, together, scheme):
         assert serious == []
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_it_is_printed_without_what_paper_cannot_do(opened, page):
     tab = opened(page, scheme="dark")
@@ -768,6 +778,7 @@ def test_it_is_printed_without_what_paper_cannot_do(opened, page):
     assert tab.pdf(format="A4").startswith(b"%PDF")
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_two_thousand_trials_are_drawn(opened, large):
     tab = opened(sweep_page(large))
@@ -775,6 +786,7 @@ def test_two_thousand_trials_are_drawn(opened, large):
     assert "2,000 of 2,000 trainings, 50 shown" in tab.locator("#count").inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_nothing_of_what_users_write_runs(opened):
     config = FULL.model_copy(update={"description": EVIL})

@@ -28,6 +28,8 @@ from tune_topkd.space import startup_trials_of
 with_gp = pytest.mark.skipif(int(optuna.__version__.partition(".")[0]) < 5, reason="the sampler gp needs Optuna 5")
 SAMPLER_CASES = [pytest.param(name, marks=with_gp if name == "gp" else ()) for name in SAMPLERS]
 """The samplers by name, those left out that the installed Optuna is too old for."""
+SWEEP_CASES = [pytest.param(name, marks=(with_gp, pytest.mark.slow) if name == "gp" else ()) for name in SAMPLERS]
+"""The same for whole sweeps, of which those of the Gaussian process take long."""
 
 PLANE = (Axis("x", "float", 0.0, 1.0), Axis("y", "float", 0.01, 100.0, log=True))
 CHOICES = (Axis("kind", "choice", choices=("a", "b", "c")),)

@@ -8,6 +8,7 @@ Each class lives in the room that raises it:
     ├── ConfigError               config: what the user wrote cannot be run
     ├── LedgerError               ledger: a ledger cannot be used
     ├── NoAnswerError             export: no trial reached the full budget
+    ├── NotAloneError             export: a loss cannot be written as a file that stands alone
     ├── StudentError              export: the student of a sweep cannot be written in a format
     ├── ModelNameError            models: nothing can be built under a name
     ├── OutputError               models: what a network returns is not logits
