@@ -178,6 +178,7 @@ def _tell_where(result: Result, workspace: Workspace, console: Console) -> None:
         console.print(text, style="red", soft_wrap=True)
     console.print(f"  the answer   {folder / TUNED_FILE}", soft_wrap=True)
     console.print(f"  the truth    {folder / LEDGER_FILE}", soft_wrap=True)
+    console.print(f"  the page     {command_for(workspace, 'report', name, '--format', 'html')}", soft_wrap=True)
     if workspace.mlflow_uri:
         console.print(f"  MLflow       {ui_command(workspace.mlflow_uri)}", soft_wrap=True)
     if Path("analysis/sweep.ipynb").exists():
