@@ -1008,6 +1008,7 @@ def test_doctor_tells_what_is_there(tmp_path, inside):
 COMMANDS = {
     "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget --gpu-hours "
     "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --or-resume --set",
+    "init": "--data --teacher --student --checkpoint --root --epochs --image-size --output -o",
     "check": "--trials --epochs --set --show",
     "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --set",
     "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",

@@ -357,6 +357,43 @@ def _shown(
 
 
 @app.command()
+def init(
+    data: Annotated[
+        str,
+        typer.Option(help="A dataset's name, package.module:source, or a folder with a folder of images per class."),
+    ],
+    teacher: Annotated[
+        str, typer.Option(help="A network by name, torchvision:NAME, timm:NAME or package.module:factory.")
+    ],
+    student: Annotated[str, typer.Option(help="The same.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The teacher's weights [default: the sweep trains the teacher first].")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="The folder that a named dataset's files lie in.")] = None,
+    epochs: Epochs = None,
+    image_size: Annotated[int | None, typer.Option(help="Side that images are resized to.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("space.yaml"),
+) -> None:
+    """Write a search space for your own dataset, teacher and student, with comments, and check it."""
+    from tune_topkd.sweep.drafting import draft
+
+    console = Console()
+    if output.exists():
+        raise ConfigError("--output", [Problem(key=str(output), rule="is there already; nothing is written over it")])
+    with console.phase("looking at the data and the networks"):
+        found = draft(data, teacher, student, checkpoint=checkpoint, root=root, epochs=epochs, image_size=image_size)
+    write_text(output, found.text)
+    for line in found.lines:
+        console.print(line, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+    console.print(f"written: {output}", soft_wrap=True)
+    console.print(
+        f"next: {command('check', str(output))}, then {command('run', str(output))}", style="bold", soft_wrap=True
+    )
+
+
+@app.command()
 def check(
     spaces: Annotated[list[str], typer.Argument(metavar="SPACE.yaml...")],
     trials: Trials = None,

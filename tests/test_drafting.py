@@ -1,0 +1,141 @@
+"""`init`: a search space for somebody's own dataset and networks, that runs as it is written."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tune_topkd.cli.app import main
+from tune_topkd.config import ConfigError
+from tune_topkd.config import load_config
+from tune_topkd.data import DataError
+from tune_topkd.execution import SimulatedExecutor
+from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import drafting
+from tune_topkd.sweep.drafting import draft
+
+NETWORK = """
+from torch import nn
+
+def small(num_classes, width=4):
+    pooled = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), *pooled, nn.Linear(width, num_classes))
+"""
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """A folder with images of three classes, a network's file and a teacher's weights."""
+    drawn = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 10)):
+        for channel, name in enumerate(("cat", "dog", "owl")):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = drawn.integers(0, 128, (32, 32, 3), dtype=np.uint8)
+                pixels[..., channel] += 100  # a class is a colour
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "drafted_networks.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    import drafted_networks
+
+    torch.save(knowing(drafted_networks.small(3, width=3)).state_dict(), tmp_path / "teacher.pt")
+    torch.save(drafted_networks.small(3, width=8).state_dict(), tmp_path / "wider.pt")
+    yield tmp_path
+    sys.modules.pop("drafted_networks", None)
+
+
+def knowing(network):
+    """The network with weights that tell the colours: each channel's mean is its class's logit."""
+    convolution, head = network[0], network[-1]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        for channel in range(3):
+            convolution.weight[channel, channel] = 1.0
+            head.weight[channel, channel] = 1.0
+    return network
+
+
+def said(monkeypatch, capfd, *words):
+    monkeypatch.setattr(sys, "argv", ["launch.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code, capfd.readouterr().err
+
+
+TEACHER = "drafted_networks:small"
+OWN = ("--data", "photos", "--teacher", TEACHER, "--student", "drafted_networks:small")
+
+
+def test_a_folder_a_network_and_a_checkpoint_become_a_space_that_runs(user, monkeypatch, capfd):
+    text = (user / "drafted_networks.py").read_text()
+    (user / "drafted_networks.py").write_text(text + "\ndef taught(num_classes):\n    return small(num_classes, 3)\n")
+    sys.modules.pop("drafted_networks")
+    own = ("--data", "photos", "--teacher", "drafted_networks:taught", "--student", "drafted_networks:small")
+    code, told = said(monkeypatch, capfd, "init", *own, "--checkpoint", "teacher.pt", "--epochs", "18")
+    assert code == 0
+    assert "3 classes, 120 training images of 32 × 32 pixels, 30 images in the test set" in told
+    assert "36 of the training images choose the trials: a point of top-1 is 0.4 of them" in told
+    assert "can be the luck of 36 images" in told
+    assert "next: " in told
+    config = load_config("space.yaml")
+    assert (config.data.name, config.data.root) == ("image_folder", str(user / "photos"))
+    assert config.teacher.checkpoint == str(user / "teacher.pt")
+    assert (config.recipe.epochs, config.sweep.asha.grace_epochs, config.space["k"].high) == (18, 2, 1)
+    sweep = Sweep.create("space.yaml", name="own", mlflow_uri="", address="local", overrides={"sweep.trials": 3})
+    values = SimulatedExecutor(lambda trial, epoch: {"val_top1": 50.0 + epoch, "val_top1_ema": 50.0 + epoch})
+    assert sweep.run(executor=values).reason == "finished"
+
+
+def test_without_a_checkpoint_the_teacher_is_trained_and_every_section_is_explained(user):
+    found = draft("photos", TEACHER, "drafted_networks:small", image_size=128)
+    config = yaml.safe_load(found.text)
+    assert config["teacher"]["recipe"]["epochs"] == config["recipe"]["epochs"] == 100
+    assert config["data"]["augment"] == {"crop_scale": [0.08, 1.0], "flip": True}, "as images of this size are"
+    lines = found.text.splitlines()
+    for section in ("data:", "teacher:", "student:", "recipe:", "space:", "relative:", "sweep:", "baselines:"):
+        (place,) = [n for n, line in enumerate(lines) if line.startswith(section)]
+        assert lines[place - 1].startswith("# "), section
+
+
+def test_a_named_dataset_has_its_validation_split_made_large_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = draft("digits", "digits_cnn", "digits_cnn_tiny")
+    config = yaml.safe_load(found.text)
+    assert config["data"] == {"name": "digits", "val_fraction": 0.3, "augment": {"pad": 1, "flip": True}}
+    assert config["space"]["k"] == {"low": 1, "high": 4, "log": True}
+    assert "539 of the training images choose" in found.lines[1]
+    monkeypatch.setattr(drafting, "GOOD_VALIDATION", 200)
+    enough = draft("digits", "digits_cnn", "digits_cnn_tiny", epochs=9)
+    assert yaml.safe_load(enough.text)["data"]["val_fraction"] == 0.12
+    assert not any("luck" in note for note in enough.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"data": "nothing"}, "unknown dataset|nothing"),
+        ({"teacher": "drafted_networks:larger"}, "larger"),
+        ({"student": "resnet9"}, r"student.*resnet9.*did you mean"),
+        ({"checkpoint": "gone.pt"}, "gone.pt"),
+        ({"checkpoint": "wider.pt"}, r"teacher\.checkpoint"),
+        ({"root": "elsewhere"}, "not beside a folder of images"),
+        ({"image_size": 0}, "image_size"),
+    ],
+)
+def test_what_does_not_fit_is_one_error_and_nothing_is_written(user, change, told):
+    given = {"data": "photos", "teacher": TEACHER, "student": TEACHER} | change
+    with pytest.raises((ConfigError, DataError), match=told):
+        draft(given.pop("data"), given.pop("teacher"), given.pop("student"), **given)
+
+
+def test_a_file_that_is_there_is_not_written_over(user, monkeypatch, capfd):
+    (user / "space.yaml").write_text("mine")
+    code, told = said(monkeypatch, capfd, "init", *OWN)
+    assert (code, (user / "space.yaml").read_text()) == (2, "mine")
+    assert told == "error: --output: space.yaml: is there already; nothing is written over it\n"

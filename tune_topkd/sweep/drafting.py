@@ -1,0 +1,174 @@
+"""A search space for somebody's dataset, teacher and student, written out with comments, to begin from."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import yaml
+
+from tune_topkd.config import ConfigError
+from tune_topkd.config import DataConfig
+from tune_topkd.config import Problem
+from tune_topkd.config import validated
+from tune_topkd.sweep import preflight
+
+if TYPE_CHECKING:
+    from tune_topkd.data import DatasetInfo
+
+GOOD_VALIDATION = 1000
+"""Images of a validation split that a draft goes for: a point of top-1 is then ten of them."""
+_LARGEST_SHARE = 0.3
+_SMALLEST_SHARE = 0.1
+_WIDEST_K = 20
+_SMALL = 64
+"""Pixels of a side up to which images are trained on as CIFAR's are."""
+_IMAGE_FOLDER = "image_folder"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A search space as text, and what should be known of it."""
+
+    text: str
+    lines: tuple[str, ...]
+    """What was found: of the data, of the validation split, of the networks."""
+    notes: tuple[str, ...]
+    """What should be looked at."""
+
+
+def draft(
+    data: str,
+    teacher: str,
+    student: str,
+    *,
+    checkpoint: str | None = None,
+    root: str | None = None,
+    epochs: int | None = None,
+    image_size: int | None = None,
+) -> Draft:
+    """Write a search space for a pair of networks on a dataset, and check it as `run` would.
+
+    Args:
+        data: the name of a dataset, `package.module:source`, or a folder of images, one folder for each class.
+        teacher: a network by name, or `package.module:factory`.
+        student: the same.
+        checkpoint: the teacher's weights; without one the sweep trains the teacher first.
+        root: the folder that a named dataset's files lie in.
+        epochs: of a full training; by default 240 for images of up to 64 pixels, else 100.
+        image_size: side that images are resized to.
+
+    Raises:
+        ConfigError: with every problem of the space: no such dataset, network, file, or a pair that does not fit.
+    """
+    from tune_topkd.data import dataset_info
+    from tune_topkd.data import load_dataset
+
+    given = _data(data, root, image_size)
+    tried = validated(DataConfig, given, "--data")
+    info, dataset = dataset_info(tried), load_dataset(tried)
+    divided = len(dataset.val) / tried.val_fraction  # the images that a share of them is held back of
+    share = min(max(math.ceil(100 * GOOD_VALIDATION / divided) / 100, _SMALLEST_SHARE), _LARGEST_SHARE)
+    _, high, wide = info.image_shape
+    full = epochs or (240 if max(high, wide) <= _SMALL else 100)
+    content = _content(given | {"val_fraction": share}, info, full, teacher, student, checkpoint)
+    checked = preflight.load_checked(content)
+    held = len(load_dataset(checked.config.data).val)
+    error = 100 * math.sqrt(0.25 / held)
+    lines = (
+        f"{info.num_classes} classes, {len(dataset.train) + len(dataset.val):,} training images of {high} × {wide} pixels, "
+        f"{len(dataset.test):,} images in the test set",
+        f"{held:,} of the training images choose the trials: a point of top-1 is {held / 100:.1f} of them, and the standard "
+        f"error of one accuracy is up to {error:.1f} points",
+    )
+    luck = (
+        f"differences below about {2 * error:.0f} points can be the luck of {held} images: `confirm` says what is sure"
+    )
+    return Draft(_written(content), lines, (*([luck] if held < GOOD_VALIDATION else []), *checked.warnings))
+
+
+def _data(data: str, root: str | None, image_size: int | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": data}
+    if Path(data).expanduser().is_dir():
+        if root is not None:
+            raise ConfigError("--root", [Problem(key=root, rule=f"not beside a folder of images, which is {data}")])
+        found = {"name": _IMAGE_FOLDER, "root": str(Path(data).expanduser().absolute())}
+    elif root is not None:
+        found["root"] = str(Path(root).expanduser().absolute())
+    return found | ({} if image_size is None else {"image_size": image_size})
+
+
+def _content(
+    data: dict[str, Any], info: "DatasetInfo", epochs: int, teacher: str, student: str, checkpoint: str | None
+) -> dict[str, Any]:
+    """The space as plain data."""
+    is_small = max(info.image_shape[1:]) <= _SMALL
+    pad = max(1, info.image_shape[1] // 8)
+    augment = {"pad": pad, "flip": True} if is_small else {"crop_scale": [0.08, 1.0], "flip": True}
+    recipe = {"epochs": epochs, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"}
+    given = {"recipe": recipe} if checkpoint is None else {"checkpoint": str(Path(checkpoint).expanduser().absolute())}
+    return {
+        "description": f"{Path(data.get('root') or data['name']).name}, {teacher} → {student}",
+        "data": {**data, "augment": augment},
+        "teacher": {"name": teacher, **given},
+        "student": {"name": student},
+        "method": "topkd",
+        "recipe": {**recipe, "clip_grad": 1.0, "ema": {"decay_epochs": 0.4}},
+        "space": {
+            "k": {"low": 1, "high": max(1, min(_WIDEST_K, (info.num_classes - 1) // 2)), "log": True},
+            "temperature": {"low": 0.05, "high": 1.0, "log": True},
+            "ce_weight": {"low": 0.1, "high": 2.0, "log": True},
+            "tdl_weight": {"low": 0.1, "high": 5.0, "log": True},
+            "contrastive_weight": {"low": 0.3, "high": 10.0, "log": True},
+            "lr": {"low": 0.0125, "high": 0.2, "log": True},
+        },
+        "relative": {"sum": 3.0, "of": ["ce_weight", "tdl_weight", "contrastive_weight"], "units": "effect"},
+        "sweep": {
+            "trials": 40,
+            "startup_trials": 12,
+            "asha": {"grace_epochs": max(1, epochs // 9), "reduction_factor": 3},
+            "finalists": {"count": 3, "seeds": 2},
+        },
+        "baselines": {"methods": ["ce", "kd", "defaults"], "trials": 4},
+    }
+
+
+_COMMENTS = {
+    "data": "What is learnt. Part of the training images chooses the trials; the test set is read once, by `confirm`.\n"
+    "# Take `flip` out where an image and its mirror image are not of one class, as with letters.",
+    "teacher": "A teacher with a recipe is trained once, on the same training images, and kept.",
+    "student": "The network that learns: a name, torchvision:NAME, timm:NAME, or package.module:factory of yours.",
+    "recipe": "How a full trial trains; the values that are searched below replace these.",
+    "space": "What is searched. K is how many of the teacher's largest logits are amplified.",
+    "relative": "Only the ratios of the three weights are searched, by what each term does to the student.",
+    "sweep": "How many configs, when losers are stopped (rungs at grace_epochs and three times that), and the finalists.",
+    "baselines": "What the answer is compared with, each over the same learning rates; `match: true` tunes KD as well.",
+}
+"""Above each section, what it is."""
+
+
+def _written(content: dict[str, Any]) -> str:
+    lines = [f"# {content['description']}", "#", "# Every key and its default: `tune-topkd check FILE --show`."]
+    for key, section in content.items():
+        lines += ["", f"# {_COMMENTS[key]}"] if key in _COMMENTS else ([""] if key == "description" else [])
+        lines += _section(key, section)
+    return "\n".join(lines) + "\n"
+
+
+def _section(key: str, section: Any) -> list[str]:
+    """A section in YAML: a line for each of its keys, their own values in braces."""
+    if not isinstance(section, dict):
+        return [f"{key}: {_flow(section)}"]
+    one = _flow(section)
+    if key in ("relative", "baselines", "student") and len(one) < 110:
+        return [f"{key}: {one}"]
+    return [f"{key}:", *(f"  {name}: {_flow(value)}" for name, value in section.items())]
+
+
+def _flow(value: Any) -> str:
+    return (
+        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10_000)
+        .split("\n...")[0]
+        .strip()
+    )
