@@ -214,3 +214,37 @@ def test_a_clean_process_needs_the_file_alone(tmp_path):
     found = json.loads(ended.stdout)
     assert ended.returncode == (0 if found["holds"] else 1), ended.stderr
     assert found["metric"] == "test_top1"
+
+
+# --- the answer trained again -------------------------------------------------------------------------------------------
+
+
+def trained(monkeypatch, capfd, *words):
+    monkeypatch.setattr(sys, "argv", ["launch.py", "train", *map(str, words), "--mlflow-uri", ""])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capfd.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_train_takes_a_tuned_config_as_it_takes_a_search_space(tmp_path, monkeypatch, capfd):
+    path, runs = written(tmp_path), tmp_path / "runs"
+    code, out, err = trained(monkeypatch, capfd, path, "--seed", 7, "--runs-dir", runs)
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["name"], found["seed"], found["epochs"]) == ("tuned-seed7", 7, 2)
+    config = yaml.safe_load((runs / "trained" / "tuned-seed7" / "config.yaml").read_text())
+    assert (config["method"], config["recipe"]["lr"], config["loss"]) == ("ce", 0.1, {"ce_weight": 1.0})
+    words = (path, "--runs-dir", runs, "--epochs", 1, "--set", "data.selection=test_at_end")
+    again = json.loads(trained(monkeypatch, capfd, *words)[1])
+    assert again["epochs"] == 1
+    assert again["metrics"].keys() >= {"test_top1"}
+
+
+def test_train_asks_for_the_teacher_that_a_tuned_config_has_not_got(tmp_path, monkeypatch, capfd):
+    path = written(tmp_path, method="kd", teacher={"name": "digits_cnn"})
+    code, _, err = trained(monkeypatch, capfd, path, "--runs-dir", tmp_path / "runs")
+    assert code == 2
+    assert "say where its weights are: `--set teacher.checkpoint=PATH`" in err
+    newer = written(tmp_path, schema_version=99)
+    assert "99" in trained(monkeypatch, capfd, newer, "--runs-dir", tmp_path / "runs")[2]

@@ -715,7 +715,7 @@ def _on_console(workspace: Workspace) -> Watchers:
 
 @app.command()
 def train(
-    space: Annotated[str, typer.Argument(metavar="SPACE.yaml")],
+    space: Annotated[str, typer.Argument(metavar="SPACE.yaml|TUNED.yaml")],
     set_: Sets = None,
     name: Annotated[str | None, typer.Option(help="[default: the YAML's]")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the training.")] = None,
@@ -723,12 +723,18 @@ def train(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
-    """Train one config without a sweep: what the YAML and --set say, the method's defaults for the rest."""
+    """Train one config without a sweep: what the YAML and --set say, the method's defaults for the rest.
+
+    Of a tuned config that is the answer, trained again: on the training split, or, with `--set
+    data.selection=test_at_end`, on the validation split too, as `confirm` measures it.
+    """
     from tune_topkd.sweep.single import train_one
+    from tune_topkd.sweep.verify import is_tuned
+    from tune_topkd.sweep.verify import tuned_pair
 
     overrides = [parse_set(text) for text in set_ or []]
     overrides += [Override("recipe.epochs", epochs, "--epochs")] if epochs is not None else []
-    config = preflight.load_checked_pair(space, overrides)
+    config = tuned_pair(space, overrides) if is_tuned(space) else preflight.load_checked_pair(space, overrides)
     label = name or Path(space).stem
     if not SWEEP_NAME.fullmatch(label):
         rule = "must be letters, digits, '.', '_' and '-', and begin with a letter or digit"

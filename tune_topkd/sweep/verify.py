@@ -4,6 +4,7 @@ import functools
 import statistics
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tune_topkd.config import Override
 from tune_topkd.config import PairConfig
 from tune_topkd.config import Problem
 from tune_topkd.config import pair_from
+from tune_topkd.config import read_yaml
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import load_tuned_config
 from tune_topkd.sweep import identity
@@ -124,19 +126,34 @@ def promise_of(tuned: TunedConfig, source: str) -> Promise:
     raise ConfigError(source, [Problem(key="evidence", rule=rule)])
 
 
-def pair_of(tuned: TunedConfig, source: str, places: Mapping[str, Any]) -> PairConfig:
+def is_tuned(path: str | Path) -> bool:
+    """Whether a YAML is a tuned config, of this version or another, and no search space."""
+    return Path(path).is_file() and "schema_version" in read_yaml(path)
+
+
+def tuned_pair(path: str | Path, overrides: Sequence[Override] = ()) -> PairConfig:
+    """The training that the file of a tuned config describes, with these values replaced.
+
+    Raises:
+        ConfigError: as `pair_of`, or it is no tuned config.
+    """
+    return pair_of(load_tuned_config(Path(path)), str(path), overrides)
+
+
+def pair_of(tuned: TunedConfig, source: str, overrides: Sequence[Override]) -> PairConfig:
     """The training that a tuned config describes.
 
     Args:
         tuned: the config.
         source: its file, for messages.
-        places: where files are, by config key.
+        overrides: values that replace its own; of the teacher, whose weights the file has not got, where they are.
 
     Raises:
         ConfigError: a value breaks a rule, or the teacher's weights are not to be had.
     """
     content = tuned.model_dump(mode="json", exclude={"evidence", "schema_version"})
-    if content["teacher"] is not None and "teacher.checkpoint" not in places:
+    is_given = any(override.key == "teacher.checkpoint" for override in overrides)
+    if content["teacher"] is not None and not is_given:
         if content["teacher"]["recipe"] is None:
             rule = (
                 "is the one thing that the file has not got: say where its weights are: `--set teacher.checkpoint=PATH`"
@@ -144,7 +161,6 @@ def pair_of(tuned: TunedConfig, source: str, places: Mapping[str, Any]) -> PairC
             raise ConfigError(source, [Problem(key="teacher", rule=rule)])
     elif content["teacher"] is not None:
         content["teacher"] |= {"recipe": None, "augment": None, "seed": 0}
-    overrides = [Override(key, value, f"--set {key}") for key, value in places.items()]
     return preflight.checked_pair(pair_from(content, source, overrides), source)
 
 
@@ -174,7 +190,7 @@ def verify(
     source = str(path)
     tuned = load_tuned_config(path)
     promise = promise_of(tuned, source)
-    pair = pair_of(tuned, source, places or {})
+    pair = pair_of(tuned, source, [Override(key, value, f"--set {key}") for key, value in (places or {}).items()])
     prepare.ready_data(pair)
     trained = prepare.for_the_test(pair) if promise.metric == OBJECTIVE_TEST else pair
     files, teacher_file = NO_FILES, None
@@ -219,4 +235,4 @@ def _differences(tuned: TunedConfig, pair: PairConfig, teacher_file: Path | None
     ]
 
 
-__all__ = ["Promise", "Verified", "pair_of", "promise_of", "verify"]
+__all__ = ["Promise", "Verified", "is_tuned", "pair_of", "promise_of", "tuned_pair", "verify"]

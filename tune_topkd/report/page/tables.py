@@ -196,7 +196,8 @@ def campaign_table(rows: Sequence[Row], links: Mapping[str, str], notes: Sequenc
 def for_all_table(for_all: ForAll) -> Table:
     """What the one config for all sweeps loses on each."""
     columns = [Column(name, "lose" in name) for name in for_all.headings]
-    return Table("What it loses on each sweep", columns, [Line(row) for row in for_all.rows])
+    note = "Losses are against each sweep's own answer; below 0 it gains. ± is half of a 95 % interval."
+    return Table("What it loses on each sweep", columns, [Line(row) for row in for_all.rows], notes=(note,))
 
 
 def _told(figure: Told | None, sign: str = "") -> str:
