@@ -22,6 +22,7 @@ NAMES = (
     "bank",
     "packing",
     "sweep_overhead",
+    "ema",
     "audit",
     "simulation",
     "mlflow_outage",

@@ -86,6 +86,13 @@ def test_the_overhead_of_a_sweep():
 
 
 @pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_what_a_moving_average_costs():
+    check(benchmarks("--quick", "ema"), ("a training of digits with a moving average", "a training of glyphs"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_cost_of_an_audit():
     check(benchmarks("--quick", "audit"), ("of an audit of 200 trials",))
