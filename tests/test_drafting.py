@@ -105,6 +105,7 @@ def test_without_a_checkpoint_the_teacher_is_trained_and_every_section_is_explai
 
 def test_a_named_dataset_has_its_validation_split_made_large_enough(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # of something else: the name of a dataset is one
     found = draft("digits", "digits_cnn", "digits_cnn_tiny")
     config = yaml.safe_load(found.text)
     assert config["data"] == {"name": "digits", "val_fraction": 0.3, "augment": {"pad": 1, "flip": True}}
@@ -119,7 +120,7 @@ def test_a_named_dataset_has_its_validation_split_made_large_enough(tmp_path, mo
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"data": "nothing"}, "unknown dataset|nothing"),
+        ({"data": "fotos"}, r"--data: fotos: is no folder, and no dataset: .*digits.*package\.module:source"),
         ({"teacher": "drafted_networks:larger"}, "larger"),
         ({"student": "resnet9"}, r"student.*resnet9.*did you mean"),
         ({"checkpoint": "gone.pt"}, "gone.pt"),

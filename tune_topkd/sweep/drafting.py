@@ -11,6 +11,7 @@ import yaml
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
 from tune_topkd.config import Problem
+from tune_topkd.config import unknown_choice
 from tune_topkd.config import validated
 from tune_topkd.sweep import preflight
 
@@ -89,11 +90,17 @@ def draft(
 
 
 def _data(data: str, root: str | None, image_size: int | None) -> dict[str, Any]:
+    from tune_topkd.data import dataset_names
+
     found: dict[str, Any] = {"name": data}
-    if Path(data).expanduser().is_dir():
+    path, is_named = Path(data).expanduser(), data in dataset_names() or ":" in data
+    if not is_named and path.is_dir():
         if root is not None:
             raise ConfigError("--root", [Problem(key=root, rule=f"not beside a folder of images, which is {data}")])
-        found = {"name": _IMAGE_FOLDER, "root": str(Path(data).expanduser().absolute())}
+        found = {"name": _IMAGE_FOLDER, "root": str(path.absolute())}
+    elif not is_named and not path.exists():
+        rule = f"is no folder, and no dataset: {unknown_choice(data, dataset_names())}; or package.module:source"
+        raise ConfigError("--data", [Problem(key=data, rule=rule)])
     elif root is not None:
         found["root"] = str(Path(root).expanduser().absolute())
     return found | ({} if image_size is None else {"image_size": image_size})
