@@ -1,6 +1,7 @@
 """What to try next: the `Sampler` protocol, and the samplers there are."""
 
 import copy
+import functools
 import hashlib
 import heapq
 import math
@@ -176,16 +177,10 @@ class StudySampler(ABC):
 class TpeSampler(StudySampler):
     """Optuna's TPE (Bergstra et al., NeurIPS 2011), multivariate; a trial at work counts as a bad one (constant liar)."""
 
-    def __init__(
-        self,
-        axes: Sequence[Axis],
-        seed: int,
-        startup_trials: int | None = None,
-        rung_metric: str = OBJECTIVE,
-    ) -> None:
-        super().__init__(axes, seed, startup_trials, rung_metric)
-        self._coordinates: dict[int, list[float]] = {}
-        """What each trial's values are as numbers, by the number that `_beside` shows it under."""
+    @functools.cached_property
+    def _coordinates(self) -> dict[int, list[float]]:
+        """What each trial's values are as numbers, by the number that `_beside` shows it under; `_Tpe` fills it."""
+        return {}
 
     @property
     def longest_history(self) -> int:

@@ -368,9 +368,12 @@ class Sweep:
             ConfigError: it has not begun, or its config has been changed by hand.
             LedgerError: its ledger is damaged.
         """
-        from tune_topkd.sweep.page import findings_of
+        from tune_topkd.sweep.page import findings_from
+        from tune_topkd.sweep.page import plain_command
 
-        return findings_of(self.name, self.workspace, command)
+        found, folder = self.searched(), self.folder
+        how = condition(folder, found.state)
+        return findings_from(found.config, found.state, folder, how, command or plain_command(self.workspace))
 
     def answer(self) -> TunedConfig:
         """The tuned config.

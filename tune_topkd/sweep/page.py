@@ -18,14 +18,12 @@ from tune_topkd.findings import Note
 from tune_topkd.findings import Row
 from tune_topkd.findings import Rung
 from tune_topkd.findings import range_text
-from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import measured_done
-from tune_topkd.ledger import read_state
 from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.campaign import ranges
 from tune_topkd.sweep.campaign import row_of
@@ -42,8 +40,6 @@ from tune_topkd.sweep.wording import short
 from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import Workspace
-from tune_topkd.sweep.workspace import condition
-from tune_topkd.sweep.workspace import frozen_config
 from tune_topkd.verdict import advice
 from tune_topkd.verdict import verdict_of
 from tune_topkd.verdict import verdict_of_answer
@@ -60,26 +56,8 @@ CommandLine = Callable[..., str]
 """Makes a command line of this program of its words."""
 
 
-def findings_of(name: str, workspace: Workspace, command: CommandLine | None = None) -> Findings:
-    """All that a page tells of a sweep. Nothing but its ledger and its frozen config is read.
-
-    Args:
-        name: the sweep's.
-        workspace: where it lies.
-        command: makes the commands that the page names; by default they are those of `tune-topkd`.
-
-    Raises:
-        ConfigError: it has not begun, or its config has been changed by hand.
-        LedgerError: its ledger is damaged.
-    """
-    folder = workspace.existing(name)
-    state = read_state(folder / LEDGER_FILE)
-    config = frozen_config(folder, state)
-    return findings_from(config, state, folder, condition(folder, state), command or _plain_command(workspace))
-
-
 def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str, command: CommandLine) -> Findings:
-    """The same, of a sweep that has been read.
+    """All that a page tells of a sweep.
 
     Args:
         config: its frozen config.
@@ -334,7 +312,7 @@ def _listed(names: Sequence[str]) -> str:
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def _plain_command(workspace: Workspace) -> CommandLine:
+def plain_command(workspace: Workspace) -> CommandLine:
     """Command lines of `tune-topkd` for a workspace."""
 
     def command(*words: str) -> str:

@@ -28,6 +28,7 @@ from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.findings import NONE
+from tune_topkd.findings import Figure
 from tune_topkd.findings import ForAll
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
@@ -91,8 +92,7 @@ class Loss:
 
     def text(self) -> str:
         """In words."""
-        half = "" if self.interval is None else f" ± {(self.interval.high - self.interval.low) / 2:.2f}"
-        return f"{self.points:.2f}{half}"
+        return Figure(self.points, self.interval).text()
 
     def data(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -283,10 +283,10 @@ class _Model:
 
 def _evidence(sweep: Searched) -> tuple[list[dict[str, Scalar]], list[float]]:
     """Parameters and values: of full trials, of their repeats, and of stopped ones what their last epoch foretells."""
-    found = [(record, record.value or 0.0) for record in _full(sweep)]
+    metric, done = sweep.config.rung_metric, _full(sweep)
+    found = [(record, record.value or 0.0) for record in done]
     repeats = [r for f in finalists(sweep.state) for r in f.repeats.values() if r.origin.arm in (SEARCH, DEFAULTS)]
     found += [(r, r.value or 0.0) for r in repeats if r.status is TrialStatus.COMPLETED]
-    metric, done = sweep.config.rung_metric, _full(sweep)
     for record in sweep.trials():
         if record.status is TrialStatus.PRUNED and (value := _foretold(record, done, metric)) is not None:
             found.append((record, value))
