@@ -182,8 +182,8 @@ TOKEN = "a-token-of-at-least-thirty-two-characters"
 class Head:
     """A Ray head with a dashboard and a token, and how to talk to it from outside."""
 
-    def __init__(self, folder):
-        self.folder, self.port, self.dashboard_port = folder, free_port(), free_port()
+    def __init__(self, folder, agent_port=0):
+        self.folder, self.port, self.dashboard_port, self.agent_port = folder, free_port(), free_port(), agent_port
         self.url = f"http://127.0.0.1:{self.dashboard_port}"
         self.token = folder / "token"
         self.token.write_text(TOKEN)
@@ -203,6 +203,7 @@ class Head:
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.port}", "--num-cpus=2"]
         command += [f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1", "--include-dashboard=true"]
         command += [f"--temp-dir={self.folder / 'r'}", "--disable-usage-stats", "--block"]
+        command += [f"--dashboard-agent-listen-port={self.agent_port}"]  # another Ray's may hold the usual one
         log = self.folder / "head.log"
         with log.open("w") as output:
             self.process = subprocess.Popen(
@@ -250,11 +251,11 @@ class Head:
             time.sleep(0.5)
 
 
-@pytest.fixture(scope="module")
-def head():
+@contextlib.contextmanager
+def running(agent_port=0):
     pytest.importorskip("aiohttp_cors", reason="needs ray[default]: pip install '.[sweep,cluster]'")
     folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path may not be long
-    head = Head(folder)
+    head = Head(folder, agent_port)
     space = yaml.safe_load((ROOT / "search_spaces" / "digits-linear.yaml").read_text())
     space["teacher"]["recipe"]["epochs"] = 2
     write(head.user / "space.yaml", yaml.safe_dump(space))
@@ -270,6 +271,12 @@ def head():
             head.stop()
             shutil.rmtree(folder, ignore_errors=True)
     cluster._read_credentials()
+
+
+@pytest.fixture(scope="module")
+def head():
+    with running() as head:
+        yield head
 
 
 @pytest.mark.slow
@@ -327,6 +334,17 @@ def test_a_job_that_fails_says_why(head):
     failed = head.said("logs", "-f", "b", "--address", head.url, rc=1)
     assert "nowhere" in failed.stdout
     assert "b, failed after" in failed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_a_head_whose_agent_has_no_port_takes_no_jobs_and_the_line_says_what_to_do():
+    with socket.create_server(("127.0.0.1", 0)) as taken, running(taken.getsockname()[1]) as head:
+        words = ("space.yaml", "--name", "s", "--runs-dir", head.runs, "--address", head.url)
+        refused = head.said("submit", *words, rc=2).stderr
+        assert "start the head with `ray start --head --dashboard-agent-listen-port=0`" in refused
+        assert len(refused.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -39,6 +39,11 @@ _TALKATIVE = (
     "ray._private.runtime_env.packaging",
 )
 _DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_NO_AGENT = (
+    "the head's agent, which starts jobs, does not answer. Where the head has only just been started, submit again in some "
+    "seconds; else another Ray on its machine holds the agent's port (52365): start the head with "
+    "`ray start --head --dashboard-agent-listen-port=0`"
+)
 
 
 class JobError(TuneTopKDError):
@@ -212,7 +217,8 @@ class Jobs:
             if "ray[default]" in str(error) or isinstance(error, ImportError):
                 rule = "Ray's job API is not installed here: pip install 'tune_topkd[sweep,cluster]'"
                 raise ResourceError(rule) from error
-            raise JobError(f"{self.address}: {what}: {in_one_line(error)}") from error
+            cause = _NO_AGENT if "No available agent" in str(error) else in_one_line(error)
+            raise JobError(f"{self.address}: {what}: {cause}") from error
 
 
 def _job(details: Any) -> Job:
