@@ -73,7 +73,7 @@ SEEDS = 100
 SEED_NOISE = {"unclipped": 1.4, "default": 1.0}
 """Standard deviation over seeds of a good config's top-1, in points. Two clipped ones had 0.8 and 1.4 over a dozen seeds
 each; unclipped ones 1.2 to 1.5, and up to 6.5 where trainings fell apart."""
-FILES = {"unclipped": ("glyphs-unclipped",), "default": ("glyphs-clip", "glyphs")}
+FILES = {"unclipped": ("glyphs-unclipped",), "default": ("glyphs-clip", "glyphs-clip-1", "glyphs")}
 """The recorded trainings that a space's model is made of."""
 POINTS = 20_000
 """Of each space, among which the best is looked for."""
