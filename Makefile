@@ -43,10 +43,13 @@ format: $(STAMP)
 bench: $(STAMP)  ## what proves the speed: ratios, each with its baseline in the same run
 	$(BIN)/python -m benchmarks --write $(ARGS)
 
-analysis: $(STAMP)  ## the notebook over a sweep as a page: make analysis SWEEP=digits
+analysis: $(STAMP)  ## the notebooks over a sweep as pages: make analysis SWEEP=digits
 	TUNE_TOPKD_SWEEP=$(SWEEP) TUNE_TOPKD_RUNS_DIR=$(abspath $(RUNS)) $(BIN)/jupyter nbconvert --log-level WARN \
-	  --execute --to html --output-dir $(RUNS)/$(SWEEP) analysis/sweep.ipynb
-	@echo "the page: $(RUNS)/$(SWEEP)/sweep.html"
+	  --execute --no-input --to html --output-dir $(RUNS)/$(SWEEP) analysis/01-one-sweep.ipynb \
+	  analysis/02-how-the-search-went.ipynb analysis/03-best-k.ipynb
+	@echo "the answer:      $(RUNS)/$(SWEEP)/01-one-sweep.html"
+	@echo "the search:      $(RUNS)/$(SWEEP)/02-how-the-search-went.html"
+	@echo "K of all sweeps: $(RUNS)/$(SWEEP)/03-best-k.html"
 
 clean:  ## remove what can be made again, but never the sweeps in runs/
 	rm -rf $(VENV) .venv-lowest .coverage build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

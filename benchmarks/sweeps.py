@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.__main__ import cores
@@ -40,7 +41,7 @@ _PLAIN = ("--set", "baselines=null", "--set", "sweep.finalists=null")
 
 @dataclass(frozen=True)
 class Found:
-    """What one sweep found, in percent."""
+    """What one seed's sweep found, in percent."""
 
     k: object
     reported: float
@@ -69,57 +70,58 @@ def found(space: str, name: str, runs: Path, seed: int, seeds: int, changes: Seq
     return sweep, verdict
 
 
-def pair(runs: Path, seed: int, seeds: int, changes: Sequence[str]) -> Found:
-    """The new and the old search of one seed."""
-    sweep, new = found("glyphs", f"new-{seed}", runs, seed, seeds, (*changes, *_NEW))
-    _, old = found(str(OLD), f"old-{seed}", runs, seed, seeds, (*changes, *_PLAIN))
+def new_search(runs: Path, seed: int, seeds: int, changes: Sequence[str]) -> Found:
+    """The default search of one seed, with its baselines."""
+    sweep, verdict = found("glyphs", f"new-{seed}", runs, seed, seeds, (*changes, *_NEW))
     plan = sweep.config.sweep.finalists
-    chosen = list(new.answer.chosen_by.values.values())  # the finalists' seeds come first
+    chosen = list(verdict.answer.chosen_by.values.values())  # the finalists' seeds come first
     known = plan.seeds if plan else 0
     names = {"tuned KD": KD, "the untuned method": DEFAULTS}
-    test = {ANSWER: new.answer.values, OLD_ANSWER: old.answer.values}
-    test |= {names[base.name]: base.values for base in new.baselines}
-    record = new.answer.record
+    test = {ANSWER: verdict.answer.values} | {names[base.name]: base.values for base in verdict.baselines}
+    record = verdict.answer.record
     return Found(record.params["k"], statistics.fmean(chosen[:known]), record.value or 0.0, chosen[known:], test)
+
+
+def old_search(runs: Path, seed: int, seeds: int, changes: Sequence[str]) -> Sequence[float]:
+    """The test top-1 of the old search's answer of one seed, by seed."""
+    return found(str(OLD), f"old-{seed}", runs, seed, seeds, (*changes, *_PLAIN))[1].answer.values
 
 
 def section(all_found: Mapping[int, Found]) -> Iterator[str]:
     """What there is to say of them."""
-    yield "| seed | K | its own value | reported | afterwards | too high by | " + " | ".join(_arms(all_found)) + " |"
-    yield "|--:|--:|--:|--:|--:|--:|" + "--:|" * len(_arms(all_found))
-    for seed, one in all_found.items():
-        tests = " | ".join(spread(one.test[arm], 2) for arm in _arms(all_found))
-        yield (
-            f"| {seed} | {one.k} | {one.own:.2f} | {one.reported:.2f} | {spread(one.afterwards, 2)} | "
-            f"{one.optimism:+.2f} | {tests} |"
-        )
     each = list(all_found.values())
-    means = {arm: [statistics.fmean(one.test[arm]) for one in each] for arm in _arms(all_found)}
-    own = [one.own - statistics.fmean(one.afterwards) for one in each]
-    yield (
-        f"| mean | | {spread([one.own for one in each], 2)} | {spread([one.reported for one in each], 2)} | "
-        f"{spread([statistics.fmean(one.afterwards) for one in each], 2)} | {spread([one.optimism for one in each], 2)} | "
-        + " | ".join(spread(values, 2) for values in means.values())
-        + " |"
-    )
-    seeds = {arm: [value for one in each for value in one.test[arm]] for arm in means}
+    arms = list(dict.fromkeys(arm for one in each for arm in one.test))
+    yield f"| seed | K | its own value | reported | afterwards | too high by | {' | '.join(arms)} |"
+    yield "|--:|--:|--:|--:|--:|--:|" + "--:|" * len(arms)
+    for seed, one in all_found.items():
+        tests = [spread(one.test[arm], 2) if arm in one.test else "–" for arm in arms]
+        cells = [
+            seed,
+            one.k,
+            f"{one.own:.2f}",
+            f"{one.reported:.2f}",
+            spread(one.afterwards, 2),
+            f"{one.optimism:+.2f}",
+        ]
+        yield f"| {' | '.join(map(str, [*cells, *tests]))} |"
+    luck = [one.own - statistics.fmean(one.afterwards) for one in each]
     yield ""
-    yield "± is a standard error: over a sweep's seeds, and of the means over the sweeps."
-    yield f"The trials' own values were too high by {spread(own, 2)}, what the sweeps reported by "
-    yield f"{spread([one.optimism for one in each], 2)}."
+    yield (
+        f"± is a standard error: here over a sweep's seeds, below over the sweeps. What the sweeps reported was too high by "
+        f"{spread([one.optimism for one in each], 2)} points, their trials' own values by {spread(luck, 2)}."
+    )
     yield ""
     yield "| test top-1 % | sweeps | trainings | mean ± se over sweeps | sd over seeds | worst seed | answer above by |"
     yield "|---|--:|--:|--:|--:|--:|--:|"
-    for arm, values in means.items():
-        within = statistics.fmean(statistics.stdev(one.test[arm]) for one in each)
-        above = [a - b for a, b in zip(means[ANSWER], values, strict=True)]
+    for arm in arms:
+        those = [one for one in each if arm in one.test]
+        means = [statistics.fmean(one.test[arm]) for one in those]
+        within = statistics.fmean(statistics.stdev(one.test[arm]) for one in those)
+        values = [value for one in those for value in one.test[arm]]
+        above = [statistics.fmean(one.test[ANSWER]) - mean for one, mean in zip(those, means, strict=True)]
         cell = "" if arm == ANSWER else f"{spread(above, 2)}{_told(above)}"
-        cells = [arm, len(values), len(seeds[arm]), spread(values, 2), f"{within:.2f}", f"{min(seeds[arm]):.2f}", cell]
+        cells = [arm, len(those), len(values), spread(means, 2), f"{within:.2f}", f"{min(values):.2f}", cell]
         yield f"| {' | '.join(map(str, cells))} |"
-
-
-def _arms(all_found: Mapping[int, Found]) -> list[str]:
-    return list(next(iter(all_found.values())).test)
 
 
 def _told(above: Sequence[float]) -> str:
@@ -133,7 +135,10 @@ def _told(above: Sequence[float]) -> str:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.sweeps", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sweeps", type=int, default=SWEEPS, metavar="N", help="of each search, seeds 0, 100, 200 ...")
+    parser.add_argument("--sweeps", type=int, default=SWEEPS, metavar="N", help="seeds 0, 100, 200 ...")
+    parser.add_argument(
+        "--old", type=int, default=SWEEPS, metavar="N", help="how many of these seeds the old search has"
+    )
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="of each stage of confirming; at least 4")
     parser.add_argument("--runs-dir", help="folder of the sweeps, to go on with them; by default a scratch one")
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
@@ -147,8 +152,13 @@ def main() -> None:
     quick = [word for change in changes for word in ("--set", change)] if args.quick else []
     all_found: dict[int, Found] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        runs = Path(args.runs_dir or scratch)
         for seed in range(0, 100 * args.sweeps, 100):  # further apart than a sweep's seeds
-            all_found[seed] = pair(Path(args.runs_dir or scratch), seed, args.seeds, quick)
+            all_found[seed] = new_search(runs, seed, args.seeds, quick)
+            print("\n".join(section(all_found)), file=sys.stderr, flush=True)
+        for seed in list(all_found)[: args.old]:
+            old = old_search(runs, seed, args.seeds, quick)
+            all_found[seed] = replace(all_found[seed], test={**all_found[seed].test, OLD_ANSWER: old})
             print("\n".join(section(all_found)), file=sys.stderr, flush=True)
     lines = [f"# {args.sweeps} sweeps of glyphs", "", *machine()[:2], "", *(__doc__ or "").splitlines()[2:], ""]
     give([*lines, *section(all_found)], f"sweeps-glyphs-{cores()}-cores", args.write)

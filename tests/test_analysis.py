@@ -1,6 +1,5 @@
-"""The notebook, executed on a sweep of formula trials that went through the real ledger and tracker."""
+"""The notebooks, executed on a sweep of formula trials that went through the real ledger and tracker."""
 
-import copy
 import math
 import os
 import random
@@ -8,11 +7,11 @@ import re
 import shutil
 from pathlib import Path
 
-import mlflow
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tune_topkd import report
 from tune_topkd.config import config_from
 from tune_topkd.export import as_yaml
 from tune_topkd.export import tuned_config
@@ -30,7 +29,8 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.tracking import catch_up
 
-NOTEBOOK = Path(__file__).parents[1] / "analysis" / "sweep.ipynb"
+FOLDER = Path(__file__).parents[1] / "analysis"
+ANSWER, SEARCH, BEST_K, PROJECT = "01-one-sweep", "02-how-the-search-went", "03-best-k", "04-in-your-own-project"
 TRIALS, EPOCHS, RUNGS = 40, 12, (2, 6)
 HEADER = {
     "trials": TRIALS, "epochs": EPOCHS, "seed": 0, "baselines": 4, "metric": "val_top1", "digest": "d" * 16,
@@ -122,18 +122,25 @@ def sweep(tmp_path_factory, empty_store):
 def execute(notebook, runs, name):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "TUNE_TOPKD"))}
     env |= {"TUNE_TOPKD_RUNS_DIR": str(runs), "TUNE_TOPKD_SWEEP": name}
-    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(FOLDER)}})
     return client.execute(env=env)
 
 
-@pytest.fixture(scope="module")
-def stored():
-    return nbformat.read(NOTEBOOK, as_version=4)
+def stored(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
 @pytest.fixture(scope="module")
-def executed(sweep, stored):
-    return execute(copy.deepcopy(stored), sweep[0], "formula")
+def executed(sweep):
+    """Gives a notebook as it is after its cells have run, each once."""
+    known = {}
+
+    def executed(name):
+        if name not in known:
+            known[name] = execute(stored(name), sweep[0], "formula")
+        return known[name]
+
+    return executed
 
 
 def outputs(notebook, mime):
@@ -146,26 +153,38 @@ def outputs(notebook, mime):
     ]
 
 
-def test_is_stored_without_outputs(stored):
-    nbformat.validate(stored)
-    assert stored.metadata.kernelspec.name == "python3"
-    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+def test_there_are_these():
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [ANSWER, SEARCH, BEST_K, PROJECT]
+
+
+@pytest.mark.parametrize("name", [ANSWER, SEARCH, BEST_K, PROJECT])
+def test_is_stored_without_outputs_and_says_nothing_but_its_results(executed, name):
+    notebook = stored(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
-
-
-def test_says_nothing_but_its_results(executed):
-    kinds = {output.output_type for cell in executed.cells if cell.cell_type == "code" for output in cell.outputs}
+    assert notebook.cells[0].source.startswith("# ")
+    done = [cell for cell in executed(name).cells if cell.cell_type == "code"]
+    kinds = {output.output_type for cell in done for output in cell.outputs}
+    told = [output.text for cell in done for output in cell.outputs if output.output_type == "stream"]
+    assert told == []
     assert kinds <= {"execute_result", "display_data"}  # no error, and no warning on a stream
+    assert all(cell.outputs for cell in done if not cell.source.rstrip().endswith(("()", '"runs")'))), (
+        "each shows a result"
+    )
 
 
-def test_draws_its_figures(executed):
-    assert len(outputs(executed, "image/png")) == 5
+def test_the_answer_comes_first(executed, sweep):
+    best = sweep[1].best()
+    first = next(cell for cell in executed(ANSWER).cells if cell.cell_type == "code" and cell.outputs)
+    assert first.outputs[0].data["text/markdown"].startswith(f"## K = {best.params['k']}, {best.value:.1f} % (+")
+    assert len(outputs(executed(ANSWER), "image/png")) == 1
 
 
 def test_reads_the_newest_sweep_of_the_name(executed, sweep):
-    _, state = sweep
-    overview = outputs(executed, "text/html")[0]
-    counts = state.counts()
+    counts = sweep[1].counts()
+    overview = next(table for table in outputs(executed(ANSWER), "text/html") if "trials completed" in table)
     assert counts["pruned"] > 10, "the formula must let ASHA stop some"
     assert counts["completed"] > 8, "the formula must let some complete"
     for status in ("completed", "pruned", "failed"):
@@ -176,44 +195,79 @@ def test_reads_the_newest_sweep_of_the_name(executed, sweep):
 
 def test_gives_the_ledgers_answer(executed, sweep):
     best = sweep[1].best()
-    answer = outputs(executed, "text/markdown")[-1]
-    assert answer.startswith(f"**K = {best.params['k']}, {best.value:.1f} % (+")
+    answer = next(text for text in outputs(executed(ANSWER), "text/markdown") if "| parameter |" in text)
     assert f"| k | {best.params['k']} |" in answer
     assert f"| temperature | {best.params['temperature']:.4g} |" in answer
 
 
 def test_ranks_the_completed_trials_only(executed, sweep):
-    table = outputs(executed, "text/html")[2]
+    table = next(table for table in outputs(executed(ANSWER), "text/html") if "contrastive_weight" in table)
     numbers = [int(number) for number in re.findall(r"<th>(\d+)</th>", table)]
     assert numbers == [record.key.number for record in sweep[1].ranked()[:10]]
 
 
+def test_draws_how_the_search_went_and_what_stopping_saved(executed, sweep):
+    assert len(outputs(executed(SEARCH), "image/png")) == 4
+    epochs = sum(record.epoch for record in sweep[1].arm("search"))
+    assert f"{epochs} of {TRIALS * EPOCHS} epochs" in outputs(executed(SEARCH), "text/markdown")[-1]
+
+
+def test_every_sweep_has_a_row_with_its_best_k(executed, sweep):
+    best = sweep[1].best()
+    table = outputs(executed(BEST_K), "text/html")[0]
+    (row,) = [line for line in re.findall(r"<tr>.*?</tr>", table, re.DOTALL) if "<th>formula</th>" in line]
+    cells = re.findall(r"<td>(.*?)</td>", row)
+    gains = [round(best.value - max(r.value for r in sweep[1].arm(arm)), 2) for arm in ("ce", "kd")]
+    assert cells[:6] == [
+        "digits",
+        "digits_cnn",
+        "digits_cnn_tiny",
+        str(best.params["k"]),
+        f"{best.value:.2f}",
+        "one seed",
+    ]
+    assert [float(cell) for cell in cells[7:9]] == pytest.approx(gains, abs=0.01)
+    assert len(outputs(executed(BEST_K), "image/png")) == 1
+
+
+def test_a_project_takes_the_loss_without_the_search(executed):
+    code = "\n".join(cell.source for cell in stored(PROJECT).cells if cell.cell_type == "code")
+    assert not re.search(r"import (ray|optuna|mlflow)|tune_topkd\.(sweep|report|tracking)", code)
+    (step,) = [cell for cell in executed(PROJECT).cells if cell.source.endswith(".item(), 4)}")]
+    loss, gradient = map(float, re.findall(r"[\d.]+", step.outputs[0].data["text/plain"]))
+    assert loss > 0
+    assert gradient > 0
+
+
 @pytest.fixture
-def run_here(stored, monkeypatch):
-    """Runs the first code cells in this process, which is faster than a kernel; what they raise is raised."""
-    yield lambda runs, name, cells: exec("\n".join(first_code(stored, cells)), environment(monkeypatch, runs, name))
-    mlflow.set_tracking_uri("")
+def clean(monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "TUNE_TOPKD_SWEEP", "TUNE_TOPKD_RUNS_DIR"):
+        monkeypatch.delenv(name, raising=False)
 
 
-def first_code(notebook, count):
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return [line for source in code[:count] for line in source.splitlines() if not line.startswith("%")]
-
-
-def environment(monkeypatch, runs, name):
-    """The globals to run in, once the notebook's variables are set; MLflow sets its own as well."""
-    monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(runs))
-    monkeypatch.setenv("TUNE_TOPKD_SWEEP", name)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    return {"__name__": "notebook"}
-
-
-def test_a_missing_database_is_not_created(run_here, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"mlflow\.db does not exist: run a sweep first"):
-        run_here(tmp_path, "formula", cells=1)
+def test_a_missing_database_is_not_created(clean, tmp_path):
+    for read in (report.read_sweep, report.read_sweeps):
+        with pytest.raises(FileNotFoundError, match=r"mlflow\.db does not exist: run a sweep first"):
+            read(runs_dir=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_an_unknown_sweep_is_named(run_here, sweep):
+def test_an_unknown_sweep_is_named(clean, sweep, empty_store, tmp_path):
     with pytest.raises(LookupError, match="no sweep named 'other' in the experiment 'tune_topkd'"):
-        run_here(sweep[0], "other", cells=2)
+        report.read_sweep("other", runs_dir=sweep[0])
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    with pytest.raises(LookupError, match="no sweep in the experiment 'tune_topkd'"):
+        report.read_sweeps(runs_dir=tmp_path)
+
+
+def test_the_tables_are_the_ledgers(clean, sweep):
+    runs, state = sweep
+    found = report.read_sweep("formula", runs_dir=runs)
+    assert found.value_at_end.to_dict() == {r.key.number: r.value for r in state.ranked()}
+    assert found.rungs == list(RUNGS)
+    first = {r.key.number: r.reports[RUNGS[0]]["val_top1"] for r in state.arm("search") if r.epoch >= RUNGS[0]}
+    assert found.value_at_first_rung.to_dict() == first
+    numbers = {r.key.number: r.params["k"] for r in state.arm("search")}
+    assert {number: params["k"] for number, params in found.parameters.items()} == numbers
+    assert "lr" in found.logarithmic
+    assert "shift" not in found.logarithmic

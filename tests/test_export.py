@@ -179,6 +179,7 @@ def test_the_yaml_opens_with_what_it_is_and_how_to_use_it(tuned):
 
 def test_the_json_is_json(tuned):
     assert json.loads(as_json(tuned)) == tuned.model_dump(mode="json")
+    assert set(tuned.evidence.model_dump(exclude_none=True, exclude_defaults=True)) < set(tuned.evidence.model_dump())
 
 
 def test_the_python_text_has_the_values(tuned):
@@ -513,7 +514,9 @@ def test_the_distillation_terms_rise_as_in_the_sweep(tuned):
         assert [names["distill_share"](epoch) for epoch in range(1, 49)] == expected
 
 
-@pytest.mark.parametrize("place", ["README.md", "analysis/sweep.ipynb", "tune_topkd/export/__init__.py"])
+@pytest.mark.parametrize(
+    "place", ["README.md", "analysis/04-in-your-own-project.ipynb", "tune_topkd/export/__init__.py"]
+)
 def test_what_is_told_of_an_answer_holds_for_every_method(place):
     text = (Path(__file__).parents[1] / place).read_text()
     assert "build_loss(tuned.method, tuned.loss)" in text

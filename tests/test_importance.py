@@ -4,6 +4,8 @@ import formulas
 import numpy as np
 import pytest
 
+from tune_topkd.importance import MOST
+from tune_topkd.importance import importances
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import End
@@ -14,8 +16,6 @@ from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
-from tune_topkd.search.importance import MOST
-from tune_topkd.search.importance import importances
 from tune_topkd.space import Space
 
 CONFIG = formulas.sweep_config()

@@ -107,7 +107,8 @@ def test_the_commands_run_one_after_the_other(checkout):
     state = read_state(checkout / "runs" / "digits" / "ledger.jsonl")
     assert len(state.arm("search")) >= 24
     assert state.counts()[TrialStatus.PRUNED] >= len(state.arm("search")) / 3
-    assert (checkout / "runs" / "digits" / "sweep.html").stat().st_size > 100_000
+    for page in ("01-one-sweep", "02-how-the-search-went", "03-best-k"):
+        assert (checkout / "runs" / "digits" / f"{page}.html").stat().st_size > 100_000
     said = ""
     for block in blocks("python"):
         code = subprocess.run(

@@ -24,6 +24,7 @@ from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.execution.simulated import VirtualClock
 from tune_topkd.execution.simulated import simulate
 from tune_topkd.findings import Row
+from tune_topkd.importance import MOST
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
@@ -46,7 +47,6 @@ from tune_topkd.report.page.data import MOST_CURVES
 from tune_topkd.report.page.data import parameters_of
 from tune_topkd.report.page.figure import ticks
 from tune_topkd.search import Search
-from tune_topkd.search.importance import MOST
 from tune_topkd.space import Space
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep.confirm import Plan

@@ -45,6 +45,12 @@ def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address
     return shlex.join([*_program(), *words, *options])
 
 
+def notebooks_command(workspace: Workspace, sweep: str) -> str:
+    """The command line that makes pages of the notebooks for a sweep; it is for a checkout."""
+    runs = [] if workspace.runs == _default_runs() else [f"RUNS={workspace.runs}"]
+    return shlex.join(["make", "analysis", f"SWEEP={sweep}", *runs])
+
+
 def _program() -> Sequence[str]:
     script = sys.argv[0]
     if Path(script).name == "__main__.py":

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tune_topkd import terminal
 from tune_topkd.cli.calling import command_for
+from tune_topkd.cli.calling import notebooks_command
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
@@ -181,8 +182,8 @@ def _tell_where(result: Result, workspace: Workspace, console: Console) -> None:
     console.print(f"  the page     {command_for(workspace, 'report', name, '--format', 'html')}", soft_wrap=True)
     if workspace.mlflow_uri:
         console.print(f"  MLflow       {ui_command(workspace.mlflow_uri)}", soft_wrap=True)
-    if Path("analysis/sweep.ipynb").exists():
-        console.print("  the analysis analysis/sweep.ipynb")
+    if Path("analysis/01-one-sweep.ipynb").exists():
+        console.print(f"  the analysis {notebooks_command(workspace, name)}", soft_wrap=True)
     if state.stop_reason != "finished":
         following: tuple[str, ...] = ("resume", name)
         limits = {GPU_HOURS: state.gpu_hours, CPU_HOURS: state.cpu_hours}

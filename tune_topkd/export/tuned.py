@@ -139,7 +139,7 @@ class _Measurable(_Part):
     @model_serializer(mode="wrap")
     def _only_where_there_are(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialize(self)
-        later = {name: content.pop(name) for name in self._LATER}
+        later = {name: content.pop(name) for name in self._LATER if name in content}
         return content | {name: value for name, value in later.items() if value not in (None, {})}
 
 

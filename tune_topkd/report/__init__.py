@@ -11,6 +11,8 @@ The value of a pruned trial is of a shorter budget than that of a completed one.
 joined by lines or coloured by their value; pruned ones are drawn faint and named for what they are. Of finalists
 the summary draws the means over fresh seeds, and no figure their trainings; `finalists_table` has them.
 
+`read_sweep` makes both from what MLflow holds of a sweep, with the finalists, the baselines and the figures.
+
 Figures are plain `matplotlib.figure.Figure` objects: no backend is chosen, no display is needed, and nothing is kept
 alive by pyplot. They are made to be read about 900 pixels wide.
 """
@@ -24,6 +26,10 @@ from tune_topkd.report.k import BASELINE_STYLES
 from tune_topkd.report.k import k_figure
 from tune_topkd.report.parallel import VALUE_COLOURS
 from tune_topkd.report.parallel import parallel_coordinates_figure
+from tune_topkd.report.reading import SweepTables
+from tune_topkd.report.reading import best_k_table
+from tune_topkd.report.reading import read_sweep
+from tune_topkd.report.reading import read_sweeps
 from tune_topkd.report.style import BEST_COLOUR
 from tune_topkd.report.style import COMPLETED_COLOUR
 from tune_topkd.report.style import FAILED_COLOUR
@@ -58,6 +64,8 @@ __all__ = [
     "RUNNING_COLOUR",
     "TOP1_LABEL",
     "VALUE_COLOURS",
+    "SweepTables",
+    "best_k_table",
     "best_trial",
     "finalists_table",
     "headline",
@@ -67,6 +75,8 @@ __all__ = [
     "learning_curves_figure",
     "parallel_coordinates_figure",
     "parameters_of",
+    "read_sweep",
+    "read_sweeps",
     "summary_figure",
     "trials_table",
 ]

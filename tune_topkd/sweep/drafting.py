@@ -129,15 +129,16 @@ def _content(
             "tdl_weight": {"low": 0.1, "high": 5.0, "log": True},
             "contrastive_weight": {"low": 0.3, "high": 10.0, "log": True},
             "lr": {"low": 0.0125, "high": 0.2, "log": True},
+            "clip_grad": {"low": 0.5, "high": 8.0, "log": True},
         },
         "relative": {"sum": 3.0, "of": ["ce_weight", "tdl_weight", "contrastive_weight"], "units": "effect"},
         "sweep": {
             "trials": 40,
-            "startup_trials": 12,
+            "startup_trials": 14,
             "asha": {"grace_epochs": max(1, epochs // 9), "reduction_factor": 3},
             "finalists": {"count": 3, "seeds": 2},
         },
-        "baselines": {"methods": ["ce", "kd", "defaults"], "trials": 4},
+        "baselines": {"methods": ["ce", "kd", "defaults"], "trials": 6},
     }
 
 
@@ -147,10 +148,11 @@ _COMMENTS = {
     "teacher": "A teacher with a recipe is trained once, on the same training images, and kept.",
     "student": "The network that learns: a name, torchvision:NAME, timm:NAME, or package.module:factory of yours.",
     "recipe": "How a full trial trains; the values that are searched below replace these.",
-    "space": "What is searched. K is how many of the teacher's largest logits are amplified.",
+    "space": "What is searched. K is how many of the teacher's largest logits are amplified. TopKD needs a short\n"
+    "# gradient at high learning rates, plain KD does not: clip_grad is its longest norm.",
     "relative": "Only the ratios of the three weights are searched, by what each term does to the student.",
     "sweep": "How many configs, when losers are stopped (rungs at grace_epochs and three times that), and the finalists.",
-    "baselines": "What the answer is compared with, each over the same learning rates; `match: true` tunes KD as well.",
+    "baselines": "What the answer is compared with, each over the same lr and clip_grad; `match: true` tunes KD too.",
 }
 """Above each section, what it is."""
 

@@ -66,7 +66,7 @@ def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str
         how: its condition.
         command: makes command lines of their words.
     """
-    from tune_topkd.search.importance import importances
+    from tune_topkd.importance import importances
 
     defaults = known_parameters(config)
     row, spent = row_of(config, state, defaults), spend(state)
