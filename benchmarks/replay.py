@@ -226,10 +226,14 @@ def model_line(name: str) -> str:
 
 
 def drawn() -> Recorded:
-    """The recorded random draws that lie in the default space: some were drawn while its learning rates went higher."""
-    found = recorded("glyphs")
-    high = float(load_config(SPACES["default"]).space["lr"].high or 0)
-    inside = [n for n, params in enumerate(found.params) if float(params["lr"]) <= high]
+    """The recorded random draws that lie in the default space: some were drawn while a range of it was wider."""
+    found, ranges = recorded("glyphs"), load_config(SPACES["default"]).space
+    highest = {name: float(ranges[name].high or 0) for name in ("lr", "clip_grad")}
+    inside = [
+        number
+        for number, params in enumerate(found.params)
+        if all(float(params[name]) <= high for name, high in highest.items())
+    ]
     return Recorded([found.params[n] for n in inside], found.raw[inside], found.ema[inside], found.test[inside])
 
 

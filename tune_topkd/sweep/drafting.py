@@ -129,7 +129,7 @@ def _content(
             "tdl_weight": {"low": 0.1, "high": 5.0, "log": True},
             "contrastive_weight": {"low": 0.3, "high": 10.0, "log": True},
             "lr": {"low": 0.0125, "high": 0.2, "log": True},
-            "clip_grad": {"low": 0.5, "high": 8.0, "log": True},
+            "clip_grad": {"low": 0.5, "high": 3.0, "log": True},
         },
         "relative": {"sum": 3.0, "of": ["ce_weight", "tdl_weight", "contrastive_weight"], "units": "effect"},
         "sweep": {
