@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -61,6 +62,7 @@ from tune_topkd.sweep.register import MODELS
 from tune_topkd.sweep.register import registered
 from tune_topkd.sweep.result import export_bundle
 from tune_topkd.sweep.spaces import space_names
+from tune_topkd.sweep.study import STUDY
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
 from tune_topkd.sweep.workspace import NO_MLFLOW
@@ -72,7 +74,7 @@ from tune_topkd.terminal import Console
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
-Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES, *STUDENT_WRITERS)})  # type: ignore[misc]
+Format = StrEnum("Format", {name: name for name in (*WRITERS, *BUNDLES, *STUDENT_WRITERS, STUDY)})  # type: ignore[misc]
 YAML = Format("yaml")
 PAGE = "html"
 Table = StrEnum("Table", {name: name for name in (*FORMATS, PAGE)})  # type: ignore[misc]
@@ -627,13 +629,19 @@ def export(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
 ) -> None:
-    """Write a sweep's tuned config, or its student, for other projects; models:/NAME@ALIAS is one in MLflow's registry."""
+    """Write a sweep's tuned config, its student or its trials for others; models:/NAME@ALIAS is one in MLflow's registry."""
     if sweep.startswith(MODELS):
         return _export_registered(sweep, format_, output, _workspace(runs_dir, mlflow_uri or None))
     found = Sweep(sweep, _workspace(runs_dir))
     is_student = format_.value in STUDENT_WRITERS
-    if is_student and output is None:
+    if (is_student or format_.value == STUDY) and output is None:
         raise ConfigError("--output", [Problem(key="", rule=f"must be given: {format_.value} is no text")])
+    if format_.value == STUDY:
+        assert output is not None, "it has been asked for"
+        found.export(output, STUDY)
+        console = Console()
+        console.print(f"written: {output}", soft_wrap=True)
+        return console.print(f"look at it: optuna-dashboard {shlex.quote(f'sqlite:///{output}')}", soft_wrap=True)
     tuned, done = found.answer(), found.status().finalists
     if done is not None and done[0] < done[1]:
         note = f"note: the finalists are not done ({done[0]} of {done[1]} trainings): this is the best of one seed"
@@ -658,7 +666,7 @@ def _export_config(tuned: TunedConfig, format_: Format, output: Path | None) -> 
 
 def _export_registered(uri: str, format_: Format, output: Path | None, workspace: Workspace) -> None:
     """Write the tuned config of a registered model."""
-    if format_.value in STUDENT_WRITERS:
+    if format_.value in (*STUDENT_WRITERS, STUDY):
         known = ", ".join((*WRITERS, *BUNDLES))
         rule = f"must be one of {known} for {MODELS}…: `mlflow.pyfunc.load_model` gives the student itself"
         raise ConfigError("--format", [Problem(key=format_.value, rule=rule)])

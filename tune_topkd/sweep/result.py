@@ -32,6 +32,8 @@ from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import rung_ranks
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.student import write_student
+from tune_topkd.sweep.study import STUDY
+from tune_topkd.sweep.study import write_study
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import Verdict
 from tune_topkd.verdict import baseline_name
@@ -99,7 +101,7 @@ class Result:
             path: the file, which is replaced if it is there; of several files the folder, where only those of such an export
                 are replaced.
             format: `yaml`, `json` or `python`, one file; `torchdistill`, `mdistiller`, `timm` or `pytorch`, several; of the
-                student `checkpoint`, `safetensors`, `torch_export` or `onnx`.
+                student `checkpoint`, `safetensors`, `torch_export` or `onnx`; `optuna`, all trials as Optuna studies.
 
         Raises:
             NoAnswerError: no trial reached the full budget.
@@ -108,7 +110,9 @@ class Result:
             TuneTopKDError: there is no such format, or the folder holds a file of another origin that would be replaced.
             OSError: a file cannot be written.
         """
-        if format in STUDENT_WRITERS:
+        if format == STUDY:
+            write_study(Path(path), self.config, self.state)
+        elif format in STUDENT_WRITERS:
             write_student(Path(path), format, self.config, self.state, self.folder, self.answer)
         elif format in BUNDLES:
             export_bundle(self.answer, format, Path(path))
