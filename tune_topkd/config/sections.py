@@ -509,6 +509,9 @@ class SweepSettings(_Section):
     whoever has resumed it; a trial on a quarter of a GPU takes a quarter."""
     cpu_hours: Annotated[float | None, LATER] = Field(None, gt=0)
     """The same of CPUs."""
+    collapse_epochs: Annotated[int | None, LATER] = Field(None, ge=1)
+    """End a trial as failed, `collapsed`, after so many epochs in a row that are no better than chance; those of
+    `recipe.warmup_epochs` do not count. By default none is ended for that."""
     plateau: Annotated[PlateauConfig | None, LATER] = None
     """End the search where it brings no more; baselines and finalists follow as after its last trial."""
     finalists: Annotated[FinalistsConfig | None, LATER] = None

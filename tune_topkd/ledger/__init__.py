@@ -15,6 +15,7 @@ from tune_topkd.ledger.endings import GPU_HOURS
 from tune_topkd.ledger.endings import Hours
 from tune_topkd.ledger.endings import HoursSpent
 from tune_topkd.ledger.endings import due_plateau
+from tune_topkd.ledger.endings import has_collapsed
 from tune_topkd.ledger.events import LEDGER_VERSION
 from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import REPEATING
@@ -142,6 +143,7 @@ __all__ = [
     "finalists_done",
     "finalists_to_repeat",
     "fresh_seeds",
+    "has_collapsed",
     "has_looked",
     "is_confirmed",
     "is_driven",

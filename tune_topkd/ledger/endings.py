@@ -1,11 +1,15 @@
-"""When a search ends before its last trial: hours of training that are used up, or a plateau. By the ledger alone.
+"""When a search ends before its last trial, by hours used up or a plateau; and when a trial has collapsed.
+
+All of it by the ledger alone.
 
 So a sweep that was killed and resumed ends where it would have ended, and an audit can tell.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from tune_topkd.config import OBJECTIVE
 from tune_topkd.config import SweepConfig
 from tune_topkd.ledger.events import SEARCH
 from tune_topkd.ledger.events import Plateau
@@ -21,6 +25,8 @@ GPU_HOURS, CPU_HOURS = "gpu_hours", "cpu_hours"
 """The stop reasons of a sweep whose hours are used up, and the settings of these."""
 
 _PER_HOUR = 3_600_000_000
+_ABOVE_CHANCE = (1.5, 0.05)
+"""What is no better than chance: at most half as much again, and a twentieth of the way from chance to 100 %."""
 
 
 class Hours(NamedTuple):
@@ -109,3 +115,28 @@ def due_plateau(config: SweepConfig, state: SweepState) -> Plateau | None:
     if best is None or not before or best - max(before) >= rule.points:
         return None
     return Plateau(trials=state.size(), best=best, gained=best - max(before), newest=rule.newest, points=rule.points)
+
+
+def has_collapsed(
+    config: SweepConfig, num_classes: int | None, record: TrialRecord, epoch: int, metrics: Mapping[str, float]
+) -> bool:
+    """Whether a trial's newest epochs, `sweep.collapse_epochs` of them past the warm-up, are all no better than chance.
+
+    Chance is that of classes of one size, 100 / C percent. Where one class is larger, a student that always names it is
+    better than that, and is not seen.
+
+    Args:
+        config: the sweep's.
+        num_classes: C; None where it is not known.
+        record: the trial, before this report.
+        epoch: of the report.
+        metrics: what is reported.
+    """
+    newest = config.sweep.collapse_epochs
+    if newest is None or not num_classes or epoch - newest < config.recipe.warmup_epochs:
+        return False
+    chance = 100 / num_classes
+    factor, share = _ABOVE_CHANCE
+    most = min(factor * chance, chance + share * (100 - chance))
+    values = [record.reports.get(e, {}).get(OBJECTIVE, math.inf) for e in range(epoch - newest + 1, epoch)]
+    return all(value <= most for value in [*values, metrics.get(OBJECTIVE, math.inf)])

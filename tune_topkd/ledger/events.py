@@ -92,6 +92,8 @@ class Decision(enum.StrEnum):
     PRUNE = "prune"
     DIVERGED = "diverged"
     """A metric is NaN or infinite."""
+    COLLAPSED = "collapsed"
+    """Top-1 stays at chance."""
 
 
 class Share(NamedTuple):

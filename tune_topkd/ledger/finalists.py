@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import SEARCH
+from tune_topkd.ledger.events import Decision
 from tune_topkd.ledger.events import TrialStatus
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.ledger.state import TrialRecord
@@ -124,15 +125,16 @@ class Finalist:
     def broken(self) -> dict[int, str]:
         """By seed, how a training fell apart, if it did.
 
-        It failed, diverged, or ended with less than half of what the trial's own value is above chance. Of two seeds no
-        spread can be told, and a spread pooled with the others' would grow with the very seed that is looked at. What a
-        seed loses short of that half is in the mean.
+        It failed, diverged, collapsed, or ended with less than half of what the trial's own value is above chance. Of two
+        seeds no spread can be told, and a spread pooled with the others' would grow with the very seed that is looked at.
+        What a seed loses short of that half is in the mean.
         """
         least = self.chance + ((self.record.value or 0.0) - self.chance) / 2
         found = {}
         for seed, repeat in sorted(self.repeats.items()):
             if repeat.status is TrialStatus.FAILED:
-                found[seed] = "diverged" if repeat.reason == "diverged" else f"failed ({repeat.reason})"
+                fell = repeat.reason in (Decision.DIVERGED, Decision.COLLAPSED)
+                found[seed] = repeat.reason if fell else f"failed ({repeat.reason})"
             elif repeat.status is TrialStatus.COMPLETED and (repeat.value or 0.0) < least:
                 found[seed] = f"fell to {repeat.value:.2f} %"
         return {seed: how for seed, how in found.items() if seed in self.seeds}

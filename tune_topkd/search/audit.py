@@ -42,6 +42,7 @@ from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import due_look
 from tune_topkd.ledger import due_plateau
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import has_collapsed
 from tune_topkd.ledger import to_measure
 from tune_topkd.search.baselines import baseline_samplers
 from tune_topkd.search.baselines import baseline_spaces
@@ -65,6 +66,7 @@ _OUTCOME = {
     Decision.COMPLETE: (TrialStatus.COMPLETED,),
     Decision.PRUNE: (TrialStatus.PRUNED,),
     Decision.DIVERGED: (TrialStatus.FAILED,),
+    Decision.COLLAPSED: (TrialStatus.FAILED,),
     Decision.CONTINUE: (TrialStatus.FAILED,),
     None: (TrialStatus.FAILED,),
 }
@@ -273,6 +275,8 @@ class _Audit:
             expected = Decision.DIVERGED
         elif epoch >= self._config.recipe.epochs:
             expected = Decision.COMPLETE
+        elif has_collapsed(self._config, self.state.header.num_classes, record, epoch, metrics):
+            expected = Decision.COLLAPSED
         else:
             value = metrics.get(self._config.rung_metric, math.nan)
             expected = self._scheduler.decide(key, epoch, value) if key.arm == SEARCH else Decision.CONTINUE

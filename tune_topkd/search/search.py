@@ -47,6 +47,7 @@ from tune_topkd.ledger import baseline_target
 from tune_topkd.ledger import due_look
 from tune_topkd.ledger import due_plateau
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import has_collapsed
 from tune_topkd.ledger import tell_all
 from tune_topkd.ledger import to_measure
 from tune_topkd.search.baselines import baseline_samplers
@@ -360,6 +361,8 @@ class Search:
             return Decision.DIVERGED
         if epoch >= self.config.recipe.epochs:
             return Decision.COMPLETE
+        if has_collapsed(self.config, self.state.header.num_classes, self.state.trials[key], epoch, metrics):
+            return Decision.COLLAPSED
         if key.arm != SEARCH:
             return Decision.CONTINUE
         return self._scheduler.decide(key, epoch, metrics[self.config.rung_metric])
@@ -402,6 +405,10 @@ class Search:
             case Decision.DIVERGED:
                 error = f"a metric is NaN or infinite at epoch {epoch}"
                 reason = Decision.DIVERGED.value
+                return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
+            case Decision.COLLAPSED:
+                error = f"top-1 is at chance at epoch {epoch}, as in those before it"
+                reason = Decision.COLLAPSED.value
                 return End(key=key, epoch=epoch, status=TrialStatus.FAILED, reason=reason, error=error, value=None)
             case _:
                 raise AssertionError(f"should not end on {decision}")

@@ -136,6 +136,7 @@ def _content(
             "trials": 40,
             "startup_trials": 14,
             "asha": {"grace_epochs": max(1, epochs // 9), "reduction_factor": 3},
+            "collapse_epochs": 5,
             "finalists": {"count": 3, "seeds": 2},
         },
         "baselines": {"methods": ["ce", "kd", "defaults"], "trials": 6},

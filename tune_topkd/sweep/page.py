@@ -19,6 +19,7 @@ from tune_topkd.findings import Row
 from tune_topkd.findings import Rung
 from tune_topkd.findings import range_text
 from tune_topkd.ledger import SEARCH
+from tune_topkd.ledger import Decision
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
@@ -293,8 +294,12 @@ def _failures(state: SweepState) -> Iterator[Note]:
     yield Note(f"{len(failed):,} of {_trials(state.size())} failed", f"{named}{more}.")
 
 
+_KNOWN_REASONS = (Decision.DIVERGED, Decision.COLLAPSED)
+"""Which say all that there is to say."""
+
+
 def _cause(record: TrialRecord) -> str:
-    return f"{record.reason}: {record.error}" if record.error and record.reason != "diverged" else record.reason
+    return f"{record.reason}: {record.error}" if record.error and record.reason not in _KNOWN_REASONS else record.reason
 
 
 def _trials(number: int) -> str:
