@@ -44,7 +44,7 @@ bench: $(STAMP)  ## what proves the speed: ratios, each with its baseline in the
 	$(BIN)/python -m benchmarks --write $(ARGS)
 
 analysis: $(STAMP)  ## the notebooks over a sweep as pages: make analysis SWEEP=digits
-	TUNE_TOPKD_SWEEP=$(SWEEP) TUNE_TOPKD_RUNS_DIR=$(abspath $(RUNS)) $(BIN)/jupyter nbconvert --log-level WARN \
+	TUNE_TOPKD_SWEEP=$(SWEEP) TUNE_TOPKD_RUNS_DIR=$(abspath $(RUNS)) $(BIN)/jupyter nbconvert --log-level ERROR \
 	  --execute --no-input --to html --output-dir $(RUNS)/$(SWEEP) analysis/01-one-sweep.ipynb \
 	  analysis/02-how-the-search-went.ipynb analysis/03-best-k.ipynb
 	@echo "the answer:      $(RUNS)/$(SWEEP)/01-one-sweep.html"

@@ -64,6 +64,11 @@ class SweepTables:
         found = of_status(self.trials, TrialStatus.COMPLETED)
         return found.sort_values([_VALUE, "number"], ascending=[False, True])
 
+    def best_trials(self, count: int) -> pd.DataFrame:
+        """So many of the completed trials, the best first: validation top-1 in percent, then what they were given."""
+        shown = self.completed.set_index("number")[[_VALUE, *parameters_of(self.trials)]]
+        return shown.head(count).round(3)
+
     @property
     def headline(self) -> str:
         """The answer in a sentence."""
