@@ -1017,6 +1017,7 @@ COMMANDS = {
     "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --or-resume --set",
     "init": "--data --teacher --student --checkpoint --root --epochs --image-size --output -o",
     "check": "--trials --epochs --set --show",
+    "schema": "--output -o",
     "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --set",
     "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",
     "verify": "--seeds --set",

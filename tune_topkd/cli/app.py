@@ -37,6 +37,7 @@ from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import dump_config
+from tune_topkd.config import json_schema
 from tune_topkd.config import parse_set
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.export import BUNDLES
@@ -417,6 +418,14 @@ def check(
             console.print(f"  note: {warning}", style="yellow", soft_wrap=True)
         if show:
             terminal.result(dump_config(checked.config) + "\n", is_document=True)
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+) -> None:
+    """Write the JSON Schema of search spaces, by which an editor completes and explains their keys."""
+    _give(json.dumps(json_schema(), indent=2) + "\n", output, Console())
 
 
 @app.command()

@@ -4,7 +4,8 @@ A YAML is read by `load_config`, which reports every problem it finds at once: f
 What needs a look at data, networks or losses (class counts, model names) is checked by the command line's preflight.
 
 Inside: `sections` are the models, `choices` what they choose by name, `rules` what holds between their fields, `validation`
-turns all into `ConfigError`, `files` reads and writes YAML, with `extends:` and `--set`.
+turns all into `ConfigError`, `files` reads and writes YAML, with `extends:` and `--set`, `schema` tells editors what may
+stand in one.
 """
 
 from tune_topkd.config.choices import METHODS
@@ -31,6 +32,7 @@ from tune_topkd.config.placement import value_at
 from tune_topkd.config.placement import what
 from tune_topkd.config.placement import without
 from tune_topkd.config.rules import budget_problems
+from tune_topkd.config.schema import json_schema
 from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import BASELINE_SPACES
 from tune_topkd.config.sections import DEFAULTS
@@ -112,6 +114,7 @@ __all__ = [
     "budget_problems",
     "config_from",
     "dump_config",
+    "json_schema",
     "load_config",
     "load_pair",
     "loss_part",

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import JsonValue
+from pydantic import WithJsonSchema
 from pydantic import field_validator
 from pydantic import model_validator
 
@@ -35,17 +36,24 @@ def _known_method(value: str) -> str:
     return value
 
 
-Method = Annotated[str, AfterValidator(_known_method)]
+Method = Annotated[
+    str,
+    AfterValidator(_known_method),
+    WithJsonSchema({"anyOf": [{"enum": list(METHODS)}, {"type": "string", "pattern": f"^{_USER_METHOD.pattern}$"}]}),
+]
 """One of `METHODS`, or `package.module:loss`, a callable of the user's; `+topkd` makes either the base of the plug-in."""
 
 
 class ChoiceConfig(BaseModel):
     """One of several by its name; what else is given goes to it by keyword. A bare name may stand for the whole section."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
     name: str
+    """Which one."""
 
     @property
     def options(self) -> dict[str, JsonValue]:

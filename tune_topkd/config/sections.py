@@ -54,14 +54,23 @@ def _each_once(value: _ListT) -> _ListT:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=False,
+        use_attribute_docstrings=True,  # the reference and the JSON Schema tell them
+    )
 
 
 class RandAugmentConfig(_Section):
     """RandAugment (Cubuk et al., arXiv 1909.13719): `ops` random operations of strength `magnitude`, of 0 to 30."""
 
     ops: int = Field(2, ge=1, le=16)
+    """How many operations, drawn anew for each view."""
     magnitude: int = Field(9, ge=0, le=30)
+    """How strong they are."""
 
 
 class AugmentConfig(_Section):
@@ -76,6 +85,7 @@ class AugmentConfig(_Section):
     rotate: float = Field(0.0, ge=0, le=180)
     """Degrees, at most, either way."""
     rand_augment: RandAugmentConfig | None = None
+    """RandAugment, with its options; `{}` takes their defaults."""
     erase: float = Field(0.0, ge=0, le=1)
     """Probability of erasing a random rectangle (Zhong et al., arXiv 1708.04896) of the normalised image."""
     mixup: float = Field(0.0, ge=0)
@@ -111,6 +121,7 @@ class DataConfig(_Section):
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share kept back for the final evaluation, where the dataset has no test part of its own."""
     split_seed: int = Field(0, ge=0)
+    """Which images the validation split has, and the test split where it is drawn."""
     selection: Literal["validation", "test_at_end", "all_training", "best_test_epoch"] = "validation"
     """`test_at_end` trains on the images of the validation split too, and reads the test part once, after the last epoch;
     `all_training` does not read it: its `val_top1` is of images that it has learnt from. `best_test_epoch` reads it after
@@ -120,10 +131,12 @@ class DataConfig(_Section):
     mean: list[float] | None = None
     """Per channel, of pixels from 0 to 1; by default the field's constants or the training split's own."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
+    """Likewise; given together with `mean`."""
     workers: Annotated[int | None, WHERE] = Field(None, ge=0)
     """Processes that decode and augment images one by one; 0 does it in the trial's own. By default as many as the trial
     was given CPUs, if these are two or more and images are decoded."""
     augment: AugmentConfig = AugmentConfig()
+    """The random views that a student is trained on."""
 
     @model_validator(mode="after")
     def _some_left_to_train_on(self) -> Self:
@@ -144,7 +157,9 @@ class ModelConfig(_Section):
     """A network by name; `kwargs` go to its constructor. A bare name may stand for the whole section."""
 
     name: str
+    """A network of this project, `torchvision:NAME`, `timm:NAME`, or `package.module:factory`, a function of the user's."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of its constructor, besides the number of classes."""
     image_size: int | None = Field(None, ge=1)
     """Side that images are resized to (bilinear, antialiased) before this network sees them."""
     checkpoint_key: str | None = None
@@ -190,25 +205,33 @@ class RecipeConfig(_Section):
     """How a network is trained: an optimiser with a learning-rate schedule by epoch."""
 
     epochs: int = Field(ge=1)
+    """Epochs of a full training."""
     batch_size: int = Field(64, ge=1)
+    """Images of a step. The contrastive loss compares those of a batch with one another: see `contrastive_batch`."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or AdamW."""
     lr: float = Field(0.05, gt=0)
+    """The learning rate that the schedule starts from, after a warm-up."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of SGD; AdamW has its usual betas, 0.9 and 0.999."""
     nesterov: bool = False
+    """Nesterov's momentum, of SGD."""
     weight_decay: float = Field(5e-4, ge=0)
     """Of all weights with SGD, a loss's own too; AdamW spares vectors, biases, tokens and embeddings of positions."""
     schedule: Literal["step", "cosine", "constant"] = "step"
+    """How the learning rate falls: times `gamma` at each of the `milestones`, along a cosine to `min_lr`, or not at all."""
     milestones: list[float] = Field(default_factory=lambda: [0.625, 0.75, 0.875])
     """Epochs after which the learning rate is multiplied by `gamma`; below 1 they are shares of `epochs`.
     The default is the field's 150, 180, 210 of 240."""
     gamma: float = Field(0.1, gt=0, le=1)
+    """What the learning rate is multiplied by at a milestone."""
     min_lr: float = Field(0.0, ge=0)
     """Where the cosine ends."""
     warmup_epochs: int = Field(0, ge=0)
     """Epochs in which the learning rate rises linearly, from `warmup_start` times `lr`: with SGD as a factor of what the
     schedule says, with AdamW to `lr`, and the schedule comes after, its epochs counted from the first."""
     warmup_start: float = Field(0.001, gt=0, le=1)
+    """The share of `lr` that a warm-up begins with."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's layers, where it is safe (torch's autocast); weights, loss and the teacher's logits stay float32."""
     clip_grad: Annotated[float | None, LATER] = Field(None, gt=0)
@@ -245,15 +268,19 @@ class TeacherConfig(_Section):
     """The network that teaches: given as a `checkpoint`, or trained once with cross-entropy by `recipe`."""
 
     name: str
+    """As the student's."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of its constructor, besides the number of classes."""
     checkpoint: Annotated[str | None, FILE] = None
     """Path of a checkpoint to load; relative paths are relative to the working directory."""
     checkpoint_key: str | None = None
     """Where in it the weights lie, such as `state_dict_ema`; needed only where several sets of them fit."""
     recipe: RecipeConfig | None = None
+    """How it is trained, once in a runs folder, where there is no checkpoint: the keys of the student's recipe."""
     augment: AugmentConfig | None = None
     """The views that `recipe` trains it on; by default those of the data."""
     seed: int = Field(0, ge=0)
+    """Of its training by `recipe`."""
     image_size: int | None = Field(None, ge=1)
     """Side that the student's images are resized to before the teacher sees them."""
     bank: bool = True
@@ -282,11 +309,15 @@ class ParameterRange(_Section):
     """
 
     low: float | str | None = None
+    """The lowest value, or the name of another parameter of the space."""
     high: float | str | None = None
+    """The highest value, which is among those that are drawn, or the name of another parameter."""
     log: bool = False
     """Draw uniformly in the logarithm; both bounds must then be positive."""
     type: Literal["int", "float"] | None = None
+    """By default `int` for `k` and `batch_size`, and `float` for all others."""
     choices: list[Scalar] | None = None
+    """The values themselves, instead of a range."""
 
     @field_validator("choices")
     @classmethod
@@ -332,7 +363,9 @@ class RelativeConfig(_Section):
     """
 
     sum: float = Field(3.0, gt=0)
+    """What the weights add up to in each trial."""
     of: Annotated[list[str], AfterValidator(_each_once)] = Field(min_length=2)
+    """The names of the weights, each searched by the space."""
     units: Annotated[Literal["effect"] | None, LATER] = None
     """`effect` draws what a term does to the student, in that of the term at its defaults and weight 1: see `EFFECTS`.
     By default the weights themselves are drawn."""
@@ -369,7 +402,9 @@ class AshaConfig(_Section):
     """
 
     grace_epochs: int = Field(3, ge=1)
+    """Epochs that every trial may train: the first rung."""
     reduction_factor: int = Field(3, ge=2)
+    """One trial in so many goes on at a rung; the next rung is so many times as far."""
 
     def rungs(self, epochs: int) -> list[int]:
         """The epochs of the rungs of trials with so many; the last epoch is none."""
@@ -412,6 +447,7 @@ class BaselinesConfig(_Section):
     ]
     """`defaults` is the method that is tuned, with what `loss` fixes and its defaults for the rest."""
     trials: int = Field(6, ge=1)
+    """Runs of each method."""
     match: Annotated[bool | None, LATER] = None
     """Tune KD, DKD and logit-standardised KD as the search tunes its method: over `BASELINE_SPACES` besides the recipe's
     part of the space, with the same sampler, and with as many full trainings as the search trains epochs."""
@@ -478,9 +514,13 @@ class SweepSettings(_Section):
     """How the search is run."""
 
     trials: int = Field(32, ge=1)
+    """Trials of the search, stopped ones too; baselines and finalists come on top."""
     seed: int = Field(0, ge=0, lt=LARGEST_SEED + 1)
+    """Of the proposals, and of every training of the search."""
     sampler: SamplerConfig = SamplerConfig(name="tpe")
+    """What proposes the trials, by name, with its options beside it."""
     scheduler: SchedulerConfig = SchedulerConfig(name=ASHA)
+    """What stops trials early, by name, with its options beside it."""
     asha: AshaConfig | None = AshaConfig()
     """Of the scheduler `asha`; `null` lets every trial run to the end. With another scheduler it is `null`."""
     rung_metric: Literal["val_top1", "val_top1_ema"] | None = None
@@ -531,23 +571,32 @@ class PairConfig(_Section):
     """One (dataset, teacher, student) and how the one learns from the other."""
 
     description: str = ""
+    """A line for people: what is distilled into what."""
     data: DataConfig
+    """The dataset and how it is split."""
     teacher: TeacherConfig | None = None
     """Needed by every method but `ce`, and by the baseline `kd`."""
     student: StudentConfig
+    """The network that is trained in every trial."""
     method: Method = "topkd"
+    """The loss: one of this project, or `package.module:loss`; `+topkd` puts TopKD on top of it."""
     loss: dict[str, Scalar] = Field(default_factory=dict)
     """Fixed parameters of the loss; what neither this nor the space names has the method's default."""
     recipe: RecipeConfig
+    """How the student is trained; a space may search some of it."""
 
 
 class SweepConfig(PairConfig):
     """A pair and the space to search for it."""
 
     space: dict[str, ParameterRange] = Field(min_length=1)
+    """What is searched, by parameter of the loss or the recipe: a range, or a list of choices."""
     relative: RelativeConfig | None = None
+    """Weights of the loss of which only the ratios are searched."""
     sweep: SweepSettings = SweepSettings()
+    """How the search is run."""
     baselines: BaselinesConfig | None = BaselinesConfig()
+    """What the answer is compared with; `null` compares it with nothing."""
 
     @property
     def rung_metric(self) -> str:
