@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUNS ?= $(or $(TUNE_TOPKD_RUNS_DIR),runs)
 SWEEP ?= digits
 
-.PHONY: sweep test test-slow test-lowest coverage torture check format bench analysis clean
+.PHONY: sweep test test-slow test-lowest coverage torture check format bench analysis docs clean
 
 sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
 	@if [ -f $(RUNS)/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits --runs-dir $(RUNS); \
@@ -51,6 +51,10 @@ analysis: $(STAMP)  ## the notebooks over a sweep as pages: make analysis SWEEP=
 	@echo "the search:      $(RUNS)/$(SWEEP)/02-how-the-search-went.html"
 	@echo "K of all sweeps: $(RUNS)/$(SWEEP)/03-best-k.html"
 
+docs: $(STAMP)  ## the docs as a site: build/site
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html (its search needs a server: $(BIN)/python -m mkdocs serve)"
+
 clean:  ## remove what can be made again, but never the sweeps in runs/
 	rm -rf $(VENV) .venv-lowest .coverage build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
@@ -60,5 +64,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@echo "Installing into $(VENV) (once; some minutes, about 6 GB)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep,cluster,dev,consumers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep,cluster,dev,consumers,docs]'
 	@touch $@

@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import yaml
 from lowest import lowest
 from packaging.requirements import Requirement
 
@@ -21,6 +22,7 @@ def test_the_changelog_has_the_version_or_what_comes_after_it():
     assert sections[0] == "Unreleased" or released[0] == __version__
     assert released == sorted(released, key=lambda v: tuple(map(int, v.split("."))), reverse=True)
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
 
 
 def test_every_requirement_is_pinned_for_the_tests_to_a_version_that_it_allows():

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from tune_topkd.config.choices import SAMPLERS
 from tune_topkd.config.choices import SCHEDULERS
+from tune_topkd.config.choices import ChoiceConfig
 from tune_topkd.config.choices import SamplerConfig
 from tune_topkd.config.choices import SchedulerConfig
 from tune_topkd.config.files import EXTENDS
@@ -41,6 +42,8 @@ def json_schema() -> dict[str, Any]:
     for model, form in BARE_FORMS.items():
         whole = definitions[model.__name__]
         told = {key: whole.pop(key) for key in ("title", "description")}
+        if issubclass(model, ChoiceConfig):
+            whole["properties"]["name"].update(form)
         definitions[model.__name__] = {**told, "anyOf": [whole, dict(form)]}
     for name in ("space", "loss"):  # a null takes an entry of a parent away
         entries = schema["properties"][name]

@@ -13,6 +13,7 @@ from pydantic import AfterValidator
 from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
+from pydantic import WithJsonSchema
 from pydantic import field_validator
 from pydantic import model_validator
 
@@ -461,6 +462,10 @@ AUTO = "auto"
 """In place of a trial's share of a machine: measure how much is best."""
 
 
+_SOME_CPUS = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": AUTO}]})
+_SOME_GPUS = WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"const": AUTO}]})
+
+
 def _cpus(value: float | str) -> float | str:
     if isinstance(value, str) and value != AUTO:
         raise ValueError("must be a number or auto")
@@ -533,9 +538,9 @@ class SweepSettings(_Section):
     Of relative weights only the ratios matter."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; by default as many as the cluster has room for."""
-    cpus_per_trial: Annotated[float | str, AfterValidator(_cpus)] = 1.0
+    cpus_per_trial: Annotated[float | str, AfterValidator(_cpus), _SOME_CPUS] = 1.0
     """`auto` measures how many trials, on how many CPUs each, train the most together."""
-    gpus_per_trial: Annotated[float | str, AfterValidator(_gpus)] = 0.0
+    gpus_per_trial: Annotated[float | str, AfterValidator(_gpus), _SOME_GPUS] = 0.0
     """May be a fraction: 0.25 lets four trials share a GPU; `auto` measures how many do best. More than 1 is refused for a
     new sweep: a trial trains on one GPU."""
     max_failures: int = Field(3, ge=0)

@@ -118,8 +118,7 @@ def fingerprint(config: DataConfig, dataset: Dataset | None = None) -> str:
 
     Args:
         config: names the dataset.
-        dataset: what `load_dataset` or `load_saved` gave for it; spares reading a user's dataset that has no identity
-        of
+        dataset: what `load_dataset` or `load_saved` gave for it; spares reading a user's dataset that has no identity of
             its own.
 
     Raises:

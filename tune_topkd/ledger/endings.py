@@ -21,8 +21,10 @@ from tune_topkd.space import startup_trials_of
 
 EPOCH_SECONDS = "epoch_seconds"
 """The metric that says how long an epoch took in its worker, in seconds."""
-GPU_HOURS, CPU_HOURS = "gpu_hours", "cpu_hours"
-"""The stop reasons of a sweep whose hours are used up, and the settings of these."""
+GPU_HOURS = "gpu_hours"
+"""The stop reason of a sweep whose GPU hours are used up, and the setting of these."""
+CPU_HOURS = "cpu_hours"
+"""The same of CPU hours."""
 
 _PER_HOUR = 3_600_000_000
 _ABOVE_CHANCE = (1.5, 0.05)

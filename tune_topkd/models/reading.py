@@ -38,8 +38,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     No code in the file is run: it may hold tensors, plain data and numpy scalars, which become Python's.
 
     Raises:
-        ValueError: the file is missing, damaged (checksums are compared where there are any), not a checkpoint, of
-        which
+        ValueError: the file is missing, damaged (checksums are compared where there are any), not a checkpoint, of which
             its first bytes tell the kind, or holds anything but a dict of such data.
     """
     try:

@@ -18,7 +18,7 @@ class SmallCNN(nn.Module):
 
     Raises:
         ValueError: `widths` is not a list of positive integers, or `strides` not one as long, or `channels` not
-        positive.
+            positive.
     """
 
     def __init__(

@@ -25,8 +25,10 @@ from tune_topkd.tracking.store import sqlite_file
 
 PREFIX = "topkd"
 """Of the names of all models."""
-CHAMPION, PREVIOUS = "champion", "previous"
-"""The aliases: of the version to use, and of the one that was to be used before it."""
+CHAMPION = "champion"
+"""The alias of the version to use."""
+PREVIOUS = "previous"
+"""The alias of the version that was to be used before it."""
 PROGRAM_FILE = "model.pt2"
 """What MLflow's loader of exported programs looks for."""
 
