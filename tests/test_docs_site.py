@@ -123,6 +123,13 @@ def test_every_command_and_every_option_is_in_the_reference(site):
                 assert {*param.opts, *param.secondary_opts} <= set(told), f"{name}: {param.opts}"
 
 
+def test_every_option_says_what_it_means(site):
+    rows = re.findall(r"<tr>\s*(<td>.*?)</tr>", (site / "reference" / "commands.html").read_text(), re.S)
+    of_options = [row for row in (re.findall(r"<td>(.*?)</td>", row, re.S) for row in rows) if len(row) == 3]
+    assert len(of_options) > 80
+    assert [name for name, _, meaning in of_options if not meaning.strip()] == []
+
+
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name not in WITHOUT_A_PAGE])
 def test_every_public_name_is_in_the_reference(site, package):
     exported = importlib.import_module(f"tune_topkd.{package}").__all__

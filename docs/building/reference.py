@@ -216,7 +216,7 @@ def commands_page() -> str:
                 names = ", ".join(f"`{option}{value}`" for option in (*param.opts, *param.secondary_opts))
             else:
                 names = f"`{_metavar(param, kinds)}`"
-            rows.append((names, _given(param), _told(re.sub(r" ?\[default: .*\]", "", param.help or ""))))
+            rows.append((names, _given(param), _told(re.sub(r" ?\[default: .*\]\.?$", ".", param.help or ""))))
         text.append(_table(("argument or option", "default", "meaning"), rows))
     return "\n".join(text)
 
@@ -284,7 +284,8 @@ def package_page(package: str, more: tuple[str, ...]) -> str:
     """A page that mkdocstrings fills with signatures and docstrings."""
     name = f"tune_topkd.{package}"
     names = [f"{name}.{exported}" for exported in public_names(package)] + list(more)
-    opening = f"# {name}\n\n::: {name}\n    options: {{members: false, show_root_heading: false}}\n"
+    options = "{members: false, show_root_heading: false, show_root_toc_entry: false}"
+    opening = f"# {name}\n\n::: {name}\n    options: {options}\n"
     return "\n".join([opening, *(f"::: {each}\n" for each in names)])
 
 

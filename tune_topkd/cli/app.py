@@ -116,10 +116,14 @@ Moved = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
 ]
-SweepName = Annotated[str, typer.Argument(metavar="SWEEP", autocompletion=_sweeps)]
+SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="The name of a sweep.", autocompletion=_sweeps)]
 Spaces = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SPACE.yaml]...", help=f"[default: {DEFAULT_SPACE}]", autocompletion=space_names),
+    typer.Argument(
+        metavar="[SPACE.yaml]...",
+        help=f"Search spaces: files, or names of this project's [default: {DEFAULT_SPACE}].",
+        autocompletion=space_names,
+    ),
 ]
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
@@ -398,7 +402,7 @@ def init(
 
 @app.command()
 def check(
-    spaces: Annotated[list[str], typer.Argument(metavar="SPACE.yaml...")],
+    spaces: Annotated[list[str], typer.Argument(metavar="SPACE.yaml...", help="Search spaces.")],
     trials: Trials = None,
     epochs: Epochs = None,
     set_: Sets = None,
@@ -422,7 +426,7 @@ def check(
 
 @app.command()
 def schema(
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The file [default: stdout].")] = None,
 ) -> None:
     """Write the JSON Schema of search spaces, by which an editor completes and explains their keys."""
     _give(json.dumps(json_schema(), indent=2) + "\n", output, Console())
@@ -477,7 +481,7 @@ def confirm(
 
 @app.command()
 def verify(
-    tuned: Annotated[Path, typer.Argument(metavar="TUNED.yaml")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED.yaml", help="An exported tuned config.")],
     seeds: Annotated[int, typer.Option(help="Trainings, each on a seed that the config has not had.")] = 3,
     set_: Annotated[
         list[str] | None,
@@ -499,7 +503,7 @@ def verify(
 
 @app.command()
 def status(
-    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="[default: all]")] = None,
+    sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="The name of a sweep [default: all].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
     campaign: Annotated[
         bool, typer.Option("--campaign", help="As the table of `report`: what each has found.")
@@ -527,12 +531,15 @@ def status(
 @app.command()
 def report(
     sweeps: Annotated[
-        list[str] | None, typer.Argument(metavar="[SWEEP]...", help="[default: all]", autocompletion=_sweeps)
+        list[str] | None,
+        typer.Argument(metavar="[SWEEP]...", help="The names of sweeps [default: all].", autocompletion=_sweeps),
     ] = None,
-    format_: Annotated[Table, typer.Option("--format")] = MARKDOWN,
+    format_: Annotated[Table, typer.Option("--format", help="A table; html is a page with figures.")] = MARKDOWN,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="[default: stdout; of html report.html in the sweep's or the runs folder]"),
+        typer.Option(
+            "-o", "--output", help="The file [default: stdout; of html report.html in the sweep's or the runs folder]."
+        ),
     ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
@@ -630,10 +637,10 @@ def audit(
 @app.command()
 def export(
     sweep: SweepName,
-    format_: Annotated[Format, typer.Option("--format")] = YAML,
+    format_: Annotated[Format, typer.Option("--format", help="Which project is to read it.")] = YAML,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="[default: stdout; a folder where the format is several files]"),
+        typer.Option("-o", "--output", help="The file; a folder where the format is several files [default: stdout]."),
     ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
@@ -684,7 +691,7 @@ def _export_registered(uri: str, format_: Format, output: Path | None, workspace
 
 @app.command()
 def teacher(
-    space: Annotated[str | None, typer.Argument(metavar="SPACE.yaml")] = None,
+    space: Annotated[str | None, typer.Argument(metavar="SPACE.yaml", help="The search space.")] = None,
     set_: Sets = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure its validation top-1 again, even if it is known.")
@@ -732,9 +739,11 @@ def _on_console(workspace: Workspace) -> Watchers:
 
 @app.command()
 def train(
-    space: Annotated[str, typer.Argument(metavar="SPACE.yaml|TUNED.yaml")],
+    space: Annotated[
+        str, typer.Argument(metavar="SPACE.yaml|TUNED.yaml", help="A search space, or an exported tuned config.")
+    ],
     set_: Sets = None,
-    name: Annotated[str | None, typer.Option(help="[default: the YAML's]")] = None,
+    name: Annotated[str | None, typer.Option(help="The training's name [default: the YAML's].")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the training.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
