@@ -216,7 +216,7 @@ def commands_page() -> str:
                 names = ", ".join(f"`{option}{value}`" for option in (*param.opts, *param.secondary_opts))
             else:
                 names = f"`{_metavar(param, kinds)}`"
-            rows.append((names, _given(param), _told(re.sub(r" ?\[default: .*\]\.?$", ".", param.help or ""))))
+            rows.append((names, _given(param), _meaning(param, kinds)))
         text.append(_table(("argument or option", "default", "meaning"), rows))
     return "\n".join(text)
 
@@ -241,15 +241,26 @@ def _is_option(param: Any) -> bool:
 
 
 def _metavar(param: Any, kinds: Mapping[str, Any]) -> str:
-    """What stands for the value of an option or an argument: what it declares, its choices, or its type."""
+    """What stands for the value of an option or an argument: what it declares, its name, or its type."""
     if param.metavar:
         return str(param.metavar)
     if not _is_option(param):
         return str(param.name.upper())
-    kind = next((k for k in (*typing.get_args(kinds[param.name]), kinds[param.name]) if isinstance(k, type)), str)
+    kind = _kind_of(param, kinds)
     if issubclass(kind, StrEnum):
-        return "|".join(kind)
+        return str(param.name.strip("_").upper())
     return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
+
+
+def _kind_of(param: Any, kinds: Mapping[str, Any]) -> type:
+    return next((k for k in (*typing.get_args(kinds[param.name]), kinds[param.name]) if isinstance(k, type)), str)
+
+
+def _meaning(param: Any, kinds: Mapping[str, Any]) -> str:
+    text = re.sub(r" ?\[default: .*\]\.?$", ".", param.help or "")
+    kind = _kind_of(param, kinds)
+    choices = f" One of {', '.join(f'`{choice}`' for choice in kind)}." if issubclass(kind, StrEnum) else ""
+    return _told(text + choices)
 
 
 def _given(param: Any) -> str:

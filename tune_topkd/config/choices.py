@@ -53,7 +53,7 @@ class ChoiceConfig(BaseModel):
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
     name: str
-    """Which one."""
+    """Which one; what is given beside it are its options."""
 
     @property
     def options(self) -> dict[str, JsonValue]:
@@ -75,7 +75,7 @@ def _known_choice(value: str, known: tuple[str, ...]) -> str:
 
 
 class SamplerConfig(ChoiceConfig):
-    """What proposes the trials: one of `SAMPLERS`, or `package.module:factory`, called with the axes, the seed, options."""
+    """What proposes the trials: one of this project, or `package.module:factory`, called with axes, seed and options."""
 
     @field_validator("name")
     @classmethod
@@ -84,7 +84,7 @@ class SamplerConfig(ChoiceConfig):
 
 
 class SchedulerConfig(ChoiceConfig):
-    """What stops trials early: one of `SCHEDULERS`, or `package.module:factory`, called with the config and options."""
+    """What stops trials early: one of this project, or `package.module:factory`, called with config and options."""
 
     @field_validator("name")
     @classmethod

@@ -84,7 +84,7 @@ class AugmentConfig(_Section):
     flip: bool = False
     """Mirror left to right, one time in two."""
     rotate: float = Field(0.0, ge=0, le=180)
-    """Degrees, at most, either way."""
+    """Turn by a random angle of at most so many degrees, either way."""
     rand_augment: RandAugmentConfig | None = None
     """RandAugment, with its options; `{}` takes their defaults."""
     erase: float = Field(0.0, ge=0, le=1)
@@ -124,15 +124,17 @@ class DataConfig(_Section):
     split_seed: int = Field(0, ge=0)
     """Which images the validation split has, and the test split where it is drawn."""
     selection: Literal["validation", "test_at_end", "all_training", "best_test_epoch"] = "validation"
-    """`test_at_end` trains on the images of the validation split too, and reads the test part once, after the last epoch;
-    `all_training` does not read it: its `val_top1` is of images that it has learnt from. `best_test_epoch` reads it after
-    every epoch and reports the best one, as many published rows do; it marks the result. A sweep refuses all three."""
+    """What a training is measured on: `validation`, by which trials are chosen. `test_at_end` trains on the images of the
+    validation split too, and reads the test part once, after the last epoch; `all_training` does not read it: its
+    `val_top1` is of images that it has learnt from. `best_test_epoch` reads it after every epoch and reports the best one,
+    as many published rows do; it marks the result. A sweep refuses all three."""
     image_size: int | None = Field(None, ge=1)
     """Side in pixels that images are resized to; by default the dataset's own."""
     mean: list[float] | None = None
-    """Per channel, of pixels from 0 to 1; by default the field's constants or the training split's own."""
+    """Mean of the pixels, from 0 to 1, per channel, by which images are normalised; by default the field's constants or the
+    training split's own."""
     std: list[Annotated[float, Field(gt=0)]] | None = None
-    """Likewise; given together with `mean`."""
+    """Standard deviation of the pixels, per channel; given together with `mean`."""
     workers: Annotated[int | None, WHERE] = Field(None, ge=0)
     """Processes that decode and augment images one by one; 0 does it in the trial's own. By default as many as the trial
     was given CPUs, if these are two or more and images are decoded."""
@@ -214,11 +216,11 @@ class RecipeConfig(_Section):
     lr: float = Field(0.05, gt=0)
     """The learning rate that the schedule starts from, after a warm-up."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of SGD; AdamW has its usual betas, 0.9 and 0.999."""
+    """Momentum of SGD; AdamW has its usual betas, 0.9 and 0.999."""
     nesterov: bool = False
     """Nesterov's momentum, of SGD."""
     weight_decay: float = Field(5e-4, ge=0)
-    """Of all weights with SGD, a loss's own too; AdamW spares vectors, biases, tokens and embeddings of positions."""
+    """Decay of all weights with SGD, a loss's own too; AdamW spares vectors, biases, tokens and embeddings of positions."""
     schedule: Literal["step", "cosine", "constant"] = "step"
     """How the learning rate falls: times `gamma` at each of the `milestones`, along a cosine to `min_lr`, or not at all."""
     milestones: list[float] = Field(default_factory=lambda: [0.625, 0.75, 0.875])
@@ -227,14 +229,15 @@ class RecipeConfig(_Section):
     gamma: float = Field(0.1, gt=0, le=1)
     """What the learning rate is multiplied by at a milestone."""
     min_lr: float = Field(0.0, ge=0)
-    """Where the cosine ends."""
+    """The learning rate that the cosine ends at."""
     warmup_epochs: int = Field(0, ge=0)
     """Epochs in which the learning rate rises linearly, from `warmup_start` times `lr`: with SGD as a factor of what the
     schedule says, with AdamW to `lr`, and the schedule comes after, its epochs counted from the first."""
     warmup_start: float = Field(0.001, gt=0, le=1)
     """The share of `lr` that a warm-up begins with."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the network's layers, where it is safe (torch's autocast); weights, loss and the teacher's logits stay float32."""
+    """Number format of the network's layers, where it is safe (torch's autocast); weights, loss and the teacher's logits
+    stay float32."""
     clip_grad: Annotated[float | None, LATER] = Field(None, gt=0)
     """Scale the gradient of all trained weights down to this norm where it is longer."""
     ema: Annotated[EmaConfig | None, LATER] = None
@@ -269,19 +272,19 @@ class TeacherConfig(_Section):
     """The network that teaches: given as a `checkpoint`, or trained once with cross-entropy by `recipe`."""
 
     name: str
-    """As the student's."""
+    """A network of this project, `torchvision:NAME`, `timm:NAME`, or `package.module:factory`, a function of the user's."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of its constructor, besides the number of classes."""
     checkpoint: Annotated[str | None, FILE] = None
     """Path of a checkpoint to load; relative paths are relative to the working directory."""
     checkpoint_key: str | None = None
-    """Where in it the weights lie, such as `state_dict_ema`; needed only where several sets of them fit."""
+    """Where in the checkpoint the weights lie, such as `state_dict_ema`; needed only where several sets of them fit."""
     recipe: RecipeConfig | None = None
     """How it is trained, once in a runs folder, where there is no checkpoint: the keys of the student's recipe."""
     augment: AugmentConfig | None = None
     """The views that `recipe` trains it on; by default those of the data."""
     seed: int = Field(0, ge=0)
-    """Of its training by `recipe`."""
+    """Seed of its training by `recipe`."""
     image_size: int | None = Field(None, ge=1)
     """Side that the student's images are resized to before the teacher sees them."""
     bank: bool = True
@@ -368,8 +371,8 @@ class RelativeConfig(_Section):
     of: Annotated[list[str], AfterValidator(_each_once)] = Field(min_length=2)
     """The names of the weights, each searched by the space."""
     units: Annotated[Literal["effect"] | None, LATER] = None
-    """`effect` draws what a term does to the student, in that of the term at its defaults and weight 1: see `EFFECTS`.
-    By default the weights themselves are drawn."""
+    """`effect` draws what a term does to the student, in that of the term at its defaults and weight 1: the weight times
+    1 + alpha + beta for `tdl_weight`, over the temperature for `contrastive_weight`. By default the weights are drawn."""
 
 
 EFFECTS: Mapping[str, Mapping[str, float]] = {
@@ -448,9 +451,9 @@ class BaselinesConfig(_Section):
     ]
     """`defaults` is the method that is tuned, with what `loss` fixes and its defaults for the rest."""
     trials: int = Field(6, ge=1)
-    """Runs of each method."""
+    """How many runs each method has."""
     match: Annotated[bool | None, LATER] = None
-    """Tune KD, DKD and logit-standardised KD as the search tunes its method: over `BASELINE_SPACES` besides the recipe's
+    """Tune KD, DKD and logit-standardised KD as the search tunes its method: over their own parameters and the recipe's
     part of the space, with the same sampler, and with as many full trainings as the search trains epochs."""
 
     def is_tuned_alike(self, method: str) -> bool:
@@ -491,22 +494,22 @@ class FinalistsConfig(_Section):
     """
 
     count: int = Field(3, ge=1)
-    """Of the search's trials."""
+    """How many of the search's trials are trained again."""
     seeds: int = Field(2, ge=2)
-    """Trainings of each, on the seeds that follow the sweep's own."""
+    """How often each is trained again, on the seeds that follow the sweep's own."""
 
 
 class PlateauConfig(_Section):
-    """When a search has found what it will find: its newest trials have brought less than the noise. See `due_plateau`.
+    """When a search has found what it will find: its newest trials have brought less than the noise.
 
     A bare number may stand for the whole section.
     """
 
     points: float = Field(gt=0)
-    """Of top-1, in percentage points: what cannot be told from noise, such as the standard deviation of a config over
-    seeds."""
+    """Percentage points of top-1: the search ends if its newest trials raised the best by less. What cannot be told from
+    noise is a good value, such as the standard deviation of a config over seeds."""
     newest: int = Field(20, ge=2)
-    """How many trials these are."""
+    """How many trials are the newest."""
 
     @model_validator(mode="before")
     @classmethod
@@ -521,13 +524,13 @@ class SweepSettings(_Section):
     trials: int = Field(32, ge=1)
     """Trials of the search, stopped ones too; baselines and finalists come on top."""
     seed: int = Field(0, ge=0, lt=LARGEST_SEED + 1)
-    """Of the proposals, and of every training of the search."""
+    """Seed of the proposals, and of every training of the search."""
     sampler: SamplerConfig = SamplerConfig(name="tpe")
     """What proposes the trials, by name, with its options beside it."""
     scheduler: SchedulerConfig = SchedulerConfig(name=ASHA)
     """What stops trials early, by name, with its options beside it."""
     asha: AshaConfig | None = AshaConfig()
-    """Of the scheduler `asha`; `null` lets every trial run to the end. With another scheduler it is `null`."""
+    """Rungs of the scheduler `asha`; `null` lets every trial run to the end. With another scheduler it is `null`."""
     rung_metric: Literal["val_top1", "val_top1_ema"] | None = None
     """What trials are compared by before their last epoch; by default `val_top1_ema` where `recipe.ema` is set."""
     startup_trials: int | None = Field(None, ge=1)
@@ -539,10 +542,10 @@ class SweepSettings(_Section):
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; by default as many as the cluster has room for."""
     cpus_per_trial: Annotated[float | str, AfterValidator(_cpus), _SOME_CPUS] = 1.0
-    """`auto` measures how many trials, on how many CPUs each, train the most together."""
+    """CPUs of a trial; `auto` measures how many trials, on how many CPUs each, train the most together."""
     gpus_per_trial: Annotated[float | str, AfterValidator(_gpus), _SOME_GPUS] = 0.0
-    """May be a fraction: 0.25 lets four trials share a GPU; `auto` measures how many do best. More than 1 is refused for a
-    new sweep: a trial trains on one GPU."""
+    """GPUs of a trial, which may be a fraction: 0.25 lets four trials share a GPU; `auto` measures how many do best. More
+    than 1 is refused for a new sweep: a trial trains on one GPU."""
     max_failures: int = Field(3, ge=0)
     """Times that a trial whose worker died is started again from its last checkpoint; a lost node does not count."""
     trial_timeout: float = Field(3600.0, gt=0)
@@ -553,14 +556,15 @@ class SweepSettings(_Section):
     """Hours of training, times each trial's GPUs, after which no trial goes on. They are of the whole sweep, by its ledger,
     whoever has resumed it; a trial on a quarter of a GPU takes a quarter."""
     cpu_hours: Annotated[float | None, LATER] = Field(None, gt=0)
-    """The same of CPUs."""
+    """Hours of training, times each trial's CPUs, after which no trial goes on; counted as `gpu_hours` are."""
     collapse_epochs: Annotated[int | None, LATER] = Field(None, ge=1)
     """End a trial as failed, `collapsed`, after so many epochs in a row that are no better than chance; those of
     `recipe.warmup_epochs` do not count. By default none is ended for that."""
     plateau: Annotated[PlateauConfig | None, LATER] = None
     """End the search where it brings no more; baselines and finalists follow as after its last trial."""
     finalists: Annotated[FinalistsConfig | None, LATER] = None
-    """`null` leaves the answer to the search's own values, of one seed."""
+    """Train the best trials and the best of each baseline again on fresh seeds, when the search is over; `null` leaves the
+    answer to the search's own values, of one seed."""
 
     @model_validator(mode="before")
     @classmethod
