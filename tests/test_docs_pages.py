@@ -202,6 +202,13 @@ def test_the_question_to_mlflow_is_answered(recorded, inside, unsynced_sqlite):
     assert runs["metrics.val_top1"][0] == pytest.approx(53.11, abs=0.01)
 
 
+def test_the_page_is_made_from_python_as_the_report_page_says(recorded):
+    (snippet,) = blocks((ROOT / "docs" / "report.md").read_text(), "python")
+    names: dict[str, object] = {}
+    exec(snippet.replace('"digits"', f'"small", runs_dir={str(recorded / "runs")!r}, mlflow_uri=""'), names)
+    assert names["text"].startswith("<!doctype html>")
+
+
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 

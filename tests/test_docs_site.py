@@ -14,8 +14,8 @@ import typer.main
 from pydantic import BaseModel
 
 from tune_topkd.cli.app import app
-from tune_topkd.config import ParameterRange
 from tune_topkd.config import SweepConfig
+from tune_topkd.export import TunedConfig
 
 pytest.importorskip("mkdocs")
 pytest.importorskip("material")
@@ -84,7 +84,8 @@ def keys(model=SweepConfig, path=""):
         key = f"{path}{name}"
         yield key
         for kind in models(field.annotation):
-            yield from keys(kind, f"{key}.NAME." if kind is ParameterRange else f"{key}.")
+            is_named = getattr(field.annotation, "__origin__", None) is dict
+            yield from keys(kind, f"{key}.NAME." if is_named else f"{key}.")
 
 
 def models(annotation):
@@ -98,6 +99,17 @@ def test_every_key_is_in_the_reference(site):
     told = set(Page(site / "reference" / "keys.html").code)
     same = ("teacher.recipe.", "recipe."), ("teacher.augment.", "data.augment.")
     for key in keys():
+        for inner, elsewhere in same:
+            key = key.replace(inner, elsewhere) if key.startswith(inner) else key
+        assert key in told, key
+
+
+def test_every_key_of_a_tuned_config_is_in_the_reference(site):
+    pages = [Page(site / "reference" / f"{name}.html").code for name in ("keys", "tuned")]
+    told = set().union(*pages)
+    same = ("teacher.recipe.", "recipe."), ("teacher.augment.", "data.augment.")
+    same += tuple((f"evidence.baselines.NAME.{part}.", f"evidence.{part}.") for part in ("fresh", "test"))
+    for key in keys(TunedConfig):
         for inner, elsewhere in same:
             key = key.replace(inner, elsewhere) if key.startswith(inner) else key
         assert key in told, key

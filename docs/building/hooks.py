@@ -62,6 +62,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _LINK.sub(moved, markdown)
 
 
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Name the theme's search for those who hear the page."""
+    return output.replace('role="dialog">', 'role="dialog" aria-label="Search">', 1)
+
+
 def _target(path: str, link: str) -> str:
     """The path in the checkout that a link of the file at `path` names."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), link))

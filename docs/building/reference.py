@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from tune_topkd.cli.app import app
 from tune_topkd.config import METHODS
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ChoiceConfig
-from tune_topkd.config import ParameterRange
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import json_schema
 from tune_topkd.config import placements
+from tune_topkd.export import TunedConfig
+from tune_topkd.export import json_schema as tuned_schema
 from tune_topkd.loss import loss_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +57,7 @@ def pages() -> dict[str, str]:
     """The content of each page, by its path in docs/."""
     made = {
         "reference/keys.md": keys_page(),
+        "reference/tuned.md": tuned_page(),
         "reference/space.schema.json": json.dumps(json_schema(), indent=2) + "\n",
         "reference/commands.md": commands_page(),
         "reference/api/index.md": packages_page(),
@@ -66,10 +69,10 @@ def pages() -> dict[str, str]:
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def sections() -> dict[str, type[BaseModel]]:
-    """The sections of a search space by dotted path, each model once: where its path is shortest."""
+def sections(root: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The sections of a YAML by dotted path, each model once: where its path is shortest."""
     found: dict[type[BaseModel], str] = {}
-    for path, model in _sections(SweepConfig, ""):
+    for path, model in _sections(root, ""):
         if model not in found or path.count(".") < found[model].count("."):
             found[model] = path
     return {path: model for model, path in found.items()}
@@ -78,9 +81,11 @@ def sections() -> dict[str, type[BaseModel]]:
 def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
     yield path, model
     for name, field in model.model_fields.items():
+        below = f"{path}.{name}" if path else name
+        if typing.get_origin(field.annotation) is dict:
+            below += ".NAME"
         for kind in _models(field.annotation):
-            below = f"{path}.{name}" if path else name
-            yield from _sections(kind, f"{below}.NAME" if kind is ParameterRange else below)
+            yield from _sections(kind, below)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -91,31 +96,56 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def keys_page() -> str:
-    """Every key of a search-space YAML."""
-    schema, found = json_schema(), sections()
-    where = set(placements(SweepConfig))
-    paths = {model.__name__: path for path, model in found.items()}
-    text = [_KEYS_OPENING]
-    for path, model in sorted(found.items(), key=lambda item: _order(item[0])):
+    """Every key of a search-space YAML, and the parameters of the losses."""
+    rows = [(f"`{method}`", _parameters(method)) for method in METHODS]
+    parameters = _table(("method", "parameters and their defaults"), rows)
+    return "\n".join([_KEYS_OPENING, *_tables(SweepConfig, json_schema(), {}), _PARAMETERS_OPENING, parameters])
+
+
+def tuned_page() -> str:
+    """Every key of a tuned config that is none of a search space's."""
+    elsewhere = {model: f"keys.md{_anchor(path)}" for path, model in sections(SweepConfig).items() if path}
+    return "\n".join([_TUNED_OPENING, *_tables(TunedConfig, tuned_schema(), elsewhere)])
+
+
+def _tables(
+    root: type[BaseModel], schema: Mapping[str, Any], elsewhere: Mapping[type[BaseModel], str]
+) -> Iterator[str]:
+    """A table for each section but those that are told elsewhere."""
+    found = sections(root)
+    where = set(placements(root))
+    links = {model.__name__: (path, elsewhere.get(model, _anchor(path))) for path, model in found.items()}
+    first = list(root.model_fields)
+    for path, model in sorted(found.items(), key=lambda e: (first.index(e[0].split(".")[0]) if e[0] else -1, e[0])):
+        if model in elsewhere:
+            continue
         if path:
-            text.append(f"## {path}\n\n{_told(inspect.getdoc(model) or '')}\n")
-        properties = _properties(schema, model)
+            yield f"## {path}\n\n{_told(inspect.getdoc(model) or '')}\n"
+        section = schema if model is root else schema["$defs"][model.__name__]
+        properties = section.get("properties") or section["anyOf"][0]["properties"]
         rows = []
         for name, field in model.model_fields.items():
             key = f"{path}.{name}".lstrip(".")
             meaning = _told(field.description or "")
-            if key in where:
+            if root is SweepConfig and key in where:
                 meaning += " *Changes no result.*"
             if path == "recipe" and name in RECIPE_PARAMETERS:
                 meaning += " *A space can search it.*"
             default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
-            rows.append((f"`{key}`", _kind(properties[name], paths), default, meaning))
-        text.append(_table(("key", "type", "default", "meaning"), rows))
-    text.append(_PARAMETERS_OPENING)
-    rows = [(f"`{method}`", _parameters(method)) for method in METHODS]
-    text.append(_table(("method", "parameters and their defaults"), rows))
-    return "\n".join(text)
+            rows.append((f"`{key}`", _kind(properties[name], links), default, meaning))
+        yield _table(("key", "type", "default", "meaning"), rows)
 
+
+def _anchor(path: str) -> str:
+    return f"#{path.lower().replace('.', '')}"
+
+
+_TUNED_OPENING = """# Keys of a tuned config
+
+What `tuned.yaml` holds, the answer of a sweep: made of the model that reads it (`tune_topkd.export.TunedConfig`).
+Sections that a search space has too are told [there](keys.md). Programs in other languages can check a file by its
+[JSON Schema](../../tune_topkd/export/tuned.schema.json).
+"""
 
 _KEYS_OPENING = """# Keys of a search space
 
@@ -133,18 +163,6 @@ What may stand under `loss` (a fixed value) or `space` (searched), by `method`. 
 those of TopKD mean. A loss of your own has [the parameters of its function](../losses.md). `space` also takes these keys
 of the recipe: {", ".join(f"`{name}`" for name in RECIPE_PARAMETERS)}.
 """
-
-
-def _order(path: str) -> tuple[int, str]:
-    first = list(SweepConfig.model_fields)
-    return (first.index(path.split(".")[0]) if path else -1, path)
-
-
-def _properties(schema: Mapping[str, Any], model: type[BaseModel]) -> Mapping[str, Any]:
-    if model is SweepConfig:
-        return schema["properties"]
-    section = schema["$defs"][model.__name__]
-    return section.get("properties") or section["anyOf"][0]["properties"]
 
 
 def _parameters(method: str) -> str:
@@ -173,26 +191,30 @@ _PLAIN = {
 _LIMITS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
-def _kind(value: Mapping[str, Any], paths: Mapping[str, str]) -> str:
+def _kind(value: Mapping[str, Any], links: Mapping[str, tuple[str, str]]) -> str:
     """What a JSON Schema allows, in words."""
     if "$ref" in value:
-        path = paths[value["$ref"].rpartition("/")[2]]
-        return f"section [`{path}`](#{path.lower().replace('.', '')})"
+        path, link = links[value["$ref"].rpartition("/")[2]]
+        return f"section [`{path}`]({link})"
     if {"boolean", "number", "string"} <= {part.get("type") for part in value.get("anyOf", ())}:
         return "value" + " or `null`" * ({"type": "null"} in value["anyOf"])
     if "anyOf" in value:
-        return " or ".join(dict.fromkeys(_kind(part, paths) for part in value["anyOf"]))
+        return " or ".join(dict.fromkeys(_kind(part, links) for part in value["anyOf"]))
     if "enum" in value or "const" in value:
         return ", ".join(f"`{choice}`" for choice in value.get("enum", [value.get("const")]))
     if value.get("pattern"):
         return "`package.module:object`"
     if value.get("type") == "array":
         least = f", at least {value['minItems']}" if "minItems" in value else ""
-        return f"list of {_kind(value['items'], paths)}{least}"
+        return f"list of {_several(_kind(value['items'], links))}{least}"
     if isinstance(value.get("additionalProperties"), dict):
-        return f"mapping of names to {_kind(value['additionalProperties'], paths)}"
+        return f"mapping of names to {_several(_kind(value['additionalProperties'], links))}"
     limits = [f"{words} {value[name]:g}" for name, words in _LIMITS.items() if name in value and value[name] < 2**62]
     return ", ".join([_PLAIN.get(value.get("type", ""), "anything"), *limits])
+
+
+def _several(kind: str) -> str:
+    return re.sub(r"^(section|number|integer|text|value|mapping)\b", r"\1s", kind)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -323,12 +345,13 @@ def measurements_page() -> str:
     """The reports of benchmarks/results, the newest first."""
     rows = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.md"), reverse=True):
-        title = path.read_text().splitlines()[0].lstrip("# ")
-        rows.append((path.name[:10], f"[{title}](../benchmarks/results/{path.name})"))
+        day, what = path.stem[:10], path.stem[11:].replace("-", " ")
+        title = path.read_text().splitlines()[0].lstrip("# ").removesuffix(f", {day}")
+        rows.append((day, f"[{what}](../benchmarks/results/{path.name})", title))
     opening = (
         "What has been measured, with the machine, the baseline in the same run and the command that repeats it.\n"
     )
-    return f"# Measurements\n\n{opening}\n{_table(('day', 'what'), rows)}"
+    return f"# Measurements\n\n{opening}\n{_table(('day', 'what', 'title'), rows)}"
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
@@ -337,7 +360,7 @@ def measurements_page() -> str:
 _CODE_OR_BAR = re.compile(r"(`[^`]*`)|\|")
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += ["| " + " | ".join(_CODE_OR_BAR.sub(lambda m: m[1] or "\\|", cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

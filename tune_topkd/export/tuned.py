@@ -50,7 +50,9 @@ class NoAnswerError(TuneTopKDError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class FreshEvidence(_Part):
@@ -61,8 +63,9 @@ class FreshEvidence(_Part):
     error: float | None
     """The standard error of the mean; none of one value."""
     seeds: list[int]
+    """The seeds of the trainings."""
     values: list[float | None]
-    """By seed; none of a training that failed."""
+    """The value of each seed, in percent; none of a training that failed."""
 
     @classmethod
     def of(cls, finalist: Finalist | None) -> "FreshEvidence | None":
@@ -89,10 +92,11 @@ class TestEvidence(_Part):
     look: int
     """Which look at the test set it was, from 1: a later one may have been prompted by what an earlier one showed."""
     seeds: list[int]
+    """The seeds of the trainings."""
     values: list[float | None]
-    """By seed; none of a training that failed."""
+    """The value of each seed, in percent; none of a training that failed."""
     teacher: str | None = None
-    """The content, in hex, of the weights of the teacher that was asked; None without one."""
+    """A hash of the weights of the teacher that was asked, in hex; none without a teacher."""
 
     @classmethod
     def of(cls, measured: Measured, look: int, teacher: str | None) -> "TestEvidence | None":
@@ -133,7 +137,9 @@ class _Measurable(_Part):
     """A part with what fresh seeds gave, which is written only where there are any."""
 
     fresh: FreshEvidence | None = None
+    """What fresh seeds gave on the validation split, where the sweep had finalists."""
     test: TestEvidence | None = None
+    """What further seeds gave on the test set, where the sweep was confirmed."""
     _LATER: ClassVar[tuple[str, ...]] = ("fresh", "test")
 
     @model_serializer(mode="wrap")
@@ -153,7 +159,7 @@ class BaselineEvidence(_Measurable):
     _LATER: ClassVar[tuple[str, ...]] = ("loss", "fresh", "test", "gain")
 
     val_top1: float
-    """In percent, at the last epoch."""
+    """Validation top-1 in percent, at the last epoch."""
     recipe: dict[str, Scalar]
     """The searched part of its recipe."""
     trials: int
@@ -175,23 +181,30 @@ class Evidence(_Measurable):
     _LATER: ClassVar[tuple[str, ...]] = ("identities", "fresh", "test")
 
     val_top1: float
-    """In percent, on the validation split, at the last epoch of the full budget."""
+    """Validation top-1 in percent, at the last epoch of the full budget."""
     trial: int
     """The number of the winning trial."""
     trials: dict[str, int]
     """How many trials were completed, pruned and failed."""
     baselines: dict[str, BaselineEvidence]
+    """The best of each baseline, by its method."""
     seeds: list[int]
+    """The seed of the search's trainings."""
     sweep: str
+    """The sweep's name."""
     sweep_id: str
+    """The sweep's identity, which no other has."""
     digest: str
-    """Of the sweep's whole config."""
+    """A hash of the sweep's whole config."""
     space_digest: str
-    """Of the searched space."""
+    """A hash of the searched space."""
     teacher: dict[str, Any]
     """The teacher's key (content hash) and validation top-1 in percent."""
     versions: dict[str, str]
+    """Versions of the packages that the results depend on."""
     git_commit: str | None = None
+    """The commit of the checkout that the sweep was run from, with a + if files differed from it; none of an installed
+    package."""
     identities: dict[str, str] = Field(default_factory=dict)
     """What the results depend on, by content: the data, the teacher's weights, the networks, a user's code."""
 
@@ -200,10 +213,11 @@ class TunedTeacher(ModelConfig):
     """The network that taught, and how it was trained, where the sweep trained it; else its weights are a checkpoint's."""
 
     recipe: RecipeConfig | None = None
+    """How the sweep trained it; none if its weights are a checkpoint's."""
     augment: AugmentConfig | None = None
     """The views that `recipe` trains it on; by default those of the data."""
     seed: int = Field(0, ge=0)
-    """Of its training."""
+    """Seed of its training."""
 
     @classmethod
     def of(cls, config: TeacherConfig | None) -> "TunedTeacher | None":
@@ -217,14 +231,21 @@ class TunedConfig(_Part):
     """What a sweep found: the loss and the recipe that won, complete, with the evidence."""
 
     schema_version: Literal[2] = 2
+    """The version of this layout."""
     method: Method
+    """The loss's name, for `tune_topkd.loss.build_loss`."""
     loss: dict[str, Scalar]
     """Every parameter of the loss, the weights absolute: `tune_topkd.loss.build_loss(method, loss)` is the loss."""
     recipe: RecipeConfig
+    """How the student was trained, what was searched of it included."""
     data: DataConfig
+    """The dataset and how it was split."""
     teacher: TunedTeacher | None
+    """The network that taught, without its weights."""
     student: StudentConfig
+    """The network that was trained."""
     evidence: Evidence = Field(repr=False)
+    """Where the config comes from, and how far to trust it."""
 
 
 def tuned_config(config: SweepConfig, state: SweepState, loss_defaults: Mapping[str, Scalar]) -> TunedConfig:
