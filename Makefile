@@ -52,7 +52,7 @@ analysis: $(STAMP)  ## the notebooks over a sweep as pages: make analysis SWEEP=
 	@echo "K of all sweeps: $(RUNS)/$(SWEEP)/03-best-k.html"
 
 docs: $(STAMP)  ## the docs as a site: build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet  # the theme's advice on another mkdocs is no warning
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet  # the theme's advice on another mkdocs is no warning
 	@echo "the site: build/site/index.html (its search needs a server: $(BIN)/python -m mkdocs serve)"
 
 clean:  ## remove what can be made again, but never the sweeps in runs/
