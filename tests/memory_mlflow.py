@@ -8,6 +8,7 @@ from mlflow.entities import Param
 from mlflow.entities import Run
 from mlflow.entities import RunData
 from mlflow.entities import RunInfo
+from mlflow.entities import RunInputs
 from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH
@@ -60,7 +61,7 @@ class MemoryMlflow:
         run_id = f"run{next(self._ids)}"
         self.runs[run_id] = {
             "name": run_name, "start": start_time, "end": None, "status": "RUNNING", "stage": "active",
-            "tags": dict(tags), "params": {}, "rows": set(),
+            "tags": dict(tags), "params": {}, "rows": set(), "datasets": {}, "files": {},
         }  # fmt: skip
         return self._run(run_id)
 
@@ -105,6 +106,18 @@ class MemoryMlflow:
         rows = sorted(row for row in self.runs[run_id]["rows"] if row[0] == key)
         return [Metric(name, value, at, step) for name, step, value, at in rows]
 
+    def log_inputs(self, run_id, datasets=None):
+        run = self._active(run_id)
+        for each in datasets:
+            _refuse(len(each.dataset.digest) > 36, "too long")
+            run["datasets"][each.dataset.name, each.dataset.digest] = each
+
+    def log_text(self, run_id, text, artifact_file):
+        self._active(run_id)["files"][artifact_file] = text
+
+    def list_artifacts(self, run_id):
+        return [SimpleNamespace(path=name) for name in self.runs[run_id]["files"]]
+
     def _check_refused(self, kind, names):
         _refuse(any((kind, name) in self.refused for name in names), "not here")
 
@@ -119,7 +132,8 @@ class MemoryMlflow:
             latest[name] = max(latest.get(name, ()), (step, at, value))
         metrics = [Metric(name, value, at, step) for name, (step, at, value) in latest.items()]
         data = RunData(metrics, [Param(*p) for p in run["params"].items()], [RunTag(*t) for t in run["tags"].items()])
-        return Run(RunInfo(run_id, "1", "u", run["status"], run["start"], run["end"], run["stage"]), data)
+        info = RunInfo(run_id, "1", "u", run["status"], run["start"], run["end"], run["stage"], "memory:///files")
+        return Run(info, data, RunInputs(list(run["datasets"].values())))
 
 
 def _refuse(if_so, why):

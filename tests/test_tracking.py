@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import logging
 import shutil
 import socket
@@ -23,6 +24,8 @@ from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Prepared
+from tune_topkd.ledger import Share
 from tune_topkd.ledger import Stop
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import read_events
@@ -34,6 +37,8 @@ from tune_topkd.tracking import check_uri
 from tune_topkd.tracking import disagreements
 from tune_topkd.tracking import masked
 from tune_topkd.tracking import writer
+from tune_topkd.tracking.projection import run_in
+from tune_topkd.tracking.sending import datasets_of
 
 pytestmark = pytest.mark.filterwarnings(
     # MLflow 3.17 and what it imports
@@ -91,15 +96,15 @@ def config():
 
 
 def runs(uri):
-    """All that MLflow has of the sweep, by trial number, the parent under None."""
+    """All that MLflow has of the sweep: trials by number, baselines as `kd-0001`, the parent under None."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tune_topkd")
     found = {}
     for run in client.search_runs([experiment.experiment_id]):
-        number = run.data.tags.get("trial_number")
-        assert number not in found, f"two runs of trial {number}"
+        number = run_in(run.data.tags) or None
+        assert number not in found, f"two runs of {number}"
         found[number] = run
     return found
 
@@ -123,6 +128,7 @@ def everything(uri):
             run.data.params,
             {name: text for name, text in run.data.tags.items() if name != "mlflow.parentRunId"},
             rows(uri, run),
+            datasets_of(run),
         )
         for number, run in runs(uri).items()
     }
@@ -144,18 +150,22 @@ def uri(new_store):
     return new_store("mlflow.db")
 
 
-def test_one_parent_and_a_child_for_each_trial(ledger, uri):
+def test_one_parent_and_a_child_for_each_training(ledger, uri):
     drive(Search(config(), ledger))
     catch_up(ledger.path, uri)
     found = runs(uri)
-    assert set(found) == {None, *map(str, range(TRIALS))}
+    assert set(found) == {None, *map(str, range(TRIALS)), "ce-0000", "ce-0001", "kd-0000", "kd-0001"}
     parent = found.pop(None)
     assert (parent.info.status, parent.info.run_name, parent.data.tags["state"]) == ("FINISHED", "t", "finished")
     assert parent.data.metrics["best_val_top1"] == ledger.state.best().value
     assert parent.data.params["dataset"] == "digits"
     for number, run in found.items():
-        record = ledger.state.trials[TrialKey("search", int(number))]
-        tags = run.data.tags
+        of_search = number.isdigit()
+        arm, _, place = ("search", "", number) if of_search else number.partition("-")
+        record, tags = ledger.state.trials[TrialKey(arm, int(place))], run.data.tags
+        assert run.info.run_name == (f"trial {int(number):04d}" if of_search else number)
+        assert tags["kind"] == ("trial" if of_search else "baseline")
+        assert tags["trial_number" if of_search else "baseline_number"] == str(int(place))
         assert tags["mlflow.parentRunId"] == parent.info.run_id
         assert (tags["sweep"], tags["sweep_id"]) == ("t", "abc")
         assert (tags["trial_status"], tags["reason"]) == (record.status, record.reason)
@@ -166,7 +176,83 @@ def test_one_parent_and_a_child_for_each_trial(ledger, uri):
     assert statuses == {"completed": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}
 
 
-def test_baselines_are_metrics_of_the_parent(ledger, uri):
+def test_no_metric_is_named_like_a_parameter_and_what_an_older_version_wrote_is_passed_over(ledger, uri):
+    def formula(trial, epoch):
+        return {"val_top1": float(epoch), "lr": trial.config.recipe.lr / epoch, "k": 2.0}
+
+    simulate(Search(config(), ledger), formula, at_once=1)
+    catch_up(ledger.path, uri)
+    found = runs(uri)
+    for run in found.values():
+        assert not run.data.metrics.keys() & run.data.params.keys()
+    steps = {step: value for name, step, value, _ in rows(uri, found["0"]) if name == "learning_rate"}
+    assert steps == {epoch: m["lr"] for epoch, m in ledger.state.trials[TrialKey("search", 0)].reports.items()}
+    assert found["0"].data.metrics["k_metric"] == 2.0
+    assert found["kd-0000"].data.metrics["k"] == 2.0, "a baseline has no parameter k"
+    for _, step, value, at in [row for row in rows(uri, found["0"]) if row[0] == "learning_rate"]:
+        client(uri).log_metric(found["0"].info.run_id, "lr", value, timestamp=at, step=step)
+    assert disagreements(ledger.path, uri) == []
+    client(uri).log_metric(found["0"].info.run_id, "lr", 7.0, timestamp=1, step=1)
+    assert disagreements(ledger.path, uri) == ["trial 0000: metric lr: 1 rows too many, the first at step 1"]
+
+
+def test_the_parent_sums_up_the_trials_by_state_their_cost_and_the_gains(ledger, uri):
+    ledger.append(Prepared(share=Share(2.0, 0.5)))
+
+    def formula(trial, epoch):
+        return {"val_top1": formulas.value(trial.config, epoch), "epoch_seconds": 36.0}
+
+    simulate(Search(config(), ledger), formula, at_once=1)
+    catch_up(ledger.path, uri)
+    state, shown = ledger.state, runs(uri)[None].data.metrics
+    counts = {f"trials_{status}": n for status, n in state.counts().items() if n}
+    assert {name: value for name, value in shown.items() if name.startswith("trials_")} == counts
+    epochs = sum(record.epoch for record in state.trials.values())
+    assert (shown["cpu_hours"], shown["gpu_hours"]) == pytest.approx((epochs * 0.02, epochs * 0.005))
+    for method in ("ce", "kd"):
+        assert shown[f"gain_over_{method}"] == pytest.approx(state.best().value - state.best(method).value)
+
+
+def test_the_dataset_of_every_run_has_its_content_as_its_digest_and_its_splits_as_its_profile(ledger, uri, monkeypatch):
+    images = {"train": 1078, "val": 360, "test": 359}
+    ledger.append(Prepared(identities={"data": "18c80e4ece2eaec8"}, images=images))
+    drive(Search(config(), ledger))
+    catch_up(ledger.path, uri)
+    found = runs(uri)
+    for run in found.values():
+        (each,) = run.inputs.dataset_inputs
+        assert (each.dataset.name, each.dataset.digest) == ("digits", "18c80e4ece2eaec8")
+        assert json.loads(each.dataset.profile) == images | {"num_rows": 1797, "classes": None}
+        assert [(tag.key, tag.value) for tag in each.tags] == [("mlflow.data.context", "training")]
+    assert disagreements(ledger.path, uri) == []
+    execute(uri, f"DELETE FROM inputs WHERE destination_id = '{found['3'].info.run_id}'")
+    assert disagreements(ledger.path, uri) == ["trial 0003: dataset digits is missing"]
+    catch_up(ledger.path, uri)
+    assert disagreements(ledger.path, uri) == []
+    with faulty(monkeypatch, lambda call, name, do: do()) as calls:
+        catch_up(ledger.path, uri)
+    assert "log_inputs" not in calls, "what is there is not sent again"
+
+
+def test_a_server_without_datasets_is_told_of_once_and_misses_nothing_else(ledger, uri, monkeypatch, caplog):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+
+    def refuse(call, name, do):
+        if name == "log_inputs":
+            raise MlflowException("no such endpoint", ENDPOINT_NOT_FOUND)
+        return do()
+
+    ledger.append(Prepared(identities={"data": "18c80e4ece2eaec8"}))
+    drive(Search(config(), ledger))
+    with faulty(monkeypatch, refuse) as calls:
+        catch_up(ledger.path, uri)
+    assert calls.count("log_inputs") == 1
+    assert caplog.text.count("MLflow does not take the dataset 'digits'") == 1
+    assert [line for line in disagreements(ledger.path, uri) if "dataset digits is missing" not in line] == []
+
+
+def test_baselines_are_metrics_of_the_parent_too(ledger, uri):
     drive(Search(config(), ledger))
     catch_up(ledger.path, uri)
     parent = runs(uri)[None]

@@ -42,6 +42,7 @@ from tune_topkd.tracking import disagreements
 from tune_topkd.tracking import writer
 from tune_topkd.tracking.cleaning import clean_name
 from tune_topkd.tracking.cleaning import clean_text
+from tune_topkd.tracking.projection import run_in
 
 pytestmark = _mlflow_warnings
 new_store = _new_store
@@ -101,8 +102,8 @@ def a_step(random, state):
 def check_shown(store, state):
     """What MLflow shows of each run, compared with what the ledger says."""
     found = store.search_runs(["1"], "", max_results=9, page_token=None)
-    shown = {run.data.tags.get("trial_number", run.data.tags.get("repeat_number", "") + "r"): run for run in found}
-    parent = shown.pop("r")
+    shown = {run_in(run.data.tags): run for run in found}
+    parent = shown.pop("")
     assert len(shown) == len(found) - 1
     winner = winner_of(state)
     best = winner and winner.record
@@ -119,10 +120,17 @@ def check_shown(store, state):
         assert parent.data.metrics.get(f"baseline_{method}_val_top1") == (best and best.value)
         assert parent.data.metrics.get(f"baseline_{method}_lr") == (best and best.params["lr"])
     assert parent.data.tags["state"] == (state.stop_reason or "running")
-    repeats = {f"{record.key.number}r" for record in state.arm("repeat")}
-    assert set(shown) == {str(record.key.number) for record in state.arm(SEARCH)} | repeats
+    counts = {f"trials_{status}": n for status, n in state.counts().items() if n and status != "running"}
+    assert {name: n for name, n in parent.data.metrics.items() if name.startswith("trials_")} == counts
+    if winner is not None and winner.finalist is None:
+        gains = {f"gain_over_{m}": winner.value - b.value for m in ("ce", "kd") if (b := state.best(m)) is not None}
+        assert {name: v for name, v in parent.data.metrics.items() if name.startswith("gain_")} == gains
+    trials = {
+        str(record.key.number if record.key.arm == SEARCH else record.key): record for record in state.trials.values()
+    }
+    assert set(shown) == set(trials)
     for number, run in shown.items():
-        record = state.trials[TrialKey("repeat" if number in repeats else SEARCH, int(number.removesuffix("r")))]
+        record = trials[number]
         stopped = not record.status.is_end and state.stop_reason
         assert run.info.status == ("KILLED" if stopped else STATUS[record.status])
         assert run.data.tags["trial_status"] == ("interrupted" if stopped else record.status)
@@ -281,7 +289,7 @@ def test_no_odd_text_or_number_holds_up_the_rest(tmp_path, new_store, monkeypatc
     assert disagreements(ledger, uri) == []
     if where == "memory":
         found = store.search_runs(["1"], "", max_results=9, page_token=None)
-        check_odd({run.data.tags.get("trial_number"): run for run in found})
+        check_odd({run_in(run.data.tags) or None: run for run in found})
     else:
         check_odd(runs(uri))
     for words in ("'acc@1' is called 'acc_1_", "'long' is not quite the ledger's"):

@@ -310,11 +310,16 @@ class Prepared(Content):
     """Of the rules by which identities are taken."""
     share: Share | None = None
     """What each trial gets of a node."""
+    images: Mapping[str, int] = field(default_factory=dict)
+    """How many images each split has: `train`, `val` and `test`."""
 
     def data(self) -> dict[str, Any]:
-        """The line's own keys and values; an empty `teacher_file` without a teacher."""
+        """The line's own keys and values; an empty `teacher_file` without a teacher, `images` only where they are known."""
         teacher_file = {} if self.teacher_file is None else self.teacher_file._asdict()
-        return super().data() | {"teacher_file": teacher_file}
+        data = super().data() | {"teacher_file": teacher_file}
+        if not self.images:
+            del data["images"]
+        return data
 
 
 def _keys(values: Sequence[Sequence[Any]]) -> tuple[TrialKey, ...]:

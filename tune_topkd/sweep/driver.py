@@ -51,6 +51,8 @@ from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import cost
 from tune_topkd.sweep.confirm import request
+from tune_topkd.sweep.documents import author_of
+from tune_topkd.sweep.documents import without_artifacts
 from tune_topkd.sweep.preflight import Checked
 from tune_topkd.sweep.preflight import check_again
 from tune_topkd.sweep.preflight import first_proposals
@@ -255,6 +257,7 @@ class Turn:
             identities=identity.identities(config, teacher.path if teacher else None),
             identity_version=identity.VERSION,
             share=Share(cpus, gpus),
+            images=prepare.image_counts(config),
         )
         ledger.append(prepared)
         write_text(ledger.path.parent / CONFIG_FILE, dump_config(config))  # with the share as a number
@@ -291,7 +294,7 @@ class Turn:
         folder, watchers = ledger.path.parent, self.watchers
         with (
             watchers.trials(config, folder, ledger.state),
-            _mlflow(ledger.path, self.workspace.mlflow_uri) as mlflow,
+            _mlflow(ledger.state.header.sweep, self.workspace, watchers) as mlflow,
             prepare.dataset_file(config, folder, watchers.note) as dataset_file,
             contextlib.ExitStack() as stack,
         ):
@@ -355,18 +358,22 @@ def _ray(workspace: Workspace, interruption: Interruption) -> "Executor":
 
 
 @contextlib.contextmanager
-def _mlflow(ledger: Path, uri: str) -> Iterator[list[Any]]:
+def _mlflow(name: str, workspace: Workspace, watchers: Watchers) -> Iterator[list[Any]]:
     """What keeps MLflow up to date; none without MLflow."""
-    if not uri:
+    if not workspace.mlflow_uri:
         yield []
         return
     from tune_topkd.tracking import MlflowTracker
 
-    tracker = MlflowTracker(ledger, uri)
+    ledger = workspace.folder(name) / LEDGER_FILE
+    tracker = MlflowTracker(ledger, workspace.mlflow_uri, author_of(name, workspace))
     try:
         yield [tracker]
     finally:
-        tracker.close()
+        with watchers.phase("writing what is left, and the report, into MLflow"):
+            tracker.close()
+        if tracker.skipped:
+            watchers.note(without_artifacts(name, tracker.skipped))
 
 
 def _header(checked: Checked, name: str, warm: Sequence[dict[str, Any]], digest: str) -> Header:

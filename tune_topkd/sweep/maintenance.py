@@ -16,6 +16,8 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.sweep.callbacks import SILENT
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.documents import author_of
+from tune_topkd.sweep.documents import without_artifacts
 from tune_topkd.sweep.driver import changed_since
 from tune_topkd.sweep.register import register
 from tune_topkd.sweep.register import skipped
@@ -45,9 +47,12 @@ def track(sweep: str, workspace: Workspace, watchers: Watchers = SILENT) -> None
     _check_at_rest(sweep, workspace, "it writes to MLflow itself, and catches up before it ends")
     state = read_state(ledger)
     try:
-        catch_up(ledger, workspace.mlflow_uri, abandoned=not state.stop_reason)
+        author = author_of(sweep, workspace)
+        skipped_for = catch_up(ledger, workspace.mlflow_uri, abandoned=not state.stop_reason, author=author)
     except TrackingError as error:
         raise ConfigError("--mlflow-uri", [Problem(key=masked(workspace.mlflow_uri), rule=str(error))]) from None
+    if skipped_for:
+        watchers.note(without_artifacts(sweep, skipped_for))
     if state.looks:
         try:
             config = frozen_config(folder, state)
@@ -123,7 +128,7 @@ def mlflow_findings(sweep: str, workspace: Workspace) -> Iterator[str]:
     from tune_topkd.tracking import disagreements
 
     try:
-        found = disagreements(workspace.existing(sweep) / LEDGER_FILE, workspace.mlflow_uri)
+        found = disagreements(workspace.existing(sweep) / LEDGER_FILE, workspace.mlflow_uri, documents=True)
     except TrackingError as error:
         yield str(error)
         return

@@ -47,6 +47,14 @@ def ready_data(config: PairConfig) -> None:
         raise ConfigError("data", [Problem(key="", rule=str(error))]) from error
 
 
+def image_counts(config: PairConfig) -> dict[str, int]:
+    """How many images the splits of data that is ready have."""
+    from tune_topkd.data import load_dataset
+
+    found = load_dataset(config.data)
+    return {"train": len(found.train), "val": len(found.val), "test": len(found.test)}
+
+
 def ready_teacher(
     config: PairConfig, workspace: Workspace, watchers: Watchers, *, measure: bool = False
 ) -> "Teacher | None":

@@ -185,6 +185,11 @@ def condition(folder: Path, state: SweepState) -> str:
     `out of CPU hours`, `stopped by trouble`, `killed`."""
     if is_driven(folder / LEDGER_FILE):
         return "running"
+    return stopped_as(state)
+
+
+def stopped_as(state: SweepState) -> str:
+    """How a sweep that nobody drives ended, in the words of `condition`."""
     return _STATES.get(state.stop_reason, state.stop_reason)
 
 

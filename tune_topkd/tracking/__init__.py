@@ -7,11 +7,14 @@ same function tells what MLflow should have, which `disagreements` compares with
 
 In MLflow (experiment `tune_topkd`, or `MLFLOW_EXPERIMENT_NAME`):
 
-- the parent: tags `sweep`, `sweep_id`, `state`; params of the sweep; metrics of what is best so far, `best_val_top1`,
-  `best_trial`, and `baseline_<method>_val_top1` with its parameters, their step the line of the ledger, so that what
-  MLflow shows is always what the ledger says; `grid_<method>_…` of each run of a baseline, the step its number;
-- a child: tags `sweep`, `sweep_id`, `trial_number`, `trial_status` (completed | pruned | failed; running and interrupted
-  while it has no end), `reason`; its parameters; its metrics by epoch.
+- the parent: tags `kind` (`sweep`), `sweep`, `sweep_id`, `state`; params of the sweep; metrics of what is best so far,
+  `best_val_top1`, `best_trial`, `gain_over_<method>`, and `baseline_<method>_val_top1` with its parameters; of its trials by
+  state and their cost; their step the line of the ledger, so that what MLflow shows is always what the ledger says;
+  `grid_<method>_…` of each run of a baseline, the step its number; its config, answer and report as artifacts;
+- a child for each training: tags `kind` (`trial`, `baseline`, `finalist`, `test`), `sweep`, `sweep_id`, `trial_number` (or
+  `baseline_number`, `repeat_number`, `test_number`), `trial_status` (completed | pruned | failed; running and interrupted
+  while it has no end), `reason`; its parameters; its metrics by epoch, none of them named like a parameter;
+- the dataset of each of them, its digest that of its content.
 
 What MLflow or a database cannot hold is changed in the same way each time, and said: a lone surrogate and NUL are escaped,
 long texts cut, forbidden signs in names replaced; metrics that are not finite are left out. What a store refuses all the
@@ -25,7 +28,10 @@ takes no end back.
 """
 
 from tune_topkd.tracking.comparing import disagreements
+from tune_topkd.tracking.documents import Author
+from tune_topkd.tracking.documents import Documents
 from tune_topkd.tracking.masking import masked
+from tune_topkd.tracking.projection import SWEEP_NOTE
 from tune_topkd.tracking.registry import CHAMPION
 from tune_topkd.tracking.registry import PREVIOUS
 from tune_topkd.tracking.registry import Registry
@@ -47,6 +53,9 @@ __all__ = [
     "CHAMPION",
     "EXPERIMENT",
     "PREVIOUS",
+    "SWEEP_NOTE",
+    "Author",
+    "Documents",
     "MlflowTracker",
     "Registry",
     "TrackingError",

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tune_topkd.ledger import read_events
+from tune_topkd.tracking.documents import missing
 from tune_topkd.tracking.projection import PARENT_TAG
 from tune_topkd.tracking.projection import Batch
 from tune_topkd.tracking.projection import Projection
 from tune_topkd.tracking.projection import Row
 from tune_topkd.tracking.projection import milliseconds
 from tune_topkd.tracking.projection import run_name
+from tune_topkd.tracking.sending import datasets_of
 from tune_topkd.tracking.store import Client
 from tune_topkd.tracking.store import client_of
 from tune_topkd.tracking.store import find_experiment
@@ -24,13 +26,18 @@ from tune_topkd.tracking.store import runs_by_trial
 FINDINGS_PER_RUN = 5
 
 
-def disagreements(ledger: Path, uri: str) -> list[str]:
+def disagreements(ledger: Path, uri: str, *, documents: bool = False) -> list[str]:
     """Where MLflow differs from what the ledger says it should have; nothing is written.
 
-    Looks at the parent and at one run per trial, each there once: status, times, params and tags as far as they are
-    written here, the metrics' latest values as MLflow shows them, and exactly the metric rows. A killed driver's running
+    Looks at the parent and at one run per training, each there once: status, times, params, dataset and tags as far as they
+    are written here, the metrics' latest values as MLflow shows them, and exactly the metric rows. A killed driver's running
     trials may also be shown as interrupted. Rows that an earlier version wrote and this one would not are passed over
     where they hide nothing.
+
+    Args:
+        ledger: the sweep's ledger file.
+        uri: MLflow's tracking URI.
+        documents: whether the sweep's run is to have its artifacts too.
 
     Returns:
         A line for each finding, which names the trial; at most five a trial, and how many more there are.
@@ -63,6 +70,7 @@ def disagreements(ledger: Path, uri: str) -> list[str]:
                 shown = _latest(should_be.points[run]) | ({} if run else projection.summary())
                 lines = list(_differences(copies[0], run, should_be, abandoned, parents))
                 lines += _metric_differences(copies[0], run, should_be, shown, rows[copies[0].info.run_id])
+                lines += missing(client, uri, copies[0], projection.milestone) if documents and not run else []
             if len(lines) > FINDINGS_PER_RUN:
                 lines[FINDINGS_PER_RUN:] = [f"and {len(lines) - FINDINGS_PER_RUN} more"]
             findings += [f"{run_name(run) if run else 'the sweep'}: {line}" for line in lines]
@@ -87,6 +95,9 @@ def _differences(found: Any, run: str, should_be: Batch, abandoned: Batch, paren
                 yield f"{what} {name} is missing"
             elif has[name] != text:
                 yield f"{what} {name} is {has[name][:80]!r}, should be {text[:80]!r}"
+    images = should_be.inputs.get(run)
+    if images is not None and (images.name, images.digest) not in datasets_of(found):
+        yield f"dataset {images.name} is missing"
     if run and found.data.tags.get(PARENT_TAG) not in parents:
         yield "is not under the sweep's run"
 
@@ -98,7 +109,7 @@ def _metric_differences(
     has = found.data.metrics
     tails = {n: f"shown as {has[n]:g}, should be {v:g}" for n, v in shown.items() if has.get(n, v) != v}
     wanted: Counter[tuple[str, int, float, int]] = Counter(should_be.points[run])
-    surplus = rows - wanted if run else rows - wanted - Counter(should_be.superseded)
+    surplus = rows - wanted - Counter(should_be.superseded[run])
     for what, lines in (("missing", wanted - rows), ("too many", surplus)):
         for name in sorted({name for name, *_ in lines}):
             steps = sorted(step for n, step, *_ in lines.elements() if n == name)

@@ -13,7 +13,9 @@ from typing import Any
 
 from tune_topkd.tracking.masking import reason_of
 from tune_topkd.tracking.projection import Batch
+from tune_topkd.tracking.projection import Images
 from tune_topkd.tracking.projection import Row
+from tune_topkd.tracking.projection import metric_name
 from tune_topkd.tracking.projection import milliseconds
 from tune_topkd.tracking.store import Client
 from tune_topkd.tracking.store import client_of
@@ -35,13 +37,16 @@ class KnownRun:
     params: dict[str, str] = field(default_factory=dict)
     status: str = "RUNNING"
     ended: int | None = None
+    datasets: frozenset[tuple[str, str]] = frozenset()
+    """The names and digests of its datasets."""
     found: Any = None
     """The run as it was found; none if it was made here, or if all that it had then has been passed."""
 
     @classmethod
     def of(cls, run: Any) -> "KnownRun":
         """A run that was found."""
-        return cls(run.info.run_id, dict(run.data.tags), dict(run.data.params), run.info.status, run.info.end_time, run)
+        about = (run.info.run_id, dict(run.data.tags), dict(run.data.params), run.info.status, run.info.end_time)
+        return cls(*about, datasets_of(run), run)
 
     def has_passed(self, row: Row) -> bool:
         """Whether this row or a later one of its name is there. Rows are sent in order, so then this one is there too."""
@@ -51,6 +56,25 @@ class KnownRun:
     def _latest(self) -> dict[str, tuple[int, int, float]]:
         points = self.found.data.to_proto().metrics if self.found is not None else ()
         return {point.key: (point.step, point.timestamp, point.value) for point in points}
+
+
+def datasets_of(run: Any) -> frozenset[tuple[str, str]]:
+    """The names and digests of a run's datasets."""
+    inputs = run.inputs.dataset_inputs if run.inputs is not None else []
+    return frozenset((each.dataset.name, each.dataset.digest) for each in inputs)
+
+
+def dataset_input(images: Images) -> Any:
+    """MLflow's object for a sweep's dataset. Where its files are is not told: it is another place on each machine."""
+    import json
+
+    from mlflow.entities import Dataset
+    from mlflow.entities import DatasetInput
+    from mlflow.entities import InputTag
+
+    source = json.dumps({"tags": {"tune_topkd.dataset": images.name}})
+    dataset = Dataset(images.name, images.digest, "code", source, profile=images.profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
 def rows_lacking(client: Client, batch: Batch, runs: Mapping[str, KnownRun]) -> dict[str, list[Row]]:
@@ -139,7 +163,8 @@ def log_training(
     batch = Batch()
     batch.open("", name, started, params, tags)
     for epoch, at, metrics in history:
-        batch.metrics("", at, metrics, step=epoch)
+        named = {metric_name(metric, params): value for metric, value in metrics.items()}
+        batch.metrics("", at, named, step=epoch)
     for note in batch.notes.values():
         _log.warning("MLflow: %s", note)
     opening = batch.opened[""]

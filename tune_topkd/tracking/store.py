@@ -69,6 +69,9 @@ class Client(Protocol):
     def set_terminated(self, run_id: str, status: str, end_time: int | None = None) -> None: ...  # noqa: D102
     def update_run(self, run_id: str, status: str) -> None: ...  # noqa: D102
     def get_metric_history(self, run_id: str, key: str) -> Any: ...  # noqa: D102
+    def log_inputs(self, run_id: str, datasets: Any = None) -> None: ...  # noqa: D102
+    def log_text(self, run_id: str, text: str, artifact_file: str) -> None: ...  # noqa: D102
+    def list_artifacts(self, run_id: str) -> Any: ...  # noqa: D102
 
 
 def client_of(uri: str) -> Client:

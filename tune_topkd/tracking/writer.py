@@ -10,17 +10,23 @@ from typing import Any
 
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import read_events
+from tune_topkd.tracking.documents import Author
+from tune_topkd.tracking.documents import SkippedError
+from tune_topkd.tracking.documents import line_in
+from tune_topkd.tracking.documents import send
 from tune_topkd.tracking.masking import masked
 from tune_topkd.tracking.masking import reason_of
 from tune_topkd.tracking.projection import NOTE_TAG
 from tune_topkd.tracking.projection import PARENT_TAG
 from tune_topkd.tracking.projection import Batch
+from tune_topkd.tracking.projection import Images
 from tune_topkd.tracking.projection import Projection
 from tune_topkd.tracking.projection import Row
 from tune_topkd.tracking.projection import milliseconds
 from tune_topkd.tracking.projection import run_name
 from tune_topkd.tracking.projection import run_of
 from tune_topkd.tracking.sending import KnownRun
+from tune_topkd.tracking.sending import dataset_input
 from tune_topkd.tracking.sending import entities
 from tune_topkd.tracking.sending import is_refusal
 from tune_topkd.tracking.sending import log_entities
@@ -44,17 +50,18 @@ _log = logging.getLogger(__name__)
 class MlflowTracker:
     """Follows a sweep's ledger into MLflow, on a thread of its own; a `tune_topkd.ledger.Tracker`."""
 
-    def __init__(self, ledger: Path, uri: str) -> None:
+    def __init__(self, ledger: Path, uri: str, author: Author | None = None) -> None:
         """Start following.
 
         Args:
             ledger: the sweep's ledger file.
             uri: MLflow's tracking URI; credentials in it are never shown.
+            author: makes what people read of the sweep; without one its run has no artifacts.
         """
         self.uri = uri
         self.trouble = ""
         """What MLflow last failed with, if it did; empty once it answers again."""
-        self._writer = _Writer(ledger, uri)
+        self._writer = _Writer(ledger, uri, author)
         self._news = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mlflow-tracker", daemon=True)
@@ -75,7 +82,7 @@ class MlflowTracker:
         answers = self._writer.answers
         while self._thread.is_alive() and time.monotonic() - began < patience:
             self._thread.join(0.05)
-            if answers != self._writer.answers:
+            if answers != self._writer.answers or self._writer.is_at_documents:
                 answers, heard = self._writer.answers, time.monotonic()
             # Before the first answer the time may go into imports and into making tables, not into waiting.
             if (answers or self.trouble) and time.monotonic() - heard > LONGEST_SILENCE_SECONDS:
@@ -87,6 +94,11 @@ class MlflowTracker:
     def is_caught_up(self) -> bool:
         """Whether MLflow has all that the ledger tells."""
         return not self._thread.is_alive() and not self.trouble
+
+    @property
+    def skipped(self) -> str:
+        """Why the sweep's run has not got its newest artifacts, if it has all else; empty if it has them."""
+        return self._writer.skipped
 
     def _follow(self) -> None:
         wait = SECONDS_BETWEEN_LOOKS
@@ -114,7 +126,7 @@ class MlflowTracker:
         self._closing.wait(rest)  # let more come together into one batch
 
 
-def catch_up(ledger: Path, uri: str, *, abandoned: bool = False) -> None:
+def catch_up(ledger: Path, uri: str, *, abandoned: bool = False, author: Author | None = None) -> str:
     """Bring MLflow to where the ledger is, once; any number of times gives the same runs.
 
     Args:
@@ -122,16 +134,21 @@ def catch_up(ledger: Path, uri: str, *, abandoned: bool = False) -> None:
         uri: MLflow's tracking URI.
         abandoned: nobody drives the sweep. If its driver was killed, so that the ledger does not say so, what is running
             is shown as interrupted since the ledger's last event. When the sweep goes on, this is as if never said.
+        author: makes what people read of the sweep, which is brought to the ledger's last line too.
+
+    Returns:
+        Why the sweep's run has not got its newest artifacts, if it has all else; empty if it has them.
 
     Raises:
         LedgerError: the ledger is damaged.
         TrackingError: MLflow fails; what it has taken until then is kept.
     """
     with masked_errors(uri):
-        writer = _Writer(ledger, uri)
-        writer.catch_up()
+        writer = _Writer(ledger, uri, author)
+        writer.catch_up(to_the_end=True)
         if abandoned:
             writer.abandon()
+    return writer.skipped
 
 
 class _Writer:
@@ -142,9 +159,15 @@ class _Writer:
     that later chunks may change are held until the last one, so that they are sent once.
     """
 
-    def __init__(self, ledger: Path, uri: str) -> None:
+    def __init__(self, ledger: Path, uri: str, author: Author | None = None) -> None:
         self.answers = 0
         """How many requests MLflow has answered; another thread may look at it."""
+        self.is_at_documents = False
+        """Whether documents are being made and sent, which takes a limited time; likewise."""
+        self.skipped = ""
+        """Why the newest documents are not in MLflow."""
+        self._author = author
+        self._takes_datasets = True
         self._ledger = ledger
         self._uri = uri
         self._client: Client | None = None
@@ -161,9 +184,11 @@ class _Writer:
         """How many events from the offset on are in MLflow or in the unsent batch."""
         self._unsent: Batch | None = None
         self._held = Batch()
+        self._documented = -1
+        """The newest line of the ledger whose documents were sent, or given up."""
 
-    def catch_up(self) -> None:
-        """Write what the ledger has beyond the last time."""
+    def catch_up(self, *, to_the_end: bool = False) -> None:
+        """Write what the ledger has beyond the last time, with the documents that are due, or those of its last line."""
         if self._unsent is not None:
             if self._client is None:
                 self._connect()
@@ -172,12 +197,37 @@ class _Writer:
         while self._taken < len(events):
             self._take(events[self._taken : self._taken + EVENTS_PER_CHUNK], len(events))
             if self._client is None and self._connect():
-                return self.catch_up()
+                return self.catch_up(to_the_end=to_the_end)
             self._deliver()
         self._offset, self._taken = end, 0
         for known in self._runs.values():
             known.found = None
+        if self._projection.state.has_begun:
+            if self._client is None and self._connect():
+                return self.catch_up(to_the_end=to_the_end)
+            self._document(self._projection.state.last_seq if to_the_end else self._projection.milestone)
         return None
+
+    def _document(self, line: int | None) -> None:
+        """Send the documents that are of a line of the ledger, once; the runs are up to date."""
+        if self._author is None or line is None or line <= self._documented:
+            return
+        assert self._client is not None, "it is connected"
+        known = self._runs[""]
+        self.is_at_documents = True
+        try:
+            if line_in(known.tags) < line:
+                known.tags |= send(self._client, self._uri, known.id, self._author, line)
+            self.skipped = ""
+        except SkippedError as error:
+            self.skipped = masked(str(error), self._uri)
+            self._say(f"the sweep's artifacts are not in MLflow: {error}")
+        except BaseException:
+            self._client = None
+            raise
+        finally:
+            self.is_at_documents = False
+        self._documented = line
 
     def _take(self, chunk: Sequence[Event], known: int) -> None:
         """Make the unsent batch of some of the `known` events."""
@@ -185,7 +235,7 @@ class _Writer:
         for event in chunk:
             self._projection.take(event, self._unsent)
             self._taken += 1
-        under_way = [run for record in self._projection.state.running() if (run := run_of(record.key)) is not None]
+        under_way = [run_of(record.key) for record in self._projection.state.running()]
         self._held = self._unsent.put_off(["", *under_way]) if self._taken < known else Batch()
 
     def abandon(self) -> None:
@@ -275,6 +325,23 @@ class _Writer:
             known.params |= params
             known.tags |= tags
             self.answers += 1
+        self._log_dataset(run, batch.inputs.get(run))
+
+    def _log_dataset(self, run: str, images: Images | None) -> None:
+        """A run's dataset; a server that is too old for datasets is told of once."""
+        known = self._runs[run]
+        if images is None or not self._takes_datasets or (images.name, images.digest) in known.datasets:
+            return
+        assert self._client is not None, "connected before sending"
+        try:
+            self._client.log_inputs(known.id, datasets=[dataset_input(images)])
+        except Exception as error:
+            self._takes_datasets = getattr(error, "error_code", None) != "ENDPOINT_NOT_FOUND"
+            if self._takes_datasets and not is_refusal(error):
+                raise
+            self._say(f"MLflow does not take the dataset {images.name!r}: {reason_of(error, self._uri)}", "dataset")
+        known.datasets |= {(images.name, images.digest)}
+        self.answers += 1
 
     def _set_status(self, known: KnownRun, status: str, ended: float | None) -> None:
         assert self._client is not None, "connected before sending"
