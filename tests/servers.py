@@ -21,9 +21,9 @@ PATIENCE = 120
 
 
 @contextlib.contextmanager
-def mlflow_server(store):
-    """`mlflow server` over a store, on a loopback port."""
-    server = MlflowServer(store)
+def mlflow_server(store, *options):
+    """`mlflow server` over a store, on a loopback port; `options` are further ones of its command line."""
+    server = MlflowServer(store, options)
     server.start()
     try:
         yield server
@@ -34,8 +34,9 @@ def mlflow_server(store):
 class MlflowServer:
     """A server in a process group of its own; it keeps its port when it is killed and started again."""
 
-    def __init__(self, store):
+    def __init__(self, store, options=()):
         self._store = store
+        self._options = options
         self._port = free_port()
         self._process = None
         self.uri = f"http://tracker:{PASSWORD}@127.0.0.1:{self._port}"
@@ -45,7 +46,7 @@ class MlflowServer:
         """Start it, and wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self._store, "--workers", "1"]
         self._process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(self._port)],
+            [*command, "--host", "127.0.0.1", "--port", str(self._port), *self._options],
             env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             start_new_session=True,
             stdout=subprocess.DEVNULL,

@@ -8,7 +8,6 @@ from tune_topkd.export import TUNED_FILE
 from tune_topkd.export import as_yaml
 from tune_topkd.findings import Findings
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import is_driven
 from tune_topkd.ledger import read_state
 from tune_topkd.sweep.page import REPORT_FILE
 from tune_topkd.sweep.page import findings_from
@@ -24,21 +23,21 @@ if TYPE_CHECKING:
     from tune_topkd.tracking import Documents
 
 
-def author_of(sweep: str, workspace: Workspace) -> "Callable[[], Documents]":
-    """What makes the documents of a sweep: while it is driven its config, afterwards its answer and its report as well.
+def author_of(sweep: str, workspace: Workspace) -> "Callable[[bool], Documents]":
+    """What makes the documents of a sweep: its config, and, if it is told so, its answer and its report as well.
 
     The returned function raises `ConfigError` if the config has been changed by hand, and `LedgerError` if the ledger is
     damaged.
     """
 
-    def documents() -> "Documents":
+    def documents(are_all: bool) -> "Documents":
         from tune_topkd.tracking import Documents
 
         folder = workspace.folder(sweep)
-        state = read_state(folder / LEDGER_FILE)
         files = {CONFIG_FILE: (folder / CONFIG_FILE).read_text()}
-        if not state.stop_reason and is_driven(folder / LEDGER_FILE):
+        if not are_all:
             return Documents(files)
+        state = read_state(folder / LEDGER_FILE)
         config = frozen_config(folder, state)
         found = findings_from(config, state, folder, stopped_as(state), plain_command(workspace))
         if state.ranked():

@@ -30,7 +30,8 @@ ARTIFACTS_TAG = "artifacts"
 """Which artifacts a sweep's run has, and of which line of the ledger: `sweep.yaml, tuned.yaml of line 214`."""
 DESCRIPTION_TAG = "description_checksum"
 """Of the description that was written here: one that has another is the user's."""
-LONGEST_UPLOAD_SECONDS = 20.0
+LONGEST_UPLOAD_SECONDS = 15.0
+"""Of an attempt, of which there are two."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Documents:
     """Markdown; empty where there is nothing new to say."""
 
 
-Author = Callable[[], Documents]
-"""Makes the documents of a sweep as it stands. May take seconds and may raise."""
+Author = Callable[[bool], Documents]
+"""Makes the documents of a sweep as it stands: those of its beginning, or, if it is told so, all. May take seconds and may
+raise."""
 
 
 class SkippedError(TrackingError):
@@ -62,7 +64,7 @@ def names_in(tags: Mapping[str, str]) -> list[str]:
     return tags[ARTIFACTS_TAG].rpartition(" of line ")[0].split(", ") if line_in(tags) >= 0 else []
 
 
-def send(client: Client, uri: str, run_id: str, author: Author, line: int) -> dict[str, str]:
+def send(client: Client, uri: str, run_id: str, author: Author, line: int, *, are_all: bool) -> dict[str, str]:
     """Send a sweep's documents to its run.
 
     Args:
@@ -71,6 +73,7 @@ def send(client: Client, uri: str, run_id: str, author: Author, line: int) -> di
         run_id: of the sweep's own run.
         author: makes the documents.
         line: of the ledger, from 0, that they are of.
+        are_all: whether all documents are due, or those of the sweep's beginning.
 
     Returns:
         The tags that the run now has besides.
@@ -80,7 +83,7 @@ def send(client: Client, uri: str, run_id: str, author: Author, line: int) -> di
         Exception: MLflow's, if it does not answer.
     """
     try:
-        documents = author()
+        documents = author(are_all)
     except Exception as error:  # noqa: BLE001 (whatever it is, the rest of the sweep is in MLflow)
         raise SkippedError(f"they cannot be made: {reason_of(error, uri)}") from None
     run = client.get_run(run_id)
@@ -136,25 +139,34 @@ def _stored(client: Client, uri: str, run: Any, files: Mapping[str, str]) -> str
     """
     if trouble := _foreign_store(uri, run.info.artifact_uri):
         return trouble
+    trouble = ""
+    for _ in range(2):  # an answer may have been lost
+        if not (trouble := _trouble_of_storing(client, run.info.run_id, files, uri)):
+            return ""
+        client.get_run(run.info.run_id)  # is it the artifact store, or all of MLflow?
+    return f"the artifact store {run.info.artifact_uri} cannot be written: {trouble}"
+
+
+def _trouble_of_storing(client: Client, run_id: str, files: Mapping[str, str], uri: str) -> str:
+    """Store the files; why that failed.
+
+    An artifact store that hangs must not hold up the metrics, and nothing of MLflow's says how long it may take.
+    """
     failed: list[Exception] = []
 
     def store() -> None:
         try:
             for name, text in files.items():
-                client.log_text(run.info.run_id, text, name)
+                client.log_text(run_id, text, name)
         except Exception as error:  # noqa: BLE001 (whatever the artifact store raises; it is told)
             failed.append(error)
 
-    # An artifact store that hangs must not hold up the metrics, and nothing of MLflow's says how long it may take.
     thread = threading.Thread(target=store, name="mlflow-artifacts", daemon=True)
     thread.start()
     thread.join(LONGEST_UPLOAD_SECONDS)
     if thread.is_alive():
-        return f"the artifact store has not answered for {LONGEST_UPLOAD_SECONDS:.0f} s"
-    if failed:
-        client.get_run(run.info.run_id)  # is it the artifact store, or all of MLflow?
-        return f"the artifact store {run.info.artifact_uri} cannot be written: {reason_of(failed[0], uri)}"
-    return ""
+        return f"no answer for {LONGEST_UPLOAD_SECONDS:.0f} s"
+    return reason_of(failed[0], uri) if failed else ""
 
 
 def _foreign_store(uri: str, artifact_uri: str) -> str:

@@ -155,6 +155,11 @@ class Projection:
                 self._enter_work(reason, "interrupted", _MLFLOW_END.get(reason, "KILLED"), "KILLED", event.time, batch)
                 self.milestone = event.seq if reason in _OWN_END else self.milestone
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the sweep has ended by itself, and nobody goes on with it."""
+        return self.state.stop_reason in _OWN_END
+
     def abandon(self, batch: "Batch") -> None:
         """Enter what a `stop` event for an interruption, now, would have brought; nothing if there was one."""
         if not self.state.stop_reason:

@@ -205,10 +205,11 @@ class _Writer:
         if self._projection.state.has_begun:
             if self._client is None and self._connect():
                 return self.catch_up(to_the_end=to_the_end)
-            self._document(self._projection.state.last_seq if to_the_end else self._projection.milestone)
+            line = self._projection.state.last_seq if to_the_end else self._projection.milestone
+            self._document(line, are_all=to_the_end or self._projection.is_over)
         return None
 
-    def _document(self, line: int | None) -> None:
+    def _document(self, line: int | None, *, are_all: bool) -> None:
         """Send the documents that are of a line of the ledger, once; the runs are up to date."""
         if self._author is None or line is None or line <= self._documented:
             return
@@ -217,7 +218,7 @@ class _Writer:
         self.is_at_documents = True
         try:
             if line_in(known.tags) < line:
-                known.tags |= send(self._client, self._uri, known.id, self._author, line)
+                known.tags |= send(self._client, self._uri, known.id, self._author, line, are_all=are_all)
             self.skipped = ""
         except SkippedError as error:
             self.skipped = masked(str(error), self._uri)
