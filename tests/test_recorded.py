@@ -15,7 +15,7 @@ from tune_topkd.teacher.logits import computed_by
 RECORDED = Path(__file__).with_name("recorded")
 VERSIONS = (2, 3)
 inside = test_cli.inside
-OF_EACH_RUN = ("epoch_seconds", "images_per_second")
+OF_EACH_RUN = ("epoch_seconds", "images_per_second", "cpu_percent", "memory_mb")
 
 
 @pytest.fixture(params=VERSIONS, ids="version {}".format)

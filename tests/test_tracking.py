@@ -178,7 +178,8 @@ def test_one_parent_and_a_child_for_each_training(ledger, uri):
 
 def test_no_metric_is_named_like_a_parameter_and_what_an_older_version_wrote_is_passed_over(ledger, uri):
     def formula(trial, epoch):
-        return {"val_top1": float(epoch), "lr": trial.config.recipe.lr / epoch, "k": 2.0}
+        system = {"cpu_percent": 98.0, "memory_mb": 900.0, "gpu_memory_mb": 2000.0}
+        return {"val_top1": float(epoch), "lr": trial.config.recipe.lr / epoch, "k": 2.0} | system
 
     simulate(Search(config(), ledger), formula, at_once=1)
     catch_up(ledger.path, uri)
@@ -188,6 +189,8 @@ def test_no_metric_is_named_like_a_parameter_and_what_an_older_version_wrote_is_
     steps = {step: value for name, step, value, _ in rows(uri, found["0"]) if name == "learning_rate"}
     assert steps == {epoch: m["lr"] for epoch, m in ledger.state.trials[TrialKey("search", 0)].reports.items()}
     assert found["0"].data.metrics["k_metric"] == 2.0
+    shown = {name: v for name, v in found["0"].data.metrics.items() if name.startswith("system/")}
+    assert sorted(shown.values()) == [98.0, 900.0, 2000.0], "MLflow has a page for what begins with system/"
     assert found["kd-0000"].data.metrics["k"] == 2.0, "a baseline has no parameter k"
     for _, step, value, at in [row for row in rows(uri, found["0"]) if row[0] == "learning_rate"]:
         client(uri).log_metric(found["0"].info.run_id, "lr", value, timestamp=at, step=step)

@@ -1,9 +1,11 @@
 import importlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ DIGITS = DataConfig.model_validate(
 )
 SMALL_GLYPHS = DataConfig(name="glyphs", kwargs={"train_images": 600, "test_images": 100})
 TINY = ModelConfig(name="digits_cnn_tiny", kwargs={"widths": [3, 4]})
-TIMES = {"epoch_seconds", "images_per_second"}
+TIMES = {"epoch_seconds", "images_per_second", "cpu_percent", "memory_mb"}
 
 
 def trial(method: str = "ce", **changes) -> TrialConfig:
@@ -227,6 +229,8 @@ def test_metrics_have_the_agreed_names_and_are_floats(method, terms, teacher):
     assert metrics.keys() == expected
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
     assert metrics["epoch_seconds"] > 0
+    assert 0 < metrics["cpu_percent"] < 100 * (os.cpu_count() or 1) + 50
+    assert 50 < metrics["memory_mb"] < psutil.virtual_memory().total / 1e6
 
 
 def test_the_terms_are_unweighted_and_make_up_the_loss(teacher):

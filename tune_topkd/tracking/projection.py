@@ -70,8 +70,14 @@ _OWN_END = frozenset(_MLFLOW_END)
 """Why a driver stops by itself: what has been found is worth a report."""
 _DIGEST_LENGTH = 36  # MLflow's limit
 
-METRIC_NAMES = {"lr": "learning_rate"}
-"""Metrics that have another name in MLflow than in the ledger, where a parameter has theirs."""
+METRIC_NAMES = {
+    "lr": "learning_rate",
+    "cpu_percent": "system/process_cpu_percentage",
+    "memory_mb": "system/process_memory_megabytes",
+    "gpu_memory_mb": "system/gpu_memory_megabytes",
+}
+"""Metrics that have another name in MLflow than in the ledger: a parameter has theirs, or MLflow shows what begins with
+`system/` on a page of its own."""
 
 SWEEP_NOTE = """One sweep. Its trials, its baselines and its finalists are the nested runs; the tag `kind` tells them apart.
 

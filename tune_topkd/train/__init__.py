@@ -21,6 +21,7 @@ from tune_topkd.train.device import default_device
 from tune_topkd.train.device import device_of
 from tune_topkd.train.device import in_share
 from tune_topkd.train.loop import BEST_TEST_TOP1
+from tune_topkd.train.loop import CPU_PERCENT
 from tune_topkd.train.loop import EPOCH_SECONDS
 from tune_topkd.train.loop import GRAD_NORM
 from tune_topkd.train.loop import IMAGES_PER_SECOND
@@ -43,6 +44,7 @@ from tune_topkd.train.probe import Speed
 __all__ = [
     "BEST_TEST_TOP1",
     "CHECKPOINT_NAME",
+    "CPU_PERCENT",
     "EPOCH_SECONDS",
     "GPU_PART",
     "GRAD_NORM",

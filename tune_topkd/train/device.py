@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import os
 import time
 from collections.abc import Iterator
 
@@ -15,6 +16,8 @@ GPU_PART = 0.95
 does not count."""
 LONGEST_WAIT_FOR_MEMORY = 60.0
 """Seconds that a training waits until its share of a GPU's memory is free."""
+MEMORY, GPU_MEMORY = "memory_mb", "gpu_memory_mb"
+"""At the end of an epoch, in millions of bytes: the memory that this process has in RAM, and that torch holds of its GPU."""
 _FREE_ENOUGH = 0.8
 """Fraction of the share that must be free: the CUDA context of this process is already in it."""
 
@@ -29,6 +32,16 @@ def default_device() -> torch.device:
 def device_of(config: TrialConfig) -> torch.device:
     """The device of a training: the CPU where its `gpu_share` is 0, else the default device."""
     return torch.device("cpu") if config.gpu_share == 0 else default_device()
+
+
+def memory_held(device: torch.device) -> dict[str, float]:
+    """The memory that this process holds just now, as metrics; what cannot be known is left out."""
+    found = {}
+    with contextlib.suppress(OSError), open("/proc/self/statm") as pages:  # only Linux has this file
+        found[MEMORY] = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    if device.type == "cuda":
+        found[GPU_MEMORY] = torch.cuda.memory_reserved(device) / 1e6
+    return found
 
 
 @contextlib.contextmanager

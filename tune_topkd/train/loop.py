@@ -51,6 +51,7 @@ from tune_topkd.train.checkpoint import load_checkpoint
 from tune_topkd.train.checkpoint import write_checkpoint
 from tune_topkd.train.device import device_of
 from tune_topkd.train.device import in_share
+from tune_topkd.train.device import memory_held
 from tune_topkd.train.device import preserved_rng
 from tune_topkd.train.optim import averaged
 from tune_topkd.train.optim import build_optimizer
@@ -82,6 +83,8 @@ EPOCH_SECONDS = "epoch_seconds"
 """Wall seconds of the epoch, training and validation."""
 IMAGES_PER_SECOND = "images_per_second"
 """Training images per second of `epoch_seconds`."""
+CPU_PERCENT = "cpu_percent"
+"""CPU time of this process over the wall time of the epoch, in percent of one CPU; without the processes that load data."""
 
 _log = logging.getLogger(__name__)
 
@@ -193,7 +196,7 @@ class Training:
 
     def run_epoch(self) -> None:
         """Train and validate one epoch; a GPU is waited for at its end only."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         rate = self.scheduler.get_last_lr()[0]
         names, means, images = self.train_epoch()
         self.loss_state.check_parameters()
@@ -208,6 +211,8 @@ class Training:
             self.metrics[BEST_TEST_TOP1] = max(best, accuracies[TEST_TOP1])
         self.metrics |= self._mean_grad_norms(names)
         self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
+        self.metrics[CPU_PERCENT] = 100 * (time.process_time() - cpu_started) / seconds
+        self.metrics |= memory_held(self.device)
 
     def _mean_grad_norms(self, names: list[str]) -> dict[str, float]:
         """What is reported of the epoch's gradients, whose loss and terms have these names."""
