@@ -26,6 +26,7 @@ Each class lives in the room that raises it:
     ├── SweepTroubleError         execution: a running sweep cannot go on
     ├── ChangedFileError          execution: a file that results depend on has changed
     └── TrackingError             tracking: MLflow fails
+        └── SkippedError          tracking: artifacts cannot be made or stored; MLflow answers
 
 The disk's own errors stay `OSError`, and `tune_topkd.loss`, which stands alone, raises plain `ValueError`.
 """
