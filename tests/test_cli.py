@@ -178,8 +178,8 @@ def test_status_tells_people_and_programs(finished, runs, inside):
     assert found["trials"]["completed"] + found["trials"]["pruned"] == 6
     assert found["trials"]["running"] == 0
     assert set(found["best"]) == {"number", "val_top1", "params"}
-    text = inside("status", "--runs-dir", runs).stdout
-    assert re.match(r"small: finished, .* of 6; best \d+\.\d\d % \(trial \d\)\n", text)
+    text = inside("status", "small", "--runs-dir", runs).stdout
+    assert re.match(r"small: finished, .* of 6; best \d+\.\d\d % \(trial \d, K = \d\).*; \d+\.\d\d CPU h\n", text)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -591,7 +591,7 @@ def begun(folder, *events):
 def test_status_tells_how_a_sweep_ended(tmp_path, inside, reason, shown):
     error = "OSError: [/mnt/x]" if reason in ("failed", "trouble") else ""
     begun(tmp_path / "s", *([Stop(reason=reason, error=error)] if reason else []))
-    told = inside("status", "--runs-dir", tmp_path).stdout
+    told = inside("status", "s", "--runs-dir", tmp_path).stdout
     assert told == f"s: {shown}, no trials of 4{f'; {error}' if error else ''}\n"
     found = json.loads(inside("status", "s", "--json", "--runs-dir", tmp_path).stdout)
     assert (found["state"], found["error"]) == (shown, error)
@@ -641,10 +641,13 @@ def test_status_shows_all_sweeps_and_names_the_damaged_ones(tmp_path, inside, da
     finally:
         (tmp_path / "b").chmod(0o755)
     assert (done.returncode, as_json.returncode, unknown.returncode, only.returncode) == (2, 2, 2, 2)
-    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert (lines["a"], lines["c"]) == ("killed, no trials of 4",) * 2
-    assert lines["b"].startswith("damaged; ")
-    assert told in lines["b"]
+    heading, *rows, empty, why = done.stdout.splitlines()
+    assert heading.split()[:3] == ["sweep", "state", "begun"]
+    rows = sorted(rows)
+    assert [row.split()[:2] for row in rows] == [["a", "killed"], ["b", "damaged"], ["c", "killed"]]
+    assert all(" 0/4 " in row for row in (rows[0], rows[2]))
+    assert (empty, why.startswith("b: damaged; ")) == ("", True)
+    assert told in why
     states = {entry["sweep"]: entry for entry in json.loads(as_json.stdout)}
     assert {name: entry["state"] for name, entry in states.items()} == {"a": "killed", "b": "damaged", "c": "killed"}
     assert told in states["b"]["error"]

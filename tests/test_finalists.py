@@ -721,7 +721,9 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capfd):
     first = Sweep.create(SPACE, **create).run(executor=SimulatedExecutor(interrupted_at((LUCKIEST, 7)), at_once=2))
     place = Workspace.at(mlflow_uri="", address="local")
     assert (first.reason, first.best.key, first.winner.finalist) == ("interrupted", LUCKIEST, None)
-    assert line_of(standing("s", place)).endswith("; best 80.00 % (trial 2); finalists: 4 of 8 trainings")
+    assert line_of(standing("s", place)).endswith(
+        "; best 80.00 % (trial 2); finalists: 4 of 8 trainings; gain over ce +6.00"
+    )
     assert load_tuned_config(first.folder / "tuned.yaml").evidence.trial == 2
     last = Sweep.open("s", mlflow_uri="", address="local").resume(executor=SimulatedExecutor(planted, at_once=2))
     assert (last.reason, last.best.key, last.winner.value) == ("finished", BEST, 76.5)
@@ -734,7 +736,9 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capfd):
     assert shown["finalists"] == {"done": 8, "of": 8}
     assert shown["best"]["fresh"] == {"val_top1": 76.5, "error": pytest.approx(0.5), "values": {"6": 76.0, "7": 77.0}}
     assert json.loads(json.dumps(shown)) == shown
-    assert line_of(shown).endswith("; best 76.50 ± 0.50 % over 2 fresh seeds (trial 3, 78.00 % in the search)")
+    assert line_of(shown).endswith(
+        "; best 76.50 ± 0.50 % over 2 fresh seeds (trial 3, 78.00 % in the search); gain over ce not told apart"
+    )
     assert [line for line in audit("s", place, with_mlflow=False) if "checkpoint" not in line] == []
     assert "".join(capfd.readouterr()) == ""
 

@@ -82,6 +82,14 @@ def result(text: str, *, is_document: bool = False) -> None:
             raise
 
 
+def columns_of_stdout() -> int | None:
+    """How wide the terminal is that stdout is; None where it is none, and a table may be as wide as it takes."""
+    try:
+        return os.get_terminal_size(1).columns or None
+    except OSError:
+        return None
+
+
 class Terminal(io.TextIOBase):
     """Stderr, written to by a thread of its own; on a terminal its last lines may be a live region.
 

@@ -32,6 +32,7 @@ from tune_topkd.cli.standing import line_of
 from tune_topkd.cli.standing import line_of_job
 from tune_topkd.cli.standing import standing
 from tune_topkd.cli.standing import standing_or_damage
+from tune_topkd.cli.standing import table_of
 from tune_topkd.config import SWEEP_NAME
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
@@ -510,7 +511,11 @@ def status(
     ] = False,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Show the state of each sweep."""
+    """Show how sweeps stand: a row for each, or one in detail.
+
+    A row has the state, when it was begun, the trials that have ended, the answer's top-1 and K and what that was
+    measured on, its gain in points over each baseline, and what it has cost.
+    """
     workspace = _workspace(runs_dir)
     if campaign:
         searched = _searched([sweep] if sweep else None, workspace, Console())
@@ -520,8 +525,10 @@ def status(
     found = [standing(sweep, workspace)] if sweep else [standing_or_damage(name, workspace) for name in every]
     if as_json:
         terminal.result(json.dumps(found[0] if sweep else found, indent=2) + "\n", is_document=True)
-    else:
+    elif sweep:
         terminal.result("".join(f"{line_of(entry)}\n" for entry in found))
+    elif found:
+        terminal.result(table_of(found, terminal.columns_of_stdout()))
     if not found:
         Console().print(f"no sweeps in {workspace.runs}")
     if any(entry["state"] == DAMAGED for entry in found):

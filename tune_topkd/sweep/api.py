@@ -15,10 +15,12 @@ from tune_topkd.config import ConfigError
 from tune_topkd.config import Override
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
+from tune_topkd.config import read_yaml
 from tune_topkd.export import TunedConfig
 from tune_topkd.findings import Findings
 from tune_topkd.findings import Row
 from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import Winner
@@ -28,6 +30,8 @@ from tune_topkd.ledger import winner_of
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.callbacks import Callback
 from tune_topkd.sweep.callbacks import Watchers
+from tune_topkd.sweep.campaign import figures_of
+from tune_topkd.sweep.campaign import hours_of
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.continuing import Continuation
@@ -78,6 +82,15 @@ class Status:
     """The best of each baseline's trials."""
     spend: Spend
     """What its trainings have cost."""
+    description: str
+    """The one of its YAML; empty where that cannot be read."""
+    begun: float
+    """In Unix seconds."""
+    figures: dict[str, Any]
+    """The answer's `top1`, what that was `measured_on` and its `gains`, as a `Row` has them; empty without an answer."""
+    cpu_hours: float
+    """Of all its trainings."""
+    gpu_hours: float
     winner: Winner | None = None
     """The answer, with what its fresh seeds gave, if it was chosen by them."""
     finalists: tuple[int, int] | None = None
@@ -315,26 +328,7 @@ class Sweep:
             LedgerError: its ledger is damaged.
         """
         folder = self.workspace.existing(self.name)
-        state = read_state(folder / LEDGER_FILE)
-        how, counts = condition(folder, state), state.counts()
-        trials = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
-        running = counts[TrialStatus.RUNNING]
-        trials |= {"running": running} if how == "running" else {"running": 0, "interrupted": running}
-        winner = winner_of(state)
-        return Status(
-            sweep=self.name,
-            condition=how,
-            error=state.stop_error,
-            plateau="" if state.plateau is None else state.plateau.sentence,
-            trials=trials,
-            target=state.target,
-            best=None if winner is None else winner.record,
-            baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
-            winner=winner,
-            finalists=finalists_done(state),
-            verdict=verdict_of(state),
-            spend=spend(state),
-        )
+        return status_of(self.name, folder, read_state(folder / LEDGER_FILE))
 
     def row(self) -> Row:
         """What it found, as a row of a campaign's table.
@@ -399,6 +393,47 @@ class Sweep:
         folder = self.workspace.existing(self.name)
         state = read_state(folder / LEDGER_FILE)
         Result(self.name, folder, frozen_config(folder, state), state, state.stop_reason).export(path, format)
+
+
+def status_of(name: str, folder: Path, state: SweepState) -> Status:
+    """How a sweep stands.
+
+    Args:
+        name: the sweep's.
+        folder: the sweep's.
+        state: what its ledger tells.
+    """
+    how, counts = condition(folder, state), state.counts()
+    trials = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
+    running = counts[TrialStatus.RUNNING]
+    trials |= {"running": running} if how == "running" else {"running": 0, "interrupted": running}
+    winner, (cpu_hours, gpu_hours) = winner_of(state), hours_of(state)
+    return Status(
+        sweep=name,
+        condition=how,
+        error=state.stop_error,
+        plateau="" if state.plateau is None else state.plateau.sentence,
+        trials=trials,
+        target=state.target,
+        best=None if winner is None else winner.record,
+        baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
+        winner=winner,
+        finalists=finalists_done(state),
+        verdict=verdict_of(state),
+        spend=spend(state),
+        description=_description(folder),
+        begun=state.started_at,
+        figures=figures_of(state),
+        cpu_hours=cpu_hours,
+        gpu_hours=gpu_hours,
+    )
+
+
+def _description(folder: Path) -> str:
+    try:
+        return str(read_yaml(folder / CONFIG_FILE).get("description") or "")
+    except (ConfigError, OSError):  # how a sweep stands can be told without it
+        return ""
 
 
 def default_name(space: str | Path | Mapping[str, Any]) -> str:

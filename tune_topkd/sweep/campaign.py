@@ -43,8 +43,7 @@ def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar
         state: its trials.
         complete: its parameters as the config has them, those that it searches at their defaults.
     """
-    hours = spend(state).total / 3600
-    share = state.prepared.share if state.prepared else None
+    cpu_hours, gpu_hours = hours_of(state)
     about: dict[str, Any] = {
         "sweep": state.header.sweep,
         "dataset": config.data.name,
@@ -54,19 +53,30 @@ def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar
         "state": state.stop_reason or "under way",
         "trials": state.size(),
         "trainings": len(state.trials),
-        "cpu_hours": hours * (share.cpus if share else 1.0),
-        "gpu_hours": hours * (share.gpus if share else 0.0),
+        "cpu_hours": cpu_hours,
+        "gpu_hours": gpu_hours,
     }
     winner = winner_of(state)
     if winner is None:
         return Row(**about)
-    return Row(**about, params={**complete, **winner.record.params}, equal_k=equal_k(state), **_figures(state))
+    return Row(**about, params={**complete, **winner.record.params}, equal_k=equal_k(state), **figures_of(state))
 
 
-def _figures(state: SweepState) -> dict[str, Any]:
-    """The answer's figure and its gains, from the best evidence that there is."""
+def hours_of(state: SweepState) -> tuple[float, float]:
+    """What a sweep's trainings have cost, in hours of CPUs and of GPUs, with what a trial of it has of a node."""
+    hours = spend(state).total / 3600
+    share = state.prepared.share if state.prepared else None
+    return hours * (share.cpus if share else 1.0), hours * (share.gpus if share else 0.0)
+
+
+def figures_of(state: SweepState) -> dict[str, Any]:
+    """An answer's `top1`, what that was `measured_on` and its `gains`, as a `Row` has them, from the best evidence there is.
+
+    Empty without an answer.
+    """
     verdict, winner = verdict_of_answer(state), winner_of(state)
-    assert winner is not None, "there is an answer"
+    if winner is None:
+        return {}
     if verdict is not None and verdict.answer.values:
         gains = {gain.base.name: Figure(gain.mean, gain.interval) for gain in verdict.gains}
         top1 = Figure(statistics.fmean(verdict.answer.values), verdict.answer.interval)
