@@ -1025,6 +1025,7 @@ COMMANDS = {
     "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",
     "verify": "--seeds --set",
     "report": "--format --output -o --runs-dir",
+    "compare": "--format --output -o --runs-dir",
     "status": "--json --campaign --runs-dir",
     "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --set",
     "jobs": "--json --address",

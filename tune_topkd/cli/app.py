@@ -81,6 +81,8 @@ YAML = Format("yaml")
 PAGE = "html"
 Table = StrEnum("Table", {name: name for name in (*FORMATS, PAGE)})  # type: ignore[misc]
 MARKDOWN, JSON = Table("markdown"), Table("json")
+Side = StrEnum("Side", {name: name for name in FORMATS})  # type: ignore[misc]
+SIDE_BY_SIDE = Side("markdown")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -565,6 +567,27 @@ def report(
         found = _of_each(sweeps, workspace, console, lambda name: Sweep(name, workspace).findings(command))
         text = page_of(found)
     _give(text, output or page_file(found, workspace), console)
+
+
+@app.command()
+def compare(
+    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP SWEEP...", autocompletion=_sweeps)],
+    format_: Annotated[Side, typer.Option("--format")] = SIDE_BY_SIDE,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
+    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+) -> None:
+    """Show sweeps side by side: the config keys that differ, what each found, and whether one answer is better.
+
+    Answers are compared where both were measured on the same test set (`confirm`), by Welch's t over their seeds.
+    """
+    from tune_topkd.sweep.comparison import FORMATS as WRITTEN
+    from tune_topkd.sweep.comparison import compare as compared
+
+    if len(names := list(dict.fromkeys(sweeps))) < 2:
+        raise ConfigError("compare", [Problem(key="SWEEP", rule="must be two sweeps or more, each another one")])
+    workspace, console = _workspace(runs_dir), Console()
+    found = compared(_searched(names, workspace, console))
+    _give(WRITTEN[format_.value](found), output, console)
 
 
 def _searched(sweeps: Sequence[str] | None, workspace: Workspace, console: Console) -> list[Searched]:

@@ -132,7 +132,7 @@ def _noise(state: SweepState) -> float | None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of texts for each sweep."""
     shown = [name for name in SHOWN if any(name in row.params for row in rows)]
     bases = list(dict.fromkeys(name for row in rows for name in row.gains))
@@ -189,18 +189,33 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def as_markdown(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
     """A table and its notes; below, the config that is recommended for all."""
-    headings, cells = _cells(rows)
-    lines = [_line(headings), "|" + "|".join("---" for _ in headings) + "|", *(_line(row) for row in cells)]
+    headings, cells = cells_of(rows)
+    lines = [
+        markdown_line(headings),
+        "|" + "|".join("---" for _ in headings) + "|",
+        *(markdown_line(row) for row in cells),
+    ]
     lines += ["", *(f"- {note}" for note in notes(rows))]
     return "\n".join([*lines, *(["", *for_all.lines()] if for_all else [])]) + "\n"
 
 
-def _line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def as_csv(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
     """A line for each sweep, intervals in columns of their own; numbers are whole. What is recommended has no line."""
+    lines = flat_lines(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else ["sweep"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def flat_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """All of each row by name, the same names for all; what a row lacks is an empty text."""
     bases = list(dict.fromkeys(name for row in rows for name in row.gains))
     params = list(dict.fromkeys(name for row in rows for name in row.params))
     lines = []
@@ -214,11 +229,7 @@ def as_csv(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
             flat |= _flat(f"gain over {name}", row.gains.get(name))
         flat |= {name: content[name] for name in ("trials", "trainings", "cpu_hours", "gpu_hours")}
         lines.append(flat)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]) if lines else ["sweep"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return lines
 
 
 def _flat(name: str, figure: Figure | None) -> dict[str, float | str]:
@@ -247,14 +258,15 @@ _LATEX = str.maketrans(
 
 def as_latex(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
     """A `tabular` for booktabs; its notes, and what is recommended for all, as comments."""
-    headings, cells = _cells(rows)
+    headings, cells = cells_of(rows)
     lines = [f"% {note}" for note in [*notes(rows), *(for_all.lines() if for_all else [])]]
     lines += [rf"\begin{{tabular}}{{{'l' * 4}{'r' * (len(headings) - 4)}}}", r"\toprule"]
-    lines += [_latex_line(headings), r"\midrule", *map(_latex_line, cells), r"\bottomrule", r"\end{tabular}"]
+    lines += [latex_line(headings), r"\midrule", *map(latex_line, cells), r"\bottomrule", r"\end{tabular}"]
     return "\n".join(lines) + "\n"
 
 
-def _latex_line(cells: Iterable[str]) -> str:
+def latex_line(cells: Iterable[str]) -> str:
+    """A row of a LaTeX table, its signs escaped."""
     return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
 
 
