@@ -1017,12 +1017,12 @@ def test_doctor_tells_what_is_there(tmp_path, inside):
 
 COMMANDS = {
     "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget --gpu-hours "
-    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --or-resume --set",
+    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --or-resume --json --set",
     "init": "--data --teacher --student --checkpoint --root --epochs --image-size --output -o",
     "check": "--trials --epochs --set --show",
     "schema": "--output -o",
-    "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --set",
-    "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --set",
+    "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --json --set",
+    "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --json --set",
     "verify": "--seeds --set",
     "report": "--format --output -o --runs-dir",
     "compare": "--format --output -o --runs-dir",

@@ -9,6 +9,7 @@ import errno
 import io
 import logging
 import os
+import queue
 import re
 import select
 import sys
@@ -88,6 +89,53 @@ def columns_of_stdout() -> int | None:
         return os.get_terminal_size(1).columns or None
     except OSError:
         return None
+
+
+class Lines:
+    """Stdout for a program that reads line by line, written by a thread of its own.
+
+    It is stdout as it was when this was made, so it may be sent into a log meanwhile. **Failures.** `put` neither waits nor
+    raises; a reader that is gone gets nothing more.
+    """
+
+    def __init__(self) -> None:
+        """Take a copy of the descriptor.
+
+        Raises:
+            OSError: stdout is closed.
+        """
+        if 1 in _closed:
+            raise OSError(errno.EBADF, "is closed, and the result goes there", "stdout")
+        self._fd = os.dup(1)
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._written = 0
+        self._thread = threading.Thread(target=self._write_all, name="stdout", daemon=True)
+        self._thread.start()
+
+    def put(self, line: str) -> None:
+        """Write a line; its end is added."""
+        self._queue.put(f"{line}\n".encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        """Write what is left, as long as somebody reads it."""
+        self._queue.put(None)
+        before, moved_at = -1, time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - moved_at < PATIENCE_AT_END:
+            self._thread.join(0.1)
+            if self._written != before:
+                before, moved_at = self._written, time.monotonic()
+
+    def _write_all(self) -> None:
+        try:
+            while (content := self._queue.get()) is not None:
+                while content:
+                    written = os.write(self._fd, content[:_CHUNK])
+                    self._written += written
+                    content = content[written:]
+        except OSError as error:  # the reader is gone; a sweep goes on without it
+            logging.getLogger(__name__).warning("stdout cannot be written any more: %s", error)
+        finally:
+            os.close(self._fd)
 
 
 class Terminal(io.TextIOBase):

@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 an audit found something; 2 the input is wrong or the mach
 if the terminal was closed), and `resume` goes on.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from enum import StrEnum
@@ -73,6 +75,7 @@ from tune_topkd.sweep.workspace import RAY_VARIABLE
 from tune_topkd.sweep.workspace import RUNS_DIR_VARIABLE
 from tune_topkd.sweep.workspace import moved_places
 from tune_topkd.terminal import Console
+from tune_topkd.terminal import Lines
 
 DEFAULT_SPACE = "search_spaces/digits.yaml"
 DONE, FINDINGS, USER_ERROR, NO_SUCCESS = 0, 1, 2, 3
@@ -118,6 +121,10 @@ Sets = Annotated[
 Moved = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="A JSON object in a line of stdout for each thing that happens; people read stderr."),
 ]
 SweepName = Annotated[str, typer.Argument(metavar="SWEEP", help="The name of a sweep.", autocompletion=_sweeps)]
 Spaces = Annotated[
@@ -220,6 +227,7 @@ def run(
     or_resume: Annotated[
         bool, typer.Option("--or-resume", help="Go on with a sweep that has begun: the same command, again and again.")
     ] = False,
+    as_json: AsJson = False,
     set_: Sets = None,
 ) -> None:
     """Search each SPACE.yaml and export its tuned config."""
@@ -243,7 +251,9 @@ def run(
         sweeps = all_of(
             [functools.partial(Sweep.new, s, n, workspace, overrides, warm_start or (), or_resume) for s, n in named]
         )
-    _conclude(_each_run(sweeps, workspace, console), workspace, console)
+    with _lines(as_json) as lines:
+        results = _each_run(sweeps, workspace, console, lines)
+    _conclude(results, workspace, console)
 
 
 JobsAddress = Annotated[
@@ -337,13 +347,15 @@ def stop(job: JobName, address: JobsAddress = None) -> None:
     console.print(line_of_job(found), style="bold", soft_wrap=True)
 
 
-def _each_run(sweeps: Sequence[Sweep], workspace: Workspace, console: Console) -> dict[str, Result | str]:
+def _each_run(
+    sweeps: Sequence[Sweep], workspace: Workspace, console: Console, lines: Lines | None = None
+) -> dict[str, Result | str]:
     """How each sweep ended, or what kept it from running; after an interruption the rest is not begun."""
     results: dict[str, Result | str] = {}
     for sweep in sweeps:
         console.print(f"sweep {sweep.name}: {sweep.source}", style="bold")
         try:
-            results[sweep.name] = result = _shown(sweep.run, sweep, console)
+            results[sweep.name] = result = _shown(sweep.run, sweep, console, lines)
         except Exception as error:
             if len(sweeps) == 1:
                 raise
@@ -355,15 +367,36 @@ def _each_run(sweeps: Sequence[Sweep], workspace: Workspace, console: Console) -
     return results
 
 
+@contextlib.contextmanager
+def _lines(as_json: bool) -> Iterator[Lines | None]:
+    """Stdout for JSON lines, if there are to be any."""
+    if not as_json:
+        yield None
+        return
+    lines = Lines()
+    try:
+        yield lines
+    finally:
+        lines.close()
+
+
 def _shown(
-    run: Callable[..., Result], sweep: Sweep, console: Console, words: Sequence[str] = (), **arguments: Any
+    run: Callable[..., Result],
+    sweep: Sweep,
+    console: Console,
+    lines: Lines | None,
+    words: Sequence[str] = (),
+    **arguments: Any,
 ) -> Result:
     """Run a sweep, or go on with it, on the console; an interruption says by which words, by default `resume`, to go on."""
     from tune_topkd.cli.display import ConsoleCallback
+    from tune_topkd.cli.lines import JsonCallback
+
+    told = [] if lines is None else [JsonCallback(sweep.name, lines)]
 
     with listening() as interruption:
         interruption.advice = f"; `{command_for(sweep.workspace, *(words or ('resume', sweep.name)))}` goes on"
-        return run([ConsoleCallback(console, sweep.workspace)], **arguments)
+        return run([ConsoleCallback(console, sweep.workspace), *told], **arguments)
 
 
 @app.command()
@@ -445,6 +478,7 @@ def resume(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
+    as_json: AsJson = False,
     set_: Moved = None,
 ) -> None:
     """Resume a sweep after any interruption; finished trials are not run again."""
@@ -456,7 +490,8 @@ def resume(
         "gpu_hours": gpu_hours,
         "cpu_hours": cpu_hours,
     }
-    result = _shown(found.resume, found, console, **limits, moved=moved)
+    with _lines(as_json) as lines:
+        result = _shown(found.resume, found, console, lines, **limits, moved=moved)
     _conclude({sweep: result}, found.workspace, console)
 
 
@@ -471,6 +506,7 @@ def confirm(
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
     address: Address = None,
+    as_json: AsJson = False,
     set_: Moved = None,
 ) -> None:
     """Choose a finished sweep's answer on fresh seeds, then measure it and the baselines on the test set, once."""
@@ -478,7 +514,8 @@ def confirm(
     found, console = Sweep(sweep, _workspace(runs_dir, mlflow_uri or None, address)), Console()
     words = ("confirm", sweep, "--finalists", str(finalists), "--seeds", str(seeds))
     plan = {"finalists": finalists, "seeds": seeds, "again": again}
-    result = _shown(found.confirm, found, console, words, **plan, moved=moved)
+    with _lines(as_json) as lines:
+        result = _shown(found.confirm, found, console, lines, words, **plan, moved=moved)
     _conclude({sweep: result}, found.workspace, console, words)
 
 
