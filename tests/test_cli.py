@@ -1026,7 +1026,7 @@ COMMANDS = {
     "verify": "--seeds --set",
     "report": "--format --output -o --runs-dir",
     "compare": "--format --output -o --runs-dir",
-    "status": "--json --campaign --runs-dir",
+    "status": "--json --campaign --watch --every --runs-dir",
     "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --set",
     "jobs": "--json --address",
     "logs": "--follow -f --address",

@@ -21,7 +21,9 @@ from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import Prepared
 from tune_topkd.ledger import Report
+from tune_topkd.ledger import Share
 from tune_topkd.ledger import Start
 from tune_topkd.ledger import Stop
 from tune_topkd.ledger import Suggest
@@ -41,7 +43,7 @@ SIZES = [(80, 24), (160, 50)]
 def ledger(tmp_path):
     """A ledger of a sweep of 60 trials that has begun."""
     with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="s", id="i", seed=0, trials=60, digest="d")) as ledger:
-        ledger.append(Driver(host="h", pid=1, trials=60))
+        ledger.append(Driver(host="h", pid=1, trials=60), Prepared(share=Share(1.0, 0.0)))
         yield ledger
 
 
@@ -99,7 +101,8 @@ def test_a_terminal_shows_the_bar_the_running_trials_and_the_time_left_and_then_
     columns, rows = pty.screen.columns, pty.screen.lines
     assert len(lines) < rows
     assert lines[0] == "1 failed  39 running"
-    assert lines[1].startswith("  0001  epoch 2/9  val_top1 51.00 %  k=5 scale_top=2")
+    assert lines[1] == "rungs  epoch 1: 40 of 40 went on"
+    assert lines[2].startswith("  0001  epoch 2/9  val_top1 51.00 %  k=5 scale_top=2")
     assert max(map(len, lines)) == columns - 1, "the whole width is used but for a column"
     assert lines[-1].startswith(("trials ━", "trials ╸"))
     assert lines[-1].endswith(" left")
@@ -258,7 +261,7 @@ def test_the_time_left_counts_what_is_to_come_and_no_start(slots, start, asha):
 def test_the_time_left_is_never_more_than_the_time_budget(ledger, pipe):
     config = formulas.sweep_config(sweep={"trials": 60, "time_budget": 30.0})
     shown, console = shown_on(pipe[1], ledger, config)
-    assert shown._time_left() in ("about 30 s left", "about 29 s left", "about 28 s left")
+    assert shown._picture.time_left(time.time()) in ("about 30 s left", "about 29 s left", "about 28 s left")
     shown.close()
     console.terminal.close()
     os.close(pipe[0])

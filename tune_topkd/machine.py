@@ -1,9 +1,16 @@
-"""What this process may use of its machine: fewer CPUs and less memory than there are, in a container or a batch job."""
+"""What this process may use of its machine: fewer CPUs and less memory than there are, in a container or a batch job.
 
+And what the machine's GPUs are doing.
+"""
+
+import ctypes
+import functools
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _CGROUPS = Path("/proc/self/cgroup")
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -70,3 +77,57 @@ def _words(path: Path) -> list[str]:
         return path.read_text().split() or [""]
     except OSError:
         return [""]
+
+
+# --- GPUs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU of this machine at a moment, whoever uses it."""
+
+    name: str
+    used: int
+    """Bytes of its memory."""
+    total: int
+    busy: int | None
+    """Percent of the last moments in which it computed; None where the driver does not say, as with MIG."""
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class _Rates(ctypes.Structure):
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+
+
+@functools.cache
+def _nvml() -> Any:
+    """NVIDIA's management library, ready for use; None where there is none. It makes no CUDA context."""
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+        return library if library.nvmlInit_v2() == 0 else None
+    except (OSError, AttributeError):
+        return None
+
+
+def gpus() -> list[Gpu]:
+    """The NVIDIA GPUs of this machine as they are now; none where there is no driver of NVIDIA's."""
+    library, count = _nvml(), ctypes.c_uint()
+    if library is None or library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        return []
+    found = (_gpu(library, number) for number in range(count.value))
+    return [gpu for gpu in found if gpu is not None]
+
+
+def _gpu(library: Any, number: int) -> Gpu | None:
+    handle, name, memory, rates = ctypes.c_void_p(), ctypes.create_string_buffer(96), _Memory(), _Rates()
+    if (
+        library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(number), ctypes.byref(handle)) != 0
+        or library.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name))) != 0
+        or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0
+    ):
+        return None
+    is_told = library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(rates)) == 0
+    return Gpu(name.value.decode(errors="replace"), memory.used, memory.total, rates.gpu if is_told else None)

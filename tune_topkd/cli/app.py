@@ -548,6 +548,11 @@ def status(
     campaign: Annotated[
         bool, typer.Option("--campaign", help="As the table of `report`: what each has found.")
     ] = False,
+    is_watched: Annotated[
+        bool,
+        typer.Option("--watch", help="Show a sweep under way as its own display does, until it ends or Ctrl-C."),
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Show how sweeps stand: a row for each, or one in detail.
@@ -556,12 +561,14 @@ def status(
     measured on, its gain in points over each baseline, and what it has cost.
     """
     workspace = _workspace(runs_dir)
+    if is_watched:
+        return _watch(sweep, workspace, every)
     if campaign:
         searched = _searched([sweep] if sweep else None, workspace, Console())
         terminal.result(_table(searched, JSON if as_json else MARKDOWN), is_document=True)
         return
-    every = workspace.sweeps() if sweep is None else []
-    found = [standing(sweep, workspace)] if sweep else [standing_or_damage(name, workspace) for name in every]
+    names = workspace.sweeps() if sweep is None else []
+    found = [standing(sweep, workspace)] if sweep else [standing_or_damage(name, workspace) for name in names]
     if as_json:
         terminal.result(json.dumps(found[0] if sweep else found, indent=2) + "\n", is_document=True)
     elif sweep:
@@ -572,6 +579,20 @@ def status(
         Console().print(f"no sweeps in {workspace.runs}")
     if any(entry["state"] == DAMAGED for entry in found):
         raise typer.Exit(USER_ERROR)
+
+
+def _watch(sweep: str | None, workspace: Workspace, every: float) -> None:
+    """Show a sweep until it ends; exit 130 where a person has seen enough."""
+    from tune_topkd.cli.watching import running
+    from tune_topkd.cli.watching import watch
+
+    name = running(workspace) if sweep is None else sweep
+    with listening() as interruption:
+        interruption.advice = f"; {name} goes on"
+        try:
+            watch(name, workspace, every, Console())
+        except KeyboardInterrupt:
+            raise typer.Exit(interruption.exit_code) from None
 
 
 @app.command()

@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,42 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from tune_topkd import terminal
 from tune_topkd.cli.calling import command_for
 from tune_topkd.cli.calling import notebooks_command
+from tune_topkd.cli.picture import Picture
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
 from tune_topkd.ledger import CPU_HOURS
 from tune_topkd.ledger import GPU_HOURS
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
-from tune_topkd.ledger import Report
 from tune_topkd.ledger import Retry
-from tune_topkd.ledger import Start
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import Winner
 from tune_topkd.ledger import finalists
-from tune_topkd.ledger import finalists_done
-from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
+from tune_topkd.machine import Gpu
+from tune_topkd.machine import gpus
 from tune_topkd.sweep import Callback
 from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Result
-from tune_topkd.sweep.remaining import Pace
-from tune_topkd.sweep.remaining import seconds_to_limit
-from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.wording import counted
-from tune_topkd.sweep.wording import duration
 from tune_topkd.sweep.wording import short
 from tune_topkd.sweep.wording import short_params
 from tune_topkd.sweep.wording import title
@@ -60,8 +52,9 @@ from tune_topkd.verdict import LEVEL
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import Verdict
 
-STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 SECONDS_PER_FRAME = 0.5
+SECONDS_PER_LOOK = 2.0
+"""Between two looks at the GPUs."""
 LONGEST_CLOSE = 3.0
 """Seconds that the end of a sweep waits for the display's last word."""
 
@@ -94,7 +87,10 @@ class ConsoleCallback(Callback):
 
     def on_phase(self, text: str) -> None:
         """On a terminal the line at the bottom."""
-        self._console.show(Text(f"{text} …", "dim") if text else None)
+        if self._progress is not None:
+            self._progress.show_phase(text)
+        else:
+            self._console.show(Text(f"{text} …", "dim") if text else None)
 
     def on_trials_begin(self, config: SweepConfig, folder: Path, state: SweepState) -> None:
         """The live display starts, and the libraries go silent."""
@@ -102,7 +98,9 @@ class ConsoleCallback(Callback):
             self._open.enter_context(terminal.chatter_into(folder / LOG_FILE))
         except OSError as error:
             self.on_message(f"what the libraries print is not kept: {error}", Kind.NOTE)
-        self._progress = ProgressDisplay(config, folder / LEDGER_FILE, state.last_seq, self._console)
+        self._progress = ProgressDisplay(
+            config, folder / LEDGER_FILE, state.last_seq, self._console, is_here=self._workspace.address is None
+        )
         self._open.callback(self._progress.close)
 
     def on_event(self, event: Event) -> None:
@@ -113,6 +111,7 @@ class ConsoleCallback(Callback):
     def on_trials_end(self) -> None:
         """The display is taken off the screen."""
         self._open.close()
+        self._progress = None
 
     def on_end(self, result: Result) -> None:
         """What was found, where it lies and what to do next."""
@@ -201,7 +200,7 @@ class ProgressDisplay:
     sweep neither waits nor ends. What a reader that is asleep misses is printed when it is awake again.
     """
 
-    def __init__(self, config: SweepConfig, ledger: Path, seen: int, console: Console) -> None:
+    def __init__(self, config: SweepConfig, ledger: Path, seen: int, console: Console, *, is_here: bool = True) -> None:
         """Start following.
 
         Args:
@@ -209,17 +208,16 @@ class ProgressDisplay:
             ledger: its ledger file.
             seen: the number of the last event before this driver's trials; what it and those before it tell is old.
             console: where to.
+            is_here: whether trials run on this machine, so that its GPUs are worth showing.
         """
-        self._config = config
         self._ledger = ledger
         self._seen = seen
         self._console = console
-        self._state = SweepState()
+        self._picture = Picture(config, time.time())
         self._offset = 0
-        self._pace = Pace()
-        self._began = time.time()
-        self._has_started = False
-        """Whether a trial was started by this driver: Ray's own start takes seconds."""
+        self._is_here = is_here
+        self._gpus: list[Gpu] = []
+        self._looked_at = 0.0
         self._news = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
@@ -228,6 +226,10 @@ class ProgressDisplay:
     def notify(self, event: Event) -> None:
         """Something is new in the ledger; the thread will see it."""
         self._news.set()
+
+    def show_phase(self, text: str) -> None:
+        """Say below what is being done beside the trials; empty once that is done."""
+        self._picture.phase = text
 
     def close(self) -> None:
         """Print what is left to print and take the live part off the screen."""
@@ -253,96 +255,32 @@ class ProgressDisplay:
     def _catch_up(self) -> None:
         events, self._offset = read_events(self._ledger, self._offset)
         for event in events:
-            self._state.apply(event)
+            self._picture.take(event)
             if event.seq > self._seen:
                 self._take(event)
 
     def _take(self, event: Event) -> None:
         match event.content:
-            case Start():
-                self._has_started = True
-            case Report(key=key):
-                self._pace.reported(key, event.time)
             case End(key=key) if not self._console.is_live:
-                self._console.print(self._line(self._state.trials[key]), soft_wrap=True)
+                self._console.print(self._line(self._picture.state.trials[key]), soft_wrap=True)
             case Retry(key=key, reason=reason):
-                text = f"{title(self._state.trials[key])}: {_RETRIES[reason]}; it goes on from its checkpoint"
+                text = f"{title(self._picture.state.trials[key])}: {_RETRIES[reason]}; it goes on from its checkpoint"
                 self._console.print(text, soft_wrap=True)
 
     def _frame(self) -> Group | Text:
-        if not self._has_started:
-            return Text(f"starting Ray and its workers: {duration(time.time() - self._began)}", "dim")
-        return Group(self._summary(), *self._running(), self._bar())
-
-    def _total(self) -> int:
-        return training_total(self._config, self._state)
-
-    def _ended(self) -> int:
-        return sum(record.status.is_end for record in self._state.trials.values())
-
-    def _bar(self) -> Table:
-        ended, total = self._ended(), self._total()
-        bar = Table.grid(padding=(0, 1), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        bar.add_column(no_wrap=True)
-        left = self._time_left()
-        bar.add_row("trials", ProgressBar(max(total, 1), ended), f"{ended}/{total}", left)
-        return bar
-
-    def _time_left(self) -> str:
-        seconds = self._pace.seconds_left(self._config, self._state, time.time())
-        passed = time.time() - self._began
-        budget = self._config.sweep.time_budget
-        if budget is not None:
-            seconds = min(budget - passed, budget if seconds is None else seconds)
-        if (to_limit := seconds_to_limit(self._config, self._state)) is not None:
-            seconds = to_limit if seconds is None else min(seconds, to_limit)
-        if seconds is None:
-            return f"{duration(passed)} so far"
-        return f"about {duration(max(seconds, 0.0))} left"
-
-    def _summary(self) -> Text:
-        counts = self._state.counts()
-        text = Text.assemble(
-            *((f"{counts[status]} {status}  ", style) for status, style in STATUS_STYLES.items() if counts[status])
-        )
-        if (winner := winner_of(self._state)) is not None:
-            best = winner.record
-            k = f", K = {best.params['k']}" if "k" in best.params else ""
-            text.append(f"best {winner.figure} (trial {best.key.number}{k})", "bold")
-        if self._state.size(REPEAT) and (done := finalists_done(self._state)) is not None:
-            text.append(f"  finalists {done[0]}/{done[1]}", "dim")
-        if (done := measured_done(self._state)) is not None:
-            text.append(f"  test {done[0]}/{done[1]}", "dim")
-        return text
-
-    def _running(self) -> Iterator[Table | Text]:
-        """The trials at work, as many as the screen has lines for."""
-        table = Table.grid(padding=(0, 2))
-        running = self._state.running()
-        room = max(self._console.height - 5, 1)
-        for record in running[:room]:
-            value = record.reports.get(record.epoch, {}).get(record.key.metric)
-            table.add_row(
-                Text(f"  {_short_title(record)}", no_wrap=True),
-                Text(f"epoch {record.epoch}/{self._config.recipe.epochs}" if record.epoch else "starts", no_wrap=True),
-                Text("" if value is None else f"{record.key.metric} {value:.2f} %", no_wrap=True),
-                Text(short_params(record.params), "dim", overflow="ellipsis", no_wrap=True),
-            )
-        yield table
-        if len(running) > room:
-            yield Text(f"  and {len(running) - room} more")
+        now = time.time()
+        if self._is_here and now - self._looked_at >= SECONDS_PER_LOOK:
+            self._gpus, self._looked_at = gpus(), now
+        return self._picture.frame(self._console.height, now, self._gpus)
 
     def _line(self, record: TrialRecord) -> str:
         value = (
             f"{record.key.metric} {record.value:.2f} %" if record.value is not None else record.error or record.reason
         )
-        best = winner_of(self._state)
+        best = winner_of(self._picture.state)
         tail = f"; best {best.figure} (trial {best.record.key.number})" if best else ""
         what = f"{title(record)} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
-        return f"[{self._ended()}/{self._total()}] {what}{tail}"
+        return f"[{self._picture.ended()}/{self._picture.total()}] {what}{tail}"
 
 
 def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
@@ -426,10 +364,6 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
             "/".join(_over(best, fresh.get(b.key, b.value)) if best and b else "–" for b in bases),
         )
     return table
-
-
-def _short_title(record: TrialRecord) -> str:
-    return str(record.key) if record.of_trial is None else f"{record.origin}, seed {record.seed}"
 
 
 def _over(best: Winner, base: float | None) -> str:
