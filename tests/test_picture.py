@@ -104,7 +104,7 @@ def test_before_the_first_trial_it_is_told_what_is_done():
     lines = drawn.lines()
     assert (lines[0], lines[1].split()[:2]) == ("1 running", ["0000", "starts"])
     assert lines[-1].endswith(" 0/24 5 s so far"), "nothing is foreseen before anything was reported"
-    assert not any(line.startswith(("rungs", "best", "cost")) for line in lines)
+    assert not any(line.startswith(("rungs", "best", "pace")) for line in lines)
 
 
 def test_the_next_driver_begins_anew(sweep):
@@ -122,7 +122,7 @@ def test_the_rungs_the_best_its_gains_and_the_cost_are_shown(sweep, columns, hei
     assert lines[0] == "2 completed  3 pruned  1 running  baselines 2"
     assert lines[1] == "rungs  epoch 1: 4 of 6 went on   epoch 3: 2 of 3 went on"
     assert lines[2] == "best   82.50 % (trial 3, K = 5)  +4.50 over ce, -0.50 over kd"
-    assert lines[3].startswith("cost   59 trainings an hour   0.12 CPU h spent, about 0.")
+    assert lines[3].startswith("pace   59 trainings an hour   0.12 CPU h spent, about 0.")
     assert lines[4].startswith("  0005  epoch 2/9  val_top1 71.00 %  k=5 scale_top=2")
     assert lines[5].startswith("trials ━")
     assert lines[5].endswith(" left")
@@ -133,7 +133,7 @@ def test_what_is_left_to_spend_is_what_epochs_have_cost(sweep):
     from tune_topkd.sweep.remaining import epochs_ahead
 
     ahead = sum(epochs_ahead(sweep.config, sweep.picture.state))
-    assert f"about {ahead * 10 / 3600:.2f} left" in sweep.lines()[3]
+    assert f"about {ahead * 10 / 3600:.2g} left" in sweep.lines()[3]
 
 
 def test_gpu_hours_are_told_where_trials_have_gpus_and_their_limit_is_kept():
@@ -143,8 +143,8 @@ def test_gpu_hours_are_told_where_trials_have_gpus_and_their_limit_is_kept():
         drawn.train(SEARCH, number, 70.0, 3)
         drawn.end(SEARCH, number, 70.0, 3)
     drawn.train(SEARCH, 3, 70.0, 3)
-    (cost,) = [line for line in drawn.lines() if line.startswith("cost")]
-    assert cost.endswith("0.02 GPU h spent, about 0.00 left")
+    (cost,) = [line for line in drawn.lines() if line.startswith("pace")]
+    assert cost.endswith("0.017 GPU h spent, about 0.0033 left")
 
 
 def test_no_rate_is_told_of_fewer_than_three_trainings():
@@ -190,6 +190,17 @@ def test_many_trials_at_work_do_not_leave_the_screen(sweep, columns, height):
     assert lines[-1].startswith("trials")
     shown = sum(line.startswith("  00") for line in lines)
     assert f"  and {55 - shown} more" in lines
+
+
+def test_at_the_end_nothing_is_left():
+    drawn = Drawn(trials=1)
+    drawn.prepare()
+    for arm, number in ((SEARCH, 0), ("ce", 0), ("ce", 1), ("kd", 0), ("kd", 1)):
+        drawn.train(arm, number, 70.0)
+        drawn.end(arm, number, 70.0)
+    lines = drawn.lines()
+    assert lines[-1].endswith(" 5/5 in 8 min")
+    assert lines[-2] == "pace   40 trainings an hour   0.12 CPU h spent"
 
 
 def test_what_is_done_after_the_trials_stands_below(sweep):

@@ -124,7 +124,7 @@ class Picture:
         if winner_of(self.state) is not None:
             yield self._best()
         if cost := self._cost(now):
-            yield _labelled("cost", cost)
+            yield _labelled("pace", cost)
 
     def _counts(self) -> Text:
         counts = self.state.counts()
@@ -178,7 +178,7 @@ class Picture:
         kind, spent = ("GPU", self._hours.hours.gpu) if self._share.gpus else ("CPU", self._hours.hours.cpu)
         if spent:
             left = self._hours_left(now, spent, kind)
-            rest = "" if left is None else f", about {_hours(left)} left"
+            rest = "" if not left else f", about {_hours(left)} left"
             told.append(f"{_hours(spent)} {kind} h spent{rest}")
         return "   ".join(told)
 
@@ -191,7 +191,7 @@ class Picture:
         return left if limit is None else min(left, max(limit - spent, 0.0))
 
     def time_left(self, now: float) -> str:
-        """How long the sweep will still take, in words; how long it has taken, before that can be told."""
+        """How long the sweep will still take, in words; how long it has taken, before that can be told and at the end."""
         seconds = self.pace.seconds_left(self.config, self.state, now)
         passed = max(now - self._began, 0.0)
         budget = self.config.sweep.time_budget
@@ -201,6 +201,8 @@ class Picture:
             seconds = to_limit if seconds is None else min(seconds, to_limit)
         if seconds is None:
             return f"{duration(passed)} so far"
+        if not seconds and self.ended() == self.total():
+            return f"in {duration(passed)}"
         return f"about {duration(max(seconds, 0.0))} left"
 
     def _running(self, room: int) -> Iterator[Table | Text]:
@@ -215,7 +217,8 @@ class Picture:
                 Text("" if value is None else f"{record.key.metric} {value:.2f} %", no_wrap=True),
                 Text(short_params(record.params), "dim", overflow="ellipsis", no_wrap=True),
             )
-        yield table
+        if running:
+            yield table
         if len(running) > room:
             yield Text(f"  and {len(running) - room} more")
 
@@ -241,7 +244,7 @@ def _of_gpu(gpu: Gpu) -> Text:
 
 def _hours(hours: float) -> str:
     """Hours with two digits that count."""
-    return f"{hours:.2f}" if hours < 10 else f"{hours:.0f}"
+    return f"{hours:.2g}" if hours < 10 else f"{hours:.0f}"
 
 
 def _short_title(record: TrialRecord) -> str:

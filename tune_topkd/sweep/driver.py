@@ -237,6 +237,8 @@ class Turn:
         with self.watchers.phase("reading the data"):
             prepare.ready_data(config)
         watchers = SILENT if state.is_prepared else self.watchers
+        images = prepare.image_counts(config)
+        watchers.info(prepare.data_line(config, images))
         teacher = prepare.ready_teacher(config, self.workspace, watchers)
         files = prepare.teacher_files(teacher, config, self.workspace, self.watchers, config.sweep.seed)
         if state.is_prepared:
@@ -257,7 +259,7 @@ class Turn:
             identities=identity.identities(config, teacher.path if teacher else None),
             identity_version=identity.VERSION,
             share=Share(cpus, gpus),
-            images=prepare.image_counts(config),
+            images=images,
         )
         ledger.append(prepared)
         write_text(ledger.path.parent / CONFIG_FILE, dump_config(config))  # with the share as a number

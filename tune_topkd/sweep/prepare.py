@@ -55,6 +55,12 @@ def image_counts(config: PairConfig) -> dict[str, int]:
     return {"train": len(found.train), "val": len(found.val), "test": len(found.test)}
 
 
+def data_line(config: PairConfig, images: Mapping[str, int]) -> str:
+    """What a person is told of data that is ready."""
+    train, val, test = (f"{images[split]:,}" for split in ("train", "val", "test"))
+    return f"data {config.data.name}: {train} images to train on, {val} to choose by, {test} in the test set"
+
+
 def ready_teacher(
     config: PairConfig, workspace: Workspace, watchers: Watchers, *, measure: bool = False
 ) -> "Teacher | None":
