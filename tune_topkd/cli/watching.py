@@ -19,6 +19,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep.api import Status
 from tune_topkd.sweep.api import status_of
 from tune_topkd.sweep.workspace import frozen_config
+from tune_topkd.sweep.workspace import stopped_as
 from tune_topkd.terminal import Console
 
 
@@ -60,7 +61,10 @@ def watch(name: str, workspace: Workspace, every: float, console: Console) -> No
             time.sleep(every)
     finally:
         console.show(None)
-    terminal.result(f"{line_of(entry_of(status_of(name, folder, picture.state)))}\n")
+    entry = entry_of(status_of(name, folder, picture.state))
+    if picture.state.stop_reason:  # its driver may hold the ledger for a moment still
+        entry["state"] = stopped_as(picture.state)
+    terminal.result(f"{line_of(entry)}\n")
 
 
 def running(workspace: Workspace) -> str:
