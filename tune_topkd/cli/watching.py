@@ -61,6 +61,7 @@ def watch(name: str, workspace: Workspace, every: float, console: Console) -> No
             time.sleep(every)
     finally:
         console.show(None)
+        console.terminal.flush()  # stdout may be the same screen: what is written there must not be taken for the picture
     entry = entry_of(status_of(name, folder, picture.state))
     if picture.state.stop_reason:  # its driver may hold the ledger for a moment still
         entry["state"] = stopped_as(picture.state)
