@@ -191,8 +191,12 @@ def test_mlflow_has_one_parent_and_a_child_per_trial_and_nothing_runs(finished, 
     found = mlflow.search_runs(experiment_names=["tune_topkd"])
     children = found[found["tags.mlflow.parentRunId"].notna()]
     assert len(found) - len(children) == 1
-    assert sorted(children["tags.trial_number"].astype(int)) == list(range(6))
-    assert set(children["tags.trial_status"]) <= {"completed", "pruned"}
+    trials = children[children["tags.kind"] == "trial"]
+    assert sorted(trials["tags.trial_number"].astype(int)) == list(range(6))
+    assert set(trials["tags.trial_status"]) <= {"completed", "pruned"}
+    baselines = children[children["tags.kind"] == "baseline"]
+    assert len(baselines) == len(children) - 6 > 0
+    assert (baselines["metrics.system/process_memory_megabytes"] > 50).all()
     assert "RUNNING" not in set(found["status"])
     assert (children["metrics.val_top1"] > 0).all()
 
