@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from typing import Any
@@ -52,6 +53,15 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Size:
+    """How large a network is, and its work for one image."""
+
+    parameters: int
+    multiply_adds: int
+    """In convolutions and matrix products; a multiplication with its addition counts once."""
+
+
+@dataclass(frozen=True)
 class EqualK:
     """The K that cannot be told from the best one."""
 
@@ -85,6 +95,8 @@ class Row:
     """Of all arms."""
     cpu_hours: float = 0.0
     gpu_hours: float = 0.0
+    size: Size | None = None
+    """Of the student; None where nobody asked, or it cannot be built here."""
 
     def data(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -105,6 +117,7 @@ class Row:
             "trainings": self.trainings,
             "cpu_hours": round(self.cpu_hours, 4),
             "gpu_hours": round(self.gpu_hours, 4),
+            **({} if self.size is None else {"size": asdict(self.size)}),
         }
 
 

@@ -65,6 +65,7 @@ from tune_topkd.sweep.recommending import recommended
 from tune_topkd.sweep.register import MODELS
 from tune_topkd.sweep.register import registered
 from tune_topkd.sweep.result import export_bundle
+from tune_topkd.sweep.size import with_sizes
 from tune_topkd.sweep.spaces import space_names
 from tune_topkd.sweep.study import STUDY
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
@@ -677,7 +678,8 @@ def _of_each(
 
 
 def _table(sweeps: Sequence[Searched], format_: Table) -> str:
-    return FORMATS[format_.value]([row_of(s.config, s.state, s.complete) for s in sweeps], recommended(sweeps))
+    rows = [row_of(s.config, s.state, s.complete) for s in sweeps]
+    return FORMATS[format_.value](with_sizes(rows, [s.config for s in sweeps]), recommended(sweeps))
 
 
 def _give(text: str, output: Path | None, console: Console) -> None:

@@ -25,6 +25,7 @@ from tune_topkd.ledger import finalists
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.recommending import Recommendation
+from tune_topkd.sweep.size import on_front
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import baseline_name
@@ -136,7 +137,9 @@ def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings, and a row of texts for each sweep."""
     shown = [name for name in SHOWN if any(name in row.params for row in rows)]
     bases = list(dict.fromkeys(name for row in rows for name in row.gains))
-    headings = ["sweep", "dataset", "teacher", "student", "K", "equal K", *shown, "top-1 %", "on"]
+    front = on_front(rows)
+    sizes = ["weights", "multiply-adds", "front"] if any(row.size for row in rows) else []
+    headings = ["sweep", "dataset", "teacher", "student", *sizes, "K", "equal K", *shown, "top-1 %", "on"]
     headings += [f"over {name}" for name in bases] + ["trials", "CPU h", "GPU h"]
     return headings, [
         [
@@ -144,6 +147,7 @@ def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             row.dataset,
             row.teacher,
             row.student,
+            *(_size_cells(row, row.sweep in front) if sizes else ()),
             _value(row.params, "k"),
             "–" if row.equal_k is None else ranges(row.equal_k.values),
             *(_value(row.params, name) for name in shown),
@@ -156,6 +160,16 @@ def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in rows
     ]
+
+
+def _size_cells(row: Row, is_on_front: bool) -> list[str]:
+    size = row.size
+    counts = ["–", "–"] if size is None else [_in_millions(size.parameters), _in_millions(size.multiply_adds)]
+    return [*counts, "yes" if is_on_front else ""]
+
+
+def _in_millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M"
 
 
 def _value(params: Mapping[str, Scalar], name: str) -> str:
@@ -183,6 +197,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if any(row.measured_on == "one seed" for row in rows):
         told.append(
             "a figure of one seed was chosen by the images that it is measured on, and is too high: `confirm` it"
+        )
+    if any(row.size for row in rows):
+        told.append(
+            "front: no other of these sweeps on the same images has a student as small with a top-1 as high, by the means; "
+            "multiply-adds, of one image, stand for latency and energy, which depend on the device"
         )
     return ["± is half of a 95 % interval over seeds; those of gains hold for all baselines of a sweep at once", *told]
 
@@ -218,7 +237,8 @@ def flat_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """All of each row by name, the same names for all; what a row lacks is an empty text."""
     bases = list(dict.fromkeys(name for row in rows for name in row.gains))
     params = list(dict.fromkeys(name for row in rows for name in row.params))
-    lines = []
+    front, has_sizes = on_front(rows), any(row.size for row in rows)
+    lines: list[dict[str, Any]] = []
     for row in rows:
         content = row.data()
         flat = {name: content[name] for name in ("sweep", "dataset", "teacher", "student", "method", "state")}
@@ -228,6 +248,10 @@ def flat_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
         for name in bases:
             flat |= _flat(f"gain over {name}", row.gains.get(name))
         flat |= {name: content[name] for name in ("trials", "trainings", "cpu_hours", "gpu_hours")}
+        if has_sizes:
+            sizes = content.get("size", {})
+            flat |= {name: sizes.get(name, "") for name in ("parameters", "multiply_adds")}
+            flat["on_front"] = row.sweep in front
         lines.append(flat)
     return lines
 
@@ -239,7 +263,9 @@ def _flat(name: str, figure: Figure | None) -> dict[str, float | str]:
 
 def as_json(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:
     """One object: `sweeps`, a list of objects, and `recommended`, null for fewer than two."""
-    content = {"sweeps": [row.data() for row in rows], "recommended": None if for_all is None else for_all.data()}
+    front, has_sizes = on_front(rows), any(row.size for row in rows)
+    told = [row.data() | ({"on_front": row.sweep in front} if has_sizes else {}) for row in rows]
+    content = {"sweeps": told, "recommended": None if for_all is None else for_all.data()}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -23,6 +23,7 @@ from tune_topkd.sweep.campaign import markdown_line
 from tune_topkd.sweep.campaign import notes
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.recommending import Searched
+from tune_topkd.sweep.size import with_sizes
 from tune_topkd.verdict import LEVEL
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import verdict_of_answer
@@ -88,6 +89,7 @@ def compare(found: Sequence[Searched]) -> Comparison:
         found: two or more.
     """
     rows = [row_of(each.config, each.state, each.complete) for each in found]
+    rows = with_sizes(rows, [each.config for each in found])
     together = len(found) - 1
     differences = [_difference(found[0], other, together) for other in found[1:]]
     return Comparison(rows, _differing([dict(_flat(what(each.config))) for each in found]), differences)
