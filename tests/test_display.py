@@ -1,6 +1,7 @@
 """The live display and the tables, on a real pty and on pipes, from a ledger; and, slow, from a real sweep."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,6 +155,42 @@ def test_a_pipe_gets_a_line_per_trial_that_ends_from_now_on_with_texts_as_they_a
     assert told.startswith("[2/64] trial 0001 failed at epoch 1: OSError: [/mnt/x] [bold]gone  k=5 scale_top=2")
     assert told.count("\n") == 1
     os.close(reading)
+
+
+@pytest.mark.parametrize(("trials", "troubles"), [(2000, 0), (2000, 3), (10_000, 0), (151, 0)])
+def test_a_large_sweep_has_some_hundred_lines_that_count_every_trial(tmp_path, trials, troubles, monkeypatch):
+    monkeypatch.setattr(display, "LONGEST_CLOSE", 60.0)  # all of it comes at once here
+    ends = []
+    for number in range(trials):
+        key = TrialKey(SEARCH, number)
+        if troubles and number % troubles == 0:
+            ends.append(failed(number, "gone"))
+        elif number % 2:
+            ends.append(End(key=key, epoch=1, status=TrialStatus.PRUNED, reason="asha", value=1.0))
+        else:
+            value = 50 + 10 * number / trials if number % 200 == 0 else 1.0
+            ends.append(End(key=key, epoch=9, status=TrialStatus.COMPLETED, reason="full", value=value))
+    header = Header(sweep="s", id="i", seed=0, trials=trials, digest="d")
+    with (
+        (tmp_path / "out").open("w") as out,
+        Ledger.create(tmp_path / "ledger.jsonl", header, is_durable=False) as ledger,
+    ):
+        ledger.append(Driver(host="h", pid=1, trials=trials), Prepared(share=Share(1.0, 0.0)))
+        shown, console = shown_on(out.fileno(), ledger, formulas.sweep_config(sweep={"trials": trials}, baselines=None))
+        ledger.append(*(content for number, end in enumerate(ends) for content in (suggest(number), end)))
+        shown.notify(None)
+        shown.close()
+        console.terminal.close()
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert len(lines) < 250
+    assert lines[-1].startswith(f"[{trials}/{trials}] ")
+    told = sum(
+        int(count) for line in lines for count in re.findall(r"(\d+) (?:completed|pruned|failed)[,;]", line + ";")
+    )
+    singles = sum(bool(re.match(r"\[\d+/\d+\] trial", line)) for line in lines)
+    assert told + singles == trials
+    bests = {n for n in range(0, trials, 200) if not troubles or n % troubles}
+    assert bests <= {int(n) for n in re.findall(r"trial (\d+) completed", "\n".join(lines))}
 
 
 def test_a_reader_that_is_asleep_does_not_slow_the_sweep_and_misses_nothing(ledger, pipe):

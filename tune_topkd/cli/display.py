@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -26,11 +28,13 @@ from tune_topkd.export import TUNED_FILE
 from tune_topkd.ledger import CPU_HOURS
 from tune_topkd.ledger import GPU_HOURS
 from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Retry
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import Winner
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import read_events
@@ -58,6 +62,10 @@ SECONDS_PER_LOOK = 2.0
 LONGEST_CLOSE = 3.0
 """Seconds that the end of a sweep waits for the display's last word."""
 
+_MOST_SINGLE = 150
+"""Ends of trials that each have a line where nobody looks at a terminal; of a larger sweep some hundred lines tell."""
+_MOST_TROUBLES = 20
+"""Failed trials, and trials begun again, that have a line each in a larger sweep."""
 _RETRIES = {"crash": "its worker died", "oom": "out of memory", "node": "its node was lost"}
 _log = logging.getLogger(__name__)
 
@@ -218,6 +226,10 @@ class ProgressDisplay:
         self._is_here = is_here
         self._gpus: list[Gpu] = []
         self._looked_at = 0.0
+        self._untold: Counter[str] = Counter()
+        self._troubles = 0
+        self._total = 0
+        self._best: float | None = None
         self._news = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="display", daemon=True)
@@ -249,6 +261,7 @@ class ProgressDisplay:
                     self._news.wait()
                     self._news.clear()
             self._catch_up()
+            self._tell_untold()
         except BaseException:  # noqa: BLE001 (observing may fail, work goes on; rich may end the process)
             _log.exception("the display has failed; the sweep goes on without it")
 
@@ -262,10 +275,42 @@ class ProgressDisplay:
     def _take(self, event: Event) -> None:
         match event.content:
             case End(key=key) if not self._console.is_live:
-                self._console.print(self._line(self._picture.state.trials[key]), soft_wrap=True)
-            case Retry(key=key, reason=reason):
+                self._tell_end(self._picture.state.trials[key])
+            case Retry(key=key, reason=reason) if self._console.is_live or self._has_room_for_trouble():
                 text = f"{title(self._picture.state.trials[key])}: {_RETRIES[reason]}; it goes on from its checkpoint"
                 self._console.print(text, soft_wrap=True)
+
+    def _has_room_for_trouble(self) -> bool:
+        self._troubles += 1
+        return self._step() == 1 or self._troubles <= _MOST_TROUBLES
+
+    def _step(self) -> int:
+        """How many ends of trials a line tells, in a sweep as large as it was when the last line was told."""
+        self._total = self._total or self._picture.total()
+        return math.ceil(self._total / _MOST_SINGLE)
+
+    def _tell_end(self, record: TrialRecord) -> None:
+        """A line for a trial that is over, or, in a large sweep, one now and then for those since the last."""
+        is_news = self._step() == 1 or record.of_trial is not None
+        if record.status is TrialStatus.FAILED:
+            is_news |= self._has_room_for_trouble()
+        elif record.status is TrialStatus.COMPLETED and record.key.arm == SEARCH:
+            is_best = self._best is None or (record.value or 0.0) > self._best
+            self._best, is_news = (record.value or 0.0) if is_best else self._best, is_news or is_best
+        if is_news:
+            self._tell_untold()
+            self._console.print(self._line(record), soft_wrap=True)
+            return
+        self._untold[record.status] += 1
+        if self._untold.total() >= self._step():
+            self._tell_untold()
+
+    def _tell_untold(self) -> None:
+        if not self._untold:
+            return
+        how = ", ".join(f"{count} {status}" for status, count in self._untold.items())
+        self._untold.clear()
+        self._console.print(f"{self._place()} {how}{self._tail()}", soft_wrap=True)
 
     def _frame(self) -> Group | Text:
         now = time.time()
@@ -277,10 +322,16 @@ class ProgressDisplay:
         value = (
             f"{record.key.metric} {record.value:.2f} %" if record.value is not None else record.error or record.reason
         )
-        best = winner_of(self._picture.state)
-        tail = f"; best {best.figure} (trial {best.record.key.number})" if best else ""
         what = f"{title(record)} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
-        return f"[{self._picture.ended()}/{self._picture.total()}] {what}{tail}"
+        return f"{self._place()} {what}{self._tail()}"
+
+    def _place(self) -> str:
+        self._total = self._picture.total()
+        return f"[{self._picture.ended()}/{self._total}]"
+
+    def _tail(self) -> str:
+        best = winner_of(self._picture.state)
+        return f"; best {best.figure} (trial {best.record.key.number})" if best else ""
 
 
 def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
