@@ -104,8 +104,9 @@ VARIANTS = (
     Variant("default, every trial to the end", "default", 40, {"sweep.asha": None}),
     Variant("random, every trial to the end", "default", 40, {"sweep.sampler": "random", "sweep.asha": None}),
     Variant("random, every trial to the end", "default", 300, {"sweep.sampler": "random", "sweep.asha": None}),
-    Variant("default, warm from `unclipped` at 40", "default", 10, warm=_COLD),
+    *(Variant("default, warm from `unclipped` at 40", "default", budget, warm=_COLD) for budget in (10, 20)),
     _COLD,
+    Variant("unclipped", "unclipped", 80),
 )
 SAMPLER_VARIANTS = tuple(
     Variant(f"default, by the sampler {name}", "default", 40, {"sweep.sampler": name}) for name in SAMPLERS
