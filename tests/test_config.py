@@ -792,6 +792,14 @@ def test_a_bad_value_of_a_parent_is_told_with_that_file(tmp_path, key, value, to
     assert refusal(path).startswith(told.format(tmp_path / "bases" / "bad.yaml"))
 
 
+def test_a_first_rung_after_the_last_epoch_is_told_with_one_that_fits(tmp_path):
+    path = family(tmp_path, {"space.yaml": BARE | {"extends": "parent.yaml"}, "parent.yaml": PARENT})
+    short = parse_set("recipe.epochs=18")
+    told = refusal(path, [short, parse_set("sweep.asha.grace_epochs=26")])
+    assert "must be at most recipe.epochs = 18; --set sweep.asha.grace_epochs=2 has rungs that fit" in told
+    load_config(path, [short, parse_set("sweep.asha.grace_epochs=2")])
+
+
 def test_a_bad_value_of_the_file_itself_is_not_blamed_on_a_parent_that_had_a_good_one(tmp_path):
     files = {"space.yaml": BARE | {"extends": "parent.yaml", "recipe": {"epochs": 0}}, "parent.yaml": PARENT}
     assert refusal(family(tmp_path, files)).startswith("recipe.epochs = 0: must be greater")

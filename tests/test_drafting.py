@@ -103,6 +103,19 @@ def test_without_a_checkpoint_the_teacher_is_trained_and_every_section_is_explai
         assert lines[place - 1].startswith("# "), section
 
 
+def test_a_small_set_has_steps_enough_before_a_training_counts_as_collapsed(user):
+    short = draft("photos", TEACHER, TEACHER, epochs=18)  # of 84 images, one batch
+    assert "collapse_epochs" not in yaml.safe_load(short.text)["sweep"]
+    assert any("a full training has 18 steps of 64 images" in note for note in short.notes)
+    long = draft("photos", TEACHER, TEACHER, epochs=600)
+    assert yaml.safe_load(long.text)["sweep"]["collapse_epochs"] == 200
+    assert not any("steps" in note for note in long.notes)
+
+
+def test_a_draft_says_what_images_a_checkpoint_needs(user):
+    assert "# normalised as in its own training: `data.mean` and `data.std`" in draft("photos", TEACHER, TEACHER).text
+
+
 def test_a_named_dataset_has_its_validation_split_made_large_enough(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()  # of something else: the name of a dataset is one

@@ -60,9 +60,15 @@ def test_stopped_trials_save_what_they_would_have_taken_at_their_own_pace():
     assert found.saved == 4.0 * (EPOCHS - 3)
     assert found.total == found.search + found.others
     assert found.sentence() == (
-        f"{found.total:.0f} s of training in all, one trial at a time, 20 s of it in trials that failed; "
+        f"{found.total:.0f} s of training in all, one trial at a time, 20 s of it in trainings that failed; "
         f"stopping trials early has saved {found.saved:.0f} s"
     )
+
+
+def test_a_baseline_that_failed_is_among_the_failed_trainings():
+    found = spend(state_of(("ce", TrialStatus.FAILED, [50.0] * 2, 3.0), ("kd", TrialStatus.COMPLETED, [50.0], 1.0)))
+    assert (found.failed, found.total) == (6.0, 7.0)
+    assert "6 s of it in trainings that failed" in found.sentence()
 
 
 def test_what_was_not_reported_costs_nothing_and_is_not_told():

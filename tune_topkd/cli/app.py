@@ -602,7 +602,7 @@ def report(
         list[str] | None,
         typer.Argument(metavar="[SWEEP]...", help="The names of sweeps [default: all].", autocompletion=_sweeps),
     ] = None,
-    format_: Annotated[Table, typer.Option("--format", help="A table; html is a page with figures.")] = MARKDOWN,
+    format_: Annotated[Table, typer.Option("--format", help="A table; html is a page with plots.")] = MARKDOWN,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -611,7 +611,7 @@ def report(
     ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
-    """Report on sweeps: a table with a row each, or, as html, a page with the answer, figures and all trainings.
+    """Report on sweeps: a table with a row each, or, as html, a page with the answer, plots and all trainings.
 
     Below the table of several: the one config that loses least on all of them, and what it loses on each.
     """

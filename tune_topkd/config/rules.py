@@ -166,8 +166,10 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
         problems.append(Problem(key="baselines.match", rule=rule, value=True, has_value=True))
     asha = config.sweep.asha
     if asha and asha.grace_epochs > config.recipe.epochs:
+        ninth = max(1, config.recipe.epochs // 9)
         rule = (
-            f"must be at most recipe.epochs = {config.recipe.epochs}; sweep.asha: null lets every trial run to the end"
+            f"must be at most recipe.epochs = {config.recipe.epochs}; --set sweep.asha.grace_epochs={ninth} has rungs that "
+            "fit, --set sweep.asha=null lets every trial run to the end"
         )
         problems.append(Problem(key="sweep.asha.grace_epochs", rule=rule, value=asha.grace_epochs, has_value=True))
     if config.sweep.rung_metric == OBJECTIVE_EMA and config.recipe.ema is None:

@@ -25,6 +25,12 @@ _SMALLEST_SHARE = 0.1
 _WIDEST_K = 20
 _SMALL = 64
 """Pixels of a side up to which images are trained on as CIFAR's are."""
+_BATCH_SIZE = 64
+_COLLAPSE_EPOCHS = 5
+_COLLAPSE_STEPS = 200
+"""Steps at chance before which a training is not called collapsed: a small set has few of them in an epoch."""
+_FEW_STEPS = 500
+"""Steps of a full training below which a draft says that they are few."""
 _IMAGE_FOLDER = "image_folder"
 
 
@@ -73,7 +79,9 @@ def draft(
     share = min(max(math.ceil(100 * GOOD_VALIDATION / divided) / 100, _SMALLEST_SHARE), _LARGEST_SHARE)
     _, high, wide = info.image_shape
     full = epochs or (240 if max(high, wide) <= _SMALL else 100)
-    content = _content(given | {"val_fraction": share}, info, full, teacher, student, checkpoint)
+    training = len(dataset.train) + len(dataset.val) - share * divided
+    steps = max(1, round(training) // _BATCH_SIZE)  # of an epoch, which leaves out the images short of a batch
+    content = _content(given | {"val_fraction": share}, info, full, steps, teacher, student, checkpoint)
     checked = preflight.load_checked(content)
     held = len(load_dataset(checked.config.data).val)
     error = 100 * math.sqrt(0.25 / held)
@@ -86,7 +94,12 @@ def draft(
     luck = (
         f"differences below about {2 * error:.0f} points can be the luck of {held} images: `confirm` says what is sure"
     )
-    return Draft(_written(content), lines, (*([luck] if held < GOOD_VALIDATION else []), *checked.warnings))
+    few = (
+        f"a full training has {full * steps:,} steps of {_BATCH_SIZE} images, in which a network learns little: a larger "
+        "--epochs, or a smaller recipe.batch_size, has more"
+    )
+    notes = [luck] * (held < GOOD_VALIDATION) + [few] * (full * steps < _FEW_STEPS)
+    return Draft(_written(content), lines, (*notes, *checked.warnings))
 
 
 def _data(data: str, root: str | None, image_size: int | None) -> dict[str, Any]:
@@ -107,13 +120,20 @@ def _data(data: str, root: str | None, image_size: int | None) -> dict[str, Any]
 
 
 def _content(
-    data: dict[str, Any], info: "DatasetInfo", epochs: int, teacher: str, student: str, checkpoint: str | None
+    data: dict[str, Any],
+    info: "DatasetInfo",
+    epochs: int,
+    steps: int,
+    teacher: str,
+    student: str,
+    checkpoint: str | None,
 ) -> dict[str, Any]:
-    """The space as plain data."""
+    """The space as plain data; `steps` are those of an epoch."""
     is_small = max(info.image_shape[1:]) <= _SMALL
     pad = max(1, info.image_shape[1] // 8)
     augment = {"pad": pad, "flip": True} if is_small else {"crop_scale": [0.08, 1.0], "flip": True}
-    recipe = {"epochs": epochs, "batch_size": 64, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"}
+    recipe = {"epochs": epochs, "batch_size": _BATCH_SIZE, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"}
+    collapse = max(_COLLAPSE_EPOCHS, math.ceil(_COLLAPSE_STEPS / steps))
     given = {"recipe": recipe} if checkpoint is None else {"checkpoint": str(Path(checkpoint).expanduser().absolute())}
     return {
         "description": f"{Path(data.get('root') or data['name']).name}, {teacher} → {student}",
@@ -136,7 +156,7 @@ def _content(
             "trials": 40,
             "startup_trials": 14,
             "asha": {"grace_epochs": max(1, epochs // 9), "reduction_factor": 3},
-            "collapse_epochs": 5,
+            **({"collapse_epochs": collapse} if collapse < epochs else {}),
             "finalists": {"count": 3, "seeds": 2},
         },
         "baselines": {"methods": ["ce", "kd", "defaults"], "trials": 6},
@@ -146,7 +166,8 @@ def _content(
 _COMMENTS = {
     "data": "What is learnt. Part of the training images chooses the trials; the test set is read once, by `confirm`.\n"
     "# Take `flip` out where an image and its mirror image are not of one class, as with letters.",
-    "teacher": "A teacher with a recipe is trained once, on the same training images, and kept.",
+    "teacher": "A teacher with a recipe is trained once, on the same training images, and kept. A checkpoint needs images\n"
+    "# normalised as in its own training: `data.mean` and `data.std`; without them, by the training split's.",
     "student": "The network that learns: a name, torchvision:NAME, timm:NAME, or package.module:factory of yours.",
     "recipe": "How a full trial trains; the values that are searched below replace these.",
     "space": "What is searched. K is how many of the teacher's largest logits are amplified. TopKD needs a short\n"
@@ -159,7 +180,11 @@ _COMMENTS = {
 
 
 def _written(content: dict[str, Any]) -> str:
-    lines = [f"# {content['description']}", "#", "# Every key and its default: `tune-topkd check FILE --show`."]
+    lines = [
+        f"# {content['description']}",
+        "#",
+        "# Every key with its value, defaults too: `tune-topkd check FILE --show`.",
+    ]
     for key, section in content.items():
         lines += ["", f"# {_COMMENTS[key]}"] if key in _COMMENTS else ([""] if key == "description" else [])
         lines += _section(key, section)

@@ -1,6 +1,7 @@
 """Checks of a config before anything starts: against the datasets, networks, losses and machine that it names.
 
-`config` checks a YAML by itself; here it is checked against the rooms that it names. All problems are reported at once.
+`config` checks a YAML by itself; here it is checked against the data, networks and losses that it names. All problems are
+reported at once.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ class Checked:
 
 
 def load_checked(source: str | Path | Mapping[str, Any], overrides: Sequence[Override] = ()) -> Checked:
-    """Read the search space of a new sweep and check it against the rooms that it names.
+    """Read the search space of a new sweep and check it against the data, networks and losses that it names.
 
     Args:
         source: the path of a YAML, the bare name of one in `search_spaces/`, or what would stand in one.
@@ -91,7 +92,7 @@ def _checked(config: SweepConfig, source: str) -> Checked:
 
 
 def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
-    """Check the frozen config of a sweep against the rooms that it names, as they are now.
+    """Check the frozen config of a sweep against the data, networks and losses that it names, as they are now.
 
     Args:
         config: the frozen config, with the present places of its files.

@@ -191,9 +191,13 @@ def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
             continue
         points = (winner.record.value or 0.0) - (base.value or 0.0)
         worth = round(points / 100 * images)
-        over = f"{points:+.2f} points over {baseline_name(base)} ({base.value:.2f} %{rate})"
+        over = f"{points:+.2f} points {_over(points)} {baseline_name(base)} ({base.value:.2f} %{rate})"
         found.append(Gain(f"{over}: {worth:+d} of {images:,} validation images", abs(worth) > 1))
     return found
+
+
+def _over(points: float) -> str:
+    return "against" if points < 0 else "over"
 
 
 def _fresh_gain(finalist: Finalist, base: Finalist, name: str, rate: str, images: int) -> Gain:
@@ -206,7 +210,7 @@ def _fresh_gain(finalist: Finalist, base: Finalist, name: str, rate: str, images
     worth = round(apart.mean / 100 * images)
     error = "" if apart.error is None else f" ± {apart.error:.2f}"
     seeds = "one fresh seed" if apart.seeds == 1 else f"the same {apart.seeds} fresh seeds"
-    over = f"{apart.mean:+.2f}{error} points over {name} ({base.figure}{rate}) on {seeds}"
+    over = f"{apart.mean:+.2f}{error} points {_over(apart.mean)} {name} ({base.figure}{rate}) on {seeds}"
     told = "" if apart.is_told_apart else "; not told apart"
     sentence = f"{over}: {worth:+d} of {images:,} validation images{told}"
     return Gain(sentence, apart.is_told_apart and abs(worth) > 1)

@@ -35,7 +35,7 @@ class Spend:
     stopped: float
     """Of the search's trials that were stopped early."""
     failed: float
-    """Of those that failed."""
+    """Of all that failed, baselines too."""
     saved: float
     """What the stopped trials would have taken to the full budget, at the pace of their own epochs."""
 
@@ -49,7 +49,7 @@ class Spend:
         if not self.total:
             return ""
         saved = f"; stopping trials early has saved {duration(self.saved)}" if self.saved else ""
-        failed = f", {duration(self.failed)} of it in trials that failed" if self.failed else ""
+        failed = f", {duration(self.failed)} of it in trainings that failed" if self.failed else ""
         return f"{duration(self.total)} of training in all, one trial at a time{failed}{saved}"
 
 
@@ -62,7 +62,7 @@ def spend(state: SweepState) -> Spend:
         search=_seconds(search),
         others=_seconds(record for record in state.trials.values() if record.key.arm != SEARCH),
         stopped=_seconds(stopped),
-        failed=_seconds(record for record in search if record.status is TrialStatus.FAILED),
+        failed=_seconds(record for record in state.trials.values() if record.status is TrialStatus.FAILED),
         saved=math.fsum(_seconds([r]) / r.epoch * (epochs - r.epoch) for r in stopped if r.epoch),
     )
 
