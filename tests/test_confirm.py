@@ -478,6 +478,14 @@ def test_a_line_about_a_trial_that_there_is_none_of_is_refused(tmp_path, searche
 # --- what may be said --------------------------------------------------------------------------------------------------
 
 
+def test_no_interval_is_told_of_what_cannot_be():
+    assert Interval(-59.66, 125.64).of_top1 == (0.0, 100.0)
+    assert Interval(101.0, 103.0).of_top1 == (100.0, 100.0)
+    assert Interval(-239.8, 264.1).of_gain == (-100.0, 100.0)
+    assert Interval(-1.0, 2.0).of_gain == (-1.0, 2.0)
+    assert Interval(96.8, 97.9).of_top1 == (96.8, 97.9)
+
+
 def test_intervals_are_students():
     values = [1.0, 2.0, 3.0, 4.0, 5.0]
     half = 2.7764451 * math.sqrt(2.5 / 5)
@@ -527,7 +535,10 @@ def test_the_verdict_is_of_the_test_set_alone(confirmed):
     [
         ({"ce": [70.0], "kd": [70.0], "defaults": [71.0]}, "Tuned topkd is the best of these."),
         ({"ce": [70.0], "kd": [85.0], "defaults": [90.0]}, "The untuned method is the better choice here."),
-        ({"ce": [77.0], "kd": [77.0], "defaults": [77.0]}, "Whether tuned topkd is better than"),
+        (
+            {"ce": [77.0], "kd": [77.0], "defaults": [77.0]},
+            "These seeds do not tell whether tuned topkd is better than",
+        ),
     ],
 )
 def test_the_advice_is_what_the_intervals_allow(tmp_path, searched, monkeypatch, truth, told):

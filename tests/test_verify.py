@@ -153,7 +153,7 @@ def test_a_teacher_whose_weights_the_file_has_not_got_is_asked_for(tmp_path):
     path = written(tmp_path, method="kd", loss={}, teacher={"name": "digits_cnn"})
     with pytest.raises(ConfigError) as caught:
         verified(path, tmp_path)
-    assert str(caught.value).startswith(f"{path}: teacher: is the one thing that the file has not got")
+    assert str(caught.value).startswith(f"{path}: teacher: its weights are not in the file")
     assert "--set teacher.checkpoint=PATH" in str(caught.value)
     with pytest.raises(ConfigError, match=r"teacher"):
         verified(path, tmp_path, places={"teacher.checkpoint": str(tmp_path / "none.pt")})

@@ -43,6 +43,16 @@ class Interval(NamedTuple):
         """Whether all of it lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
+    @property
+    def of_top1(self) -> "Interval":
+        """Of a top-1 in percent, as it is told: a wide one of few seeds leaves what can be, which is 0 to 100."""
+        return Interval(min(max(self.low, 0.0), 100.0), min(max(self.high, 0.0), 100.0))
+
+    @property
+    def of_gain(self) -> "Interval":
+        """Of a difference of two in points, as it is told: from -100 to 100."""
+        return Interval(min(max(self.low, -100.0), 100.0), min(max(self.high, -100.0), 100.0))
+
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
@@ -154,7 +164,7 @@ def _over(gain: Gain) -> str:
     name = gain.base.name
     if gain.interval is None:
         return f"against {name} (one seed: nothing is sure)"
-    low, high = gain.interval
+    low, high = gain.interval.of_gain
     if not gain.is_told_apart:
         return f"against {name} ({low:+.2f} to {high:+.2f}: not told apart)"
     return f"{'over' if gain.mean > 0 else 'against'} {name} ({low:+.2f} to {high:+.2f})"
@@ -217,7 +227,7 @@ class Verdict:
         mean, interval = self.answer.finalist.mean, self.answer.interval
         if mean is None:
             return "the answer has no value on the test set: all of its trainings failed"
-        within = "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
+        within = "" if interval is None else " ({:.2f} to {:.2f})".format(*interval.of_top1)
         seeds = len(self.answer.values)
         parts = [f"{_capital(self.answer.name)} has {mean:.2f} %{within} top-1 on the test set over {seeds} seeds"]
         parts += [gain.sentence for gain in self.gains]
@@ -251,8 +261,8 @@ def advice(answer: str, gains: Mapping[str, tuple[float, Interval | None]]) -> s
     same = _listed(equal)
     if ahead:
         better = _listed(ahead)
-        return f"{_capital(answer)} is better than {better}; whether it is better than {same} these seeds do not tell."
-    return f"Whether {answer} is better than {same} these seeds do not tell."
+        return f"{_capital(answer)} is better than {better}; these seeds do not tell whether it is better than {same}."
+    return f"These seeds do not tell whether {answer} is better than {same}."
 
 
 def _capital(text: str) -> str:

@@ -719,7 +719,7 @@ def audit(
     for finding in findings:
         terminal.result(f"{finding}\n")
     if findings:
-        Console().print(f"{sweep}: {len(findings)} findings", style="bold red")
+        Console().print(f"{sweep}: {len(findings)} finding{'s' * (len(findings) > 1)}", style="bold red")
         raise typer.Exit(FINDINGS)
     Console().print(f"{sweep}: nothing is wrong", style="bold green")
 

@@ -232,7 +232,9 @@ def _beside_the_baselines(config: SweepConfig, row: Row) -> Iterator[Note]:
         verb = "has the higher mean" if len(higher) == 1 else "have the higher mean"
         text = f"{_capital(_listed(points))} {where}. Which is better {seeds} not tell."
         yield Note(f"{_capital(_listed(list(higher)))} {verb}", text)
-    equal = {n: g.interval for n, g in row.gains.items() if g.mean >= 0 and g.interval is not None and n not in told}
+    equal = {
+        n: g.interval.of_gain for n, g in row.gains.items() if g.mean >= 0 and g.interval is not None and n not in told
+    }
     if equal:
         spans = [f"{low:+.2f} to {high:+.2f} over {name}" for name, (low, high) in equal.items()]
         text = f"The gain {where} may lie anywhere from {_listed(spans)}."

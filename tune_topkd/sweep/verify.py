@@ -155,9 +155,7 @@ def pair_of(tuned: TunedConfig, source: str, overrides: Sequence[Override]) -> P
     is_given = any(override.key == "teacher.checkpoint" for override in overrides)
     if content["teacher"] is not None and not is_given:
         if content["teacher"]["recipe"] is None:
-            rule = (
-                "is the one thing that the file has not got: say where its weights are: `--set teacher.checkpoint=PATH`"
-            )
+            rule = "its weights are not in the file; `--set teacher.checkpoint=PATH` says where they lie"
             raise ConfigError(source, [Problem(key="teacher", rule=rule)])
     elif content["teacher"] is not None:
         content["teacher"] |= {"recipe": None, "augment": None, "seed": 0}

@@ -210,7 +210,7 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
 
 def _told(found: Findings) -> dict[str, str]:
     """The answer, for the template."""
-    row, told = found.row, {"lead": found.lead, "sentence": found.sentence, "value": "", "half": "", "what": ""}
+    row, told = found.row, {"lead": found.lead, "sentence": found.sentence, "value": "", "what": ""}
     if row.top1 is None:
         return told
     on = {
@@ -219,10 +219,9 @@ def _told(found: Findings) -> dict[str, str]:
         "one seed": "validation top-1 on one seed: chosen by it, so too high",
     }.get(row.measured_on, row.measured_on)
     interval = row.top1.interval
-    half = "" if interval is None else f"{(interval.high - interval.low) / 2:.2f}"
-    within = "" if interval is None else f"; 95 % interval {interval.low:.2f} to {interval.high:.2f}"
+    within = "" if interval is None else "; 95 % interval {:.2f} to {:.2f}".format(*interval.of_top1)
     k = f" with K = {row.params['k']}" if "k" in found.config.space and "k" in row.params else ""
-    return told | {"value": f"{row.top1.mean:.2f}", "half": half, "what": f"tuned {row.method}{k}: {on}{within}"}
+    return told | {"value": f"{row.top1.mean:.2f}", "what": f"tuned {row.method}{k}: {on}{within}"}
 
 
 def _columns_of_all(found: Findings) -> list[dict[str, Any]]:

@@ -101,8 +101,25 @@ def axis_of_trials(found: Findings) -> Top1Axis:
     """The axis that the figures of trials share."""
     ranked = [record.value or 0.0 for record in found.state.ranked()]
     others = [r.value for r in found.state.arm(SEARCH) if r.value is not None and math.isfinite(r.value)]
-    means = [f["low"] for f in repeated(found)] + [f["high"] for f in repeated(found)]
-    return axis_of(ranked or others, [*base_values(found).values(), *means])
+    fresh = repeated(found)
+    always = [*base_values(found).values(), *(f["mean"] for f in fresh)]
+    return axis_of(ranked or others, [*always, *ends([*(ranked or others), *always], fresh)])
+
+
+def ends(values: Sequence[float], spans: Rows) -> list[float]:
+    """The ends of intervals that an axis is to show: none further from the values than these are apart.
+
+    The intervals of two seeds are so long that the values would lie on a line; they are cut at the edge instead.
+
+    Args:
+        values: in percent.
+        spans: rows with `low` and `high`.
+    """
+    if not values:
+        return []
+    least, most = min(values), max(values)
+    apart = max(most - least, 2.0)
+    return [min(max(row[end], least - apart), most + apart) for row in spans for end in ("low", "high")]
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -325,12 +342,12 @@ def finalists_of_search(state: SweepState) -> list[Finalist]:
 
 
 def interval_of(finalist: Finalist) -> tuple[float, float]:
-    """Of the mean over seeds; the mean itself of one seed."""
+    """Of the mean over seeds, in percent from 0 to 100; the mean itself of one seed."""
     from tune_topkd.verdict import mean_interval
 
     interval = mean_interval(list(finalist.values.values()))
     mean = finalist.mean or 0.0
-    return (mean, mean) if interval is None else (interval.low, interval.high)
+    return (mean, mean) if interval is None else tuple(interval.of_top1)
 
 
 def seed_rows(named: Mapping[str, Finalist]) -> tuple[Rows, Rows]:

@@ -11,6 +11,7 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import winner_of
 from tune_topkd.report.page.data import Rows
+from tune_topkd.report.page.data import ends
 from tune_topkd.report.page.data import seed_rows
 from tune_topkd.report.page.figure import Figure
 from tune_topkd.report.page.figure import named
@@ -25,7 +26,7 @@ def gains_figure(row: Row) -> Figure | None:
         return None
     rows: Rows = []
     for name, gain in row.gains.items():
-        low, high = gain.interval or (gain.mean, gain.mean)
+        low, high = gain.interval.of_gain if gain.interval else (gain.mean, gain.mean)
         is_told = gain.interval is not None and gain.interval.excludes_zero
         what = "not told apart" if not is_told else "above" if gain.mean > 0 else "below"
         rows.append(
@@ -47,7 +48,7 @@ def gains_figure(row: Row) -> Figure | None:
         alt.Tooltip("what:N", title="the answer is"),
     ]
     scale = alt.Scale(domain=[least - pad, most + pad], nice=False)
-    x_axis = alt.Axis(title="points above the baseline", format="+", grid=True, tickCount=5)
+    x_axis = alt.Axis(title="points above the baseline", format="+~r", grid=True, tickCount=5)
     y = alt.Y("name:N", sort=None, axis=alt.Axis(title=None, domain=False, labelLimit=190))
     colours = {"above": "@completed", "not told apart": "@pruned", "below": "@failed"}
     domain = [what for what in colours if any(r["what"] == what for r in rows)]
@@ -118,14 +119,10 @@ def _seeds(
     means = [row | {"is_answer": row["name"] == answer} for row in means]
     colour = alt.condition("datum.is_answer", alt.value("@best"), alt.value("@pruned"))
     own = [{"name": name, "own": round(f.record.value or 0.0, 3)} for name, f in arms.items()] if owns else []
-    known = [
-        *(r["top1"] for r in each),
-        *(r["low"] for r in means),
-        *(r["high"] for r in means),
-        *(r["own"] for r in own),
-    ]
+    known = [*(r["top1"] for r in each), *(r["mean"] for r in means), *(r["own"] for r in own)]
+    known += ends(known, means)
     pad = max(0.05 * (max(known) - min(known)), 0.1)
-    scale = alt.Scale(domain=[min(known) - pad, max(known) + pad], nice=False)
+    scale = alt.Scale(domain=[min(known) - pad, max(known) + pad], nice=False, clamp=True)
     x_axis = alt.Axis(title=axis, grid=True, tickCount=6)
     y = alt.Y("name:N", sort=list(arms), axis=alt.Axis(title=None, domain=False, labelLimit=200))
     tips = [
@@ -182,7 +179,7 @@ def campaign_gains_figure(rows: Sequence[Row]) -> Figure | None:
     data: Rows = []
     for row in rows:
         for name, gain in row.gains.items():
-            low, high = gain.interval or (gain.mean, gain.mean)
+            low, high = gain.interval.of_gain if gain.interval else (gain.mean, gain.mean)
             data.append(
                 {
                     "sweep": row.sweep,
@@ -212,7 +209,7 @@ def campaign_gains_figure(rows: Sequence[Row]) -> Figure | None:
     spans = base.mark_rule(strokeWidth=2.5, strokeCap="round").encode(
         y=y,
         yOffset=alt.YOffset("name:N", sort=names),
-        x=alt.X("low:Q", axis=alt.Axis(title="points above the baseline", format="+", grid=True, tickCount=6)),
+        x=alt.X("low:Q", axis=alt.Axis(title="points above the baseline", format="+~r", grid=True, tickCount=6)),
         x2="high:Q",
         color=colour,
         tooltip=tips,

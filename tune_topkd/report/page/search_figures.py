@@ -123,7 +123,9 @@ def k_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure | None:
         "Each point is a trial, moved a little to the side where several have the same K; the line joins the best of "
         "each K, dashes are medians of three or more completed trials. The search gives more trials to the K it "
         "likes, and the best of more trials is higher by luck.",
-        "Diamonds are means over fresh seeds with their 95 % intervals, the ringed one the answer's." if fresh else "",
+        "Diamonds are means over fresh seeds, the ringed one the answer's, with their 95 % intervals, cut at the axis' end."
+        if fresh
+        else "",
         _on_the_edge(trials),
     ]
     alt_text = f"Validation top-1 against K for {len(trials)} trials. {told}"
