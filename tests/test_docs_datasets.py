@@ -19,7 +19,7 @@ from tune_topkd.train import train
 
 TEXT = (Path(__file__).parents[1] / "docs" / "datasets.md").read_text()
 MODULE, TEST = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
-(SECTION,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
+_FOLDER, SECTION = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S)
 
 
 @pytest.fixture
