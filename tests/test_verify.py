@@ -245,6 +245,6 @@ def test_train_asks_for_the_teacher_that_a_tuned_config_has_not_got(tmp_path, mo
     path = written(tmp_path, method="kd", teacher={"name": "digits_cnn"})
     code, _, err = trained(monkeypatch, capfd, path, "--runs-dir", tmp_path / "runs")
     assert code == 2
-    assert "say where its weights are: `--set teacher.checkpoint=PATH`" in err
+    assert "its weights are not in the file; `--set teacher.checkpoint=PATH` says" in err
     newer = written(tmp_path, schema_version=99)
     assert "99" in trained(monkeypatch, capfd, newer, "--runs-dir", tmp_path / "runs")[2]
