@@ -347,7 +347,7 @@ def interval_of(finalist: Finalist) -> tuple[float, float]:
 
     interval = mean_interval(list(finalist.values.values()))
     mean = finalist.mean or 0.0
-    return (mean, mean) if interval is None else tuple(interval.of_top1)
+    return (mean, mean) if interval is None else interval.of_top1
 
 
 def seed_rows(named: Mapping[str, Finalist]) -> tuple[Rows, Rows]:
