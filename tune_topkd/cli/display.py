@@ -342,7 +342,7 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     bases = [(m, state.best(m)) for m in (config.baselines.methods if config.baselines else ())]
     shown = [(str(r.key.number), r) for r in ranked] + [(method, r) for method, r in bases if r is not None]
     names = list(ranked[0].params) if ranked else list(config.space)
-    table = Table(title=f"{state.header.sweep}: best of {state.counts()['completed']} full trials")
+    table = Table(title=f"{state.header.sweep}: best of {counted(state.counts()['completed'], 'full trial')}")
     table.add_column("trial")
     for number, (heading, _) in enumerate(shown):
         table.add_column(heading, justify="right", style="bold" if number == 0 else "")
@@ -377,9 +377,9 @@ def verdict_table(verdict: Verdict) -> Table:
             str(arm.record.key),
             "–" if mean is None else f"{mean:.2f}",
             "–" if arm.spread is None else f"{arm.spread:.2f}",
-            _from_to(arm.interval),
+            _from_to(arm.interval and arm.interval.of_top1),
             f"{gain.mean:+.2f}" if gain else "",
-            _from_to(gain.interval, "+") if gain else "",
+            _from_to(gain.interval and gain.interval.of_gain, "+") if gain else "",
             style="bold" if arm is verdict.answer else "",
         )
     return table

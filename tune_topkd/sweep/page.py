@@ -348,6 +348,7 @@ def _commands(
         text = command("export", name, "--format", "python", "-o", "tuned.py")
         yield Command("Use the answer elsewhere: one file with the loss and its values", text)
     if verdict_of_answer(state) is not None:
-        text = command("verify", str(folder / TUNED_FILE))
+        given = config.teacher and config.teacher.checkpoint
+        text = command("verify", str(folder / TUNED_FILE), *(["--set", f"teacher.checkpoint={given}"] if given else []))
         yield Command("Train the answer again and see whether its figure holds", text)
     yield Command("Write this page again", command("report", name, "--format", "html"))
