@@ -181,7 +181,7 @@ def test_the_page_of_an_older_version_s_experiment_opens_on_the_runs_too(uri, mo
 
 
 def test_the_page_opens_on_the_runs_and_the_sweep_says_what_it_is(ledger, uri):
-    """MLflow's page opens on traces where an experiment does not say that models are trained in it."""
+    """An experiment says that models are trained in it: by that MLflow's page chooses what it opens on."""
     drive(Search(config(), ledger), ends=3)
     catch_up(ledger.path, uri)
     parent = runs(uri)[None]

@@ -37,7 +37,9 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 EXPERIMENT = "tune_topkd"
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"  # MLflow's page then opens on runs, not on traces
+# The kind of an experiment in which models are trained. By it MLflow's page opened on the runs; that of 3.17 goes by what
+# was last chosen in the browser, or by `workflowType` in the URL (docs/mlflow.md).
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 _PERCENT_CODE = re.compile(r"%(?=[0-9A-Fa-f]{2})")
 _RUNS_PER_QUERY = 500
 _SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
