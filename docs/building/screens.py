@@ -78,9 +78,8 @@ def mlflow(browser: Browser, sweep: Sweep, scratch: Path, path: Path) -> None:
 
             client = MlflowClient(tracking_uri=uri)
             experiment = client.get_experiment_by_name("tune_topkd")
-            shoot(
-                browser, f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs", path, (1300, 640), 12
-            )
+            place = f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+            shoot(browser, f"http://127.0.0.1:{port}/{place}", path, (1300, 640), 12)
         finally:
             subprocess.run(["pkill", "-TERM", "-P", str(process.pid)], check=False)
             process.terminate()
