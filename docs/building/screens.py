@@ -78,8 +78,13 @@ def mlflow(browser: Browser, sweep: Sweep, scratch: Path, path: Path) -> None:
 
             client = MlflowClient(tracking_uri=uri)
             experiment = client.get_experiment_by_name("tune_topkd")
-            place = f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
-            shoot(browser, f"http://127.0.0.1:{port}/{place}", path, (1300, 640), 12)
+            (run,) = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'")
+            place = f"#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
+            page = shoot(browser, f"http://127.0.0.1:{port}/{place}", path, (1400, 800), 12)
+            for button in page.get_by_label("Close").all():  # its assistant
+                button.click(timeout=2000)
+            page.wait_for_timeout(2000)
+            page.screenshot(path=path)
         finally:
             subprocess.run(["pkill", "-TERM", "-P", str(process.pid)], check=False)
             process.terminate()
