@@ -9,6 +9,7 @@ import formulas
 from torture import opened
 
 from tune_topkd.execution import Cluster
+from tune_topkd.execution import broker
 from tune_topkd.execution import run_sweep
 from tune_topkd.interruption import listening
 from tune_topkd.ledger import Driver
@@ -29,6 +30,10 @@ class Sleeping:
         formulas.epochs(config, report, resume_from, slept)
 
 
+def refused():
+    raise RuntimeError("there is no broker")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -36,7 +41,10 @@ def main():
     parser.add_argument("--priority", type=float)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--no-broker", action="store_true", help="none can be begun, or found")
     given = parser.parse_args()
+    if given.no_broker:
+        broker._broker = refused
     settings = {"max_concurrent": None, "trials": given.trials, "asha": None, "sampler": "random"}
     config = formulas.sweep_config(sweep=settings, recipe={"epochs": 3}, baselines=None)
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +59,7 @@ def main():
             options = {
                 "priority": given.priority,
                 "interruption": interruption,
-                "note": lambda text: print(text, flush=True),
+                "note": lambda text: print(text, flush=True),  # noqa: T201 (the test reads it)
             }
             run_sweep(search, cluster=cluster, folder=given.folder, train=Sleeping(given.seconds), **options)
 

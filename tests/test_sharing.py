@@ -2,12 +2,15 @@
 
 import heapq
 import itertools
+import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from tune_topkd.execution import broker
 from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.sharing import LEASE
 from tune_topkd.execution.sharing import TURN
@@ -290,3 +293,86 @@ def test_a_broker_that_was_begun_again_gives_nothing_before_all_have_told_what_t
         book.report(EIGHT, "a", CPU, 1.0, 3, MANY, 4)
         book.report(EIGHT, "b", CPU, 1.0, 3, MANY, 3)
     assert book.report(EIGHT, "c", CPU, 1.0, 0, MANY, 0)[0] >= 1
+
+
+# --- a sweep's side -----------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Stands for the broker: answers what it is set to, when it is let; None for no answer at all."""
+
+    def __init__(self, monkeypatch, *answer):
+        self.answer, self.asked, self.gone = answer or None, [], []
+        self.is_let = threading.Event()
+        self.is_let.set()
+        self.report = self.leave = self
+        monkeypatch.setattr(broker, "_broker", lambda: self)
+        monkeypatch.setattr(broker.ray, "get", lambda call, timeout: call())
+        monkeypatch.setattr(broker, "_SECONDS_BETWEEN_REPORTS", 0.02)
+
+    def remote(self, *words):
+        def call():
+            if len(words) == 1:
+                return self.gone.append(words[0])
+            self.asked.append(words)
+            self.is_let.wait(20)
+            if self.answer is None:
+                raise RuntimeError("there is no broker")
+            return self.answer
+
+        return call
+
+
+def wait_until(holds):
+    until = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_no_trial_begins_without_a_place_and_all_room_is_given_back(monkeypatch):
+    there, notes = Answers(monkeypatch, 2, 1), []
+    client = broker.Client("s", Share(1.0, 0.0), 3.0, notes.append)
+    assert not client.take(), "nobody has been asked"
+    with client.reporting():
+        client.tell(0, 8)
+        wait_until(client.has_room)
+        assert client.take()
+        assert client.take()
+        assert not client.take()
+        client.tell(1, 8)  # one of them was not begun
+        wait_until(client.has_room)
+        wait_until(lambda: there.asked[-1] == ("s", (1.0, 0.0), 3.0, 1, 8, 2))
+        assert not client.is_full()
+        there.answer = (1, 2)
+        wait_until(client.is_full)
+        client.tell(1, 8)
+        assert notes == ["2 sweeps share the cluster: this one has room for 1 trials at once"]
+    assert there.gone == ["s"]
+
+
+def test_while_an_answer_is_on_its_way_no_place_is_taken_that_it_may_be_about_to_give_away(monkeypatch):
+    there = Answers(monkeypatch, 8, 1)
+    client = broker.Client("s", Share(1.0, 0.0), 1.0, print)
+    with client.reporting():
+        client.tell(5, 8)
+        wait_until(client.has_room)
+        there.is_let.clear()
+        wait_until(lambda: not client.has_room())
+        client.tell(4, 8)  # a trial has ended: its place is the sweep's own, as far as the broker has been told
+        assert client.take()
+        assert not client.take()
+        there.is_let.set()
+        wait_until(client.has_room)
+
+
+def test_a_sweep_that_gets_no_answer_goes_on_as_if_it_were_alone_until_there_is_one(monkeypatch):
+    monkeypatch.setattr(broker, "PATIENCE", 0.3)
+    there = Answers(monkeypatch)
+    client = broker.Client("s", Share(1.0, 0.0), 1.0, print)
+    with client.reporting():
+        assert not client.take()
+        wait_until(client.take)
+        assert not client.is_full()
+        there.answer = (1, 1)
+        wait_until(lambda: not client.has_room())
