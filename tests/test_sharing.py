@@ -347,7 +347,7 @@ def test_no_trial_begins_without_a_place_and_all_room_is_given_back(monkeypatch)
         there.answer = (1, 2)
         wait_until(client.is_full)
         client.tell(1, 8)
-        assert notes == ["2 sweeps share the cluster: this one has room for 1 trials at once"]
+        assert notes == ["2 sweeps share the cluster; trials at once: 1"]
     assert there.gone == ["s"]
 
 

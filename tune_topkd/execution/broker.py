@@ -24,7 +24,7 @@ PATIENCE = 10.0
 
 _SECONDS_BETWEEN_REPORTS = 1.0
 _LONGEST_ANSWER = 4.0
-_LONGEST_END = 5.0
+_LONGEST_END = 8.0
 _log = logging.getLogger(__name__)
 
 
@@ -87,8 +87,8 @@ class Client:
             self._news.set()  # others may be waiting for a place, or this sweep for one
         if sweeps != self._sweeps_noted and room is not None:
             self._sweeps_noted = sweeps
-            shared = f"{sweeps} sweeps share the cluster: this one has room for {room} trials at once"
-            self._note(shared if sweeps > 1 else f"alone on the cluster: room for {room} trials at once")
+            who = f"{sweeps} sweeps share the cluster" if sweeps > 1 else "alone on the cluster"
+            self._note(f"{who}; trials at once: {room}")
 
     def has_room(self) -> bool:
         """Whether another trial may be started."""
@@ -120,7 +120,7 @@ class Client:
             self._news.clear()
         try:
             if self._handle is not None:
-                ray.get(self._handle.leave.remote(self._about[0]), timeout=_LONGEST_END / 2)
+                ray.get(self._handle.leave.remote(self._about[0]), timeout=_LONGEST_ANSWER)
         except Exception as error:  # noqa: BLE001 (the room is given back all the same)
             _log.info("the broker was not told of the end and sees it in %g s: %r", sharing.LEASE, error)
 
