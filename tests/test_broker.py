@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 SLOTS = 8
 TRIAL = 6.0
 """Seconds that a trial sleeps."""
-LONGEST_START = 150.0
+LONGEST_START = 300.0
 """Seconds that a driver and its first worker may take to start on a loaded machine."""
 
 pytestmark = [
@@ -121,8 +121,14 @@ class There:
             time.sleep(0.2)
         return time.monotonic() - began
 
-    def wait_for(self, name, at_work, seconds=LONGEST_START):
-        return self.wait_until(f"{name} has {at_work} at work", seconds, lambda: self.at_work(name)[0] == at_work)
+    def wait_for_all(self, name):
+        """Until a sweep has all places, and so many of its trials have begun since now."""
+        before = len(self.times(name, "start"))
+
+        def has_all():
+            return sum(self.at_work(name)) == SLOTS and len(self.times(name, "start")) >= before + SLOTS
+
+        return self.wait_until(f"{name} has all places", LONGEST_START, has_all)
 
     def end(self, name):
         """Stop a sweep as Ctrl-C does: its exit code."""
@@ -179,14 +185,14 @@ def test_after_a_driver_s_kill_the_other_sweep_has_all_places(there):
     there.drivers.pop("a").wait()
     took = there.wait_until("b has all places", 30, lambda: sum(there.at_work("b")) == SLOTS)
     sys.stdout.write(f"from the SIGKILL until the other has all places: {took:.1f} s\n")
-    there.wait_for("b", SLOTS)
+    there.wait_for_all("b")
     assert [audit(there, name) for name in "ab"] == [[], []]
 
 
 def test_a_broker_that_is_killed_is_begun_again_and_harms_nothing(there):
     if "b" not in there.drivers:  # this test alone
         there.begin("b", 1)
-        there.wait_for("b", SLOTS)
+        there.wait_for_all("b")
     before = there.times("b", "end")
     with Cluster.attached(there.address):
         ray.kill(ray.get_actor(broker.NAME, namespace=broker.NAMESPACE), no_restart=True)
@@ -216,7 +222,7 @@ def two_sweeps(there):
     """One that takes all places, then a second one that has its part."""
     if "a" not in there.drivers:
         there.begin("a", 3)
-        there.wait_for("a", SLOTS)  # alone it takes all
+        there.wait_for_all("a")  # alone it takes all
     if "b" not in there.drivers:
         there.begin("b", 1)
     there.wait_until("both have their parts", LONGEST_START + 2 * TRIAL, lambda: places(there) == [6, 2])
