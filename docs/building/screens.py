@@ -29,7 +29,7 @@ from tune_topkd.sweep.page import page_of
 from tune_topkd.tracking import catch_up
 from tune_topkd.tracking import sqlite_uri
 
-FOLDER = Path(__file__).parents[1] / "pictures"
+FOLDER = Path(__file__).parents[1]
 WIDTH, HEIGHT = 110, 24
 """Of the terminal, in characters."""
 
