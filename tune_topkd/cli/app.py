@@ -630,7 +630,9 @@ def report(
 
 @app.command()
 def compare(
-    sweeps: Annotated[list[str], typer.Argument(metavar="SWEEP SWEEP...", autocompletion=_sweeps)],
+    sweeps: Annotated[
+        list[str], typer.Argument(metavar="SWEEP SWEEP...", help="Two sweeps or more.", autocompletion=_sweeps)
+    ],
     format_: Annotated[Side, typer.Option("--format")] = SIDE_BY_SIDE,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
