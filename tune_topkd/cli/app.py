@@ -1,8 +1,8 @@
 """The commands. Output for people goes to stderr, results for programs to stdout.
 
-Exit codes: 0 done; 1 an audit found something; 2 the input is wrong or the machine in the way (one message, no traceback);
-3 the sweep ended without one successful trial, or with an error that all further trials would make; 130 interrupted (129
-if the terminal was closed), and `resume` goes on.
+Exit codes: 0 done; 1 `audit` or `verify` found something, or a followed job failed; 2 the input is wrong or the machine
+in the way (one message, no traceback); 3 the sweep ended without one successful trial, or with an error that all further
+trials would make; 130 interrupted (129 if the terminal was closed), and `resume` goes on.
 """
 
 import contextlib
@@ -138,11 +138,11 @@ Spaces = Annotated[
 ]
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
-TimeBudget = Annotated[float | None, typer.Option(help="Stop all trials after so many seconds.")]
+TimeBudget = Annotated[float | None, typer.Option(help="Stop after so many seconds of this command; `resume` goes on.")]
 GpuHours = Annotated[
-    float | None, typer.Option(help="Stop after so many hours of training × GPUs of the trial, of the whole sweep.")
+    float | None, typer.Option(help="Stop after so many GPU hours (training time × a trial's GPUs), over all resumes.")
 ]
-CpuHours = Annotated[float | None, typer.Option(help="The same of CPUs.")]
+CpuHours = Annotated[float | None, typer.Option(help="The same for CPU hours (training time × a trial's CPUs).")]
 
 
 def main() -> None:
@@ -196,28 +196,32 @@ def general(
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Find the best K, scaling factors, loss weights and learning rate for a TopKD distillation."""
+    """Find the best K, loss weights, temperature and learning rate (and scaling factors) for a TopKD distillation."""
 
 
 @app.command()
 def run(
     spaces: Spaces = None,
-    name: Annotated[str | None, typer.Option(help="The sweep's name [default: the YAML's].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The sweep's name [default: the YAML's]: its file name without .yaml.")
+    ] = None,
     trials: Trials = None,
     epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the proposals and of every trial.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Trials at once [default: what fits].")] = None,
-    cpus_per_trial: Annotated[str | None, typer.Option(metavar="N|auto", help="auto: measured.")] = None,
+    cpus_per_trial: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="CPUs of a trial. auto: measured.")
+    ] = None,
     gpus_per_trial: Annotated[
         str | None,
-        typer.Option(metavar="N|auto", help="May be a fraction: 0.25 shares a GPU by four. auto: measured."),
+        typer.Option(metavar="N|auto", help="GPUs of a trial; 0: the CPU; 0.25: four share a GPU. auto: measured."),
     ] = None,
     time_budget: TimeBudget = None,
     gpu_hours: GpuHours = None,
     cpu_hours: CpuHours = None,
     plateau: Annotated[
         float | None,
-        typer.Option(metavar="POINTS", help="End the search when its newest trials brought fewer points of top-1."),
+        typer.Option(metavar="POINTS", help="End the search when its newest trials raised the best top-1 by less."),
     ] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
     mlflow_uri: MlflowUri = None,
@@ -271,7 +275,9 @@ JobName = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, or a sw
 @app.command()
 def submit(
     spaces: Spaces = None,
-    name: Annotated[str | None, typer.Option(help="The sweep's name [default: the YAML's].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The sweep's name [default: the YAML's]: its file name without .yaml.")
+    ] = None,
     trials: Trials = None,
     epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the proposals and of every trial.")] = None,
@@ -409,7 +415,7 @@ def init(
     teacher: Annotated[
         str, typer.Option(help="A network by name, torchvision:NAME, timm:NAME or package.module:factory.")
     ],
-    student: Annotated[str, typer.Option(help="The same.")],
+    student: Annotated[str, typer.Option(help="A network, named as the teacher is.")],
     checkpoint: Annotated[
         str | None, typer.Option(help="The teacher's weights [default: the sweep trains the teacher first].")
     ] = None,
@@ -445,7 +451,7 @@ def check(
     set_: Sets = None,
     show: Annotated[bool, typer.Option("--show", help="Print the complete config on stdout.")] = False,
 ) -> None:
-    """Validate search spaces, print what would run and what it would cost; start nothing."""
+    """Validate search spaces, print what would run and about how long on this machine's CPU; start nothing."""
     from tune_topkd.sweep.cost import describe
 
     console = Console()
@@ -547,7 +553,7 @@ def status(
     sweep: Annotated[str | None, typer.Argument(metavar="[SWEEP]", help="The name of a sweep [default: all].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout (a list without SWEEP).")] = False,
     campaign: Annotated[
-        bool, typer.Option("--campaign", help="As the table of `report`: what each has found.")
+        bool, typer.Option("--campaign", help="The table of `report`: what each sweep has found.")
     ] = False,
     is_watched: Annotated[
         bool,
@@ -633,7 +639,7 @@ def compare(
     sweeps: Annotated[
         list[str], typer.Argument(metavar="SWEEP SWEEP...", help="Two sweeps or more.", autocompletion=_sweeps)
     ],
-    format_: Annotated[Side, typer.Option("--format")] = SIDE_BY_SIDE,
+    format_: Annotated[Side, typer.Option("--format", help="How the table is written.")] = SIDE_BY_SIDE,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
@@ -794,7 +800,7 @@ def teacher(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove the banks of logits that no sweep in the runs dir names.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the trials, where each epoch draws new views.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sweep that the bank is filled for.")] = 0,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
@@ -835,7 +841,9 @@ def train(
         str, typer.Argument(metavar="SPACE.yaml|TUNED.yaml", help="A search space, or an exported tuned config.")
     ],
     set_: Sets = None,
-    name: Annotated[str | None, typer.Option(help="The training's name [default: the YAML's].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The training's name [default: the YAML's]: its file name without .yaml.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the training.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     runs_dir: RunsDir = Path(DEFAULT_RUNS),
