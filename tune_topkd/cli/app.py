@@ -138,7 +138,9 @@ Spaces = Annotated[
 ]
 Trials = Annotated[int | None, typer.Option(help="Trials of the search; the baselines come on top.")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
-TimeBudget = Annotated[float | None, typer.Option(help="Stop after so many seconds of this command; `resume` goes on.")]
+TimeBudget = Annotated[
+    float | None, typer.Option(help="Stop after so many seconds; a teacher is trained before they begin.")
+]
 GpuHours = Annotated[
     float | None, typer.Option(help="Stop after so many GPU hours (training time × a trial's GPUs), over all resumes.")
 ]
