@@ -16,6 +16,7 @@ from tune_topkd.ledger.endings import Hours
 from tune_topkd.ledger.endings import HoursSpent
 from tune_topkd.ledger.endings import due_plateau
 from tune_topkd.ledger.endings import has_collapsed
+from tune_topkd.ledger.events import FELL_APART
 from tune_topkd.ledger.events import LEDGER_VERSION
 from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import REPEATING
@@ -88,6 +89,7 @@ __all__ = [
     "CPU_HOURS",
     "EPOCH_SECONDS",
     "ERRORS_APART",
+    "FELL_APART",
     "GPU_HOURS",
     "LEDGER_FILE",
     "LEDGER_VERSION",

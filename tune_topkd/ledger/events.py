@@ -96,6 +96,10 @@ class Decision(enum.StrEnum):
     """Top-1 stays at chance."""
 
 
+FELL_APART = (Decision.DIVERGED, Decision.COLLAPSED)
+"""Decisions that a training has come to nothing by itself; they are the reasons of its end, too."""
+
+
 class Share(NamedTuple):
     """What a trial gets of a node."""
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tune_topkd.ledger.events import FELL_APART
 from tune_topkd.ledger.events import REPEAT
 from tune_topkd.ledger.events import SEARCH
-from tune_topkd.ledger.events import Decision
 from tune_topkd.ledger.events import TrialStatus
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.ledger.state import TrialRecord
@@ -133,8 +133,7 @@ class Finalist:
         found = {}
         for seed, repeat in sorted(self.repeats.items()):
             if repeat.status is TrialStatus.FAILED:
-                fell = repeat.reason in (Decision.DIVERGED, Decision.COLLAPSED)
-                found[seed] = repeat.reason if fell else f"failed ({repeat.reason})"
+                found[seed] = repeat.reason if repeat.reason in FELL_APART else f"failed ({repeat.reason})"
             elif repeat.status is TrialStatus.COMPLETED and (repeat.value or 0.0) < least:
                 found[seed] = f"fell to {repeat.value:.2f} %"
         return {seed: how for seed, how in found.items() if seed in self.seeds}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tune_topkd.ledger import Decision
+from tune_topkd.ledger import FELL_APART
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
@@ -85,7 +85,7 @@ class CommonError:
         self._alike = self._alike + 1 if is_same else 1
         self._wherever = self._wherever + 1 if is_same and not cause.depends_on_the_space(self._last) else 1
         self._last = cause
-        is_first = not self._has_success and record.reason not in (Decision.DIVERGED, Decision.COLLAPSED)
+        is_first = not self._has_success and record.reason not in FELL_APART
         if (is_first and self._wherever >= SAME_ERRORS_THAT_END_A_SWEEP) or self._alike >= SAME_ERRORS_AFTER_A_SUCCESS:
             self.error = self.error or record.error
 

@@ -18,8 +18,8 @@ from tune_topkd.findings import Note
 from tune_topkd.findings import Row
 from tune_topkd.findings import Rung
 from tune_topkd.findings import range_text
+from tune_topkd.ledger import FELL_APART
 from tune_topkd.ledger import SEARCH
-from tune_topkd.ledger import Decision
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
@@ -296,12 +296,8 @@ def _failures(state: SweepState) -> Iterator[Note]:
     yield Note(f"{len(failed):,} of {_trials(state.size())} failed", f"{named}{more}.")
 
 
-_KNOWN_REASONS = (Decision.DIVERGED, Decision.COLLAPSED)
-"""Which say all that there is to say."""
-
-
 def _cause(record: TrialRecord) -> str:
-    return f"{record.reason}: {record.error}" if record.error and record.reason not in _KNOWN_REASONS else record.reason
+    return f"{record.reason}: {record.error}" if record.error and record.reason not in FELL_APART else record.reason
 
 
 def _trials(number: int) -> str:
