@@ -314,7 +314,9 @@ def probe(config):
             "seconds": seconds,
         }
         notes = Path(config.data.root)
-        (notes / f"{number}-{os.getpid()}").write_text(json.dumps(note))
+        written = notes / f".{os.getpid()}"
+        written.write_text(json.dumps(note))
+        written.rename(notes / f"{number}-{os.getpid()}")  # whole or not there: this process may be killed at any time
         end("at_work")
         deadline = time.monotonic() + 40
         while len(list(notes.glob(f"{number}-*"))) < number:

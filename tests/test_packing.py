@@ -104,7 +104,7 @@ def at_once(tried):
 def notes(folder):
     """What the trainings that were at work have noted, by how many there were at once."""
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("[0-9]*")):
         found.setdefault(int(path.name.partition("-")[0]), []).append(json.loads(path.read_text()))
     return found
 
