@@ -157,7 +157,9 @@ def test_there_are_these():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [ANSWER, SEARCH, BEST_K, PROJECT]
 
 
-@pytest.mark.parametrize("name", [ANSWER, SEARCH, BEST_K, PROJECT])
+@pytest.mark.parametrize(
+    "name", [ANSWER, *(pytest.param(name, marks=pytest.mark.slow) for name in (SEARCH, BEST_K, PROJECT))]
+)
 def test_is_stored_without_outputs_and_says_nothing_but_its_results(executed, name):
     notebook = stored(name)
     nbformat.validate(notebook)
@@ -206,12 +208,14 @@ def test_ranks_the_completed_trials_only(executed, sweep):
     assert numbers == [record.key.number for record in sweep[1].ranked()[:10]]
 
 
+@pytest.mark.slow
 def test_draws_how_the_search_went_and_what_stopping_saved(executed, sweep):
     assert len(outputs(executed(SEARCH), "image/png")) == 4
     epochs = sum(record.epoch for record in sweep[1].arm("search"))
     assert f"{epochs} of {TRIALS * EPOCHS} epochs" in outputs(executed(SEARCH), "text/markdown")[-1]
 
 
+@pytest.mark.slow
 def test_every_sweep_has_a_row_with_its_best_k(executed, sweep):
     best = sweep[1].best()
     table = outputs(executed(BEST_K), "text/html")[0]
@@ -230,6 +234,7 @@ def test_every_sweep_has_a_row_with_its_best_k(executed, sweep):
     assert len(outputs(executed(BEST_K), "image/png")) == 1
 
 
+@pytest.mark.slow
 def test_a_project_takes_the_loss_without_the_search(executed):
     code = "\n".join(cell.source for cell in stored(PROJECT).cells if cell.cell_type == "code")
     assert not re.search(r"import (ray|optuna|mlflow)|tune_topkd\.(sweep|report|tracking)", code)

@@ -581,6 +581,7 @@ def claims():
     return module
 
 
+@pytest.mark.slow
 def test_where_there_is_no_difference_hardly_a_sentence_claims_one_and_intervals_hold_as_often_as_they_say(claims):
     claimed, held, naive = claims.shares(claims.outcomes("no difference at all", 40))
     assert claimed <= 6 / 40  # at 5 %: seven or more happen once in 300 times

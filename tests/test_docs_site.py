@@ -65,6 +65,7 @@ class Page(HTMLParser):
             self.code[-1] += data
 
 
+@pytest.mark.slow
 def test_every_page_is_there_and_loads_what_lies_beside_it(site):
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 60
@@ -95,6 +96,7 @@ def models(annotation):
         yield from models(part)
 
 
+@pytest.mark.slow
 def test_every_key_is_in_the_reference(site):
     told = set(Page(site / "reference" / "keys.html").code)
     same = ("teacher.recipe.", "recipe."), ("teacher.augment.", "data.augment.")
@@ -104,6 +106,7 @@ def test_every_key_is_in_the_reference(site):
         assert key in told, key
 
 
+@pytest.mark.slow
 def test_every_key_of_a_tuned_config_is_in_the_reference(site):
     pages = [Page(site / "reference" / f"{name}.html").code for name in ("keys", "tuned")]
     told = set().union(*pages)
@@ -115,6 +118,7 @@ def test_every_key_of_a_tuned_config_is_in_the_reference(site):
         assert key in told, key
 
 
+@pytest.mark.slow
 def test_every_key_says_its_type_its_default_and_its_meaning(site):
     rows = re.findall(r"<tr>\s*(<td>.*?)</tr>", (site / "reference" / "keys.html").read_text(), re.S)
     of_keys = [
@@ -125,6 +129,7 @@ def test_every_key_says_its_type_its_default_and_its_meaning(site):
     assert "anything" not in {row[1] for row in of_keys}
 
 
+@pytest.mark.slow
 def test_every_command_and_every_option_is_in_the_reference(site):
     page = Page(site / "reference" / "commands.html")
     told = [code.partition(" ")[0] for code in page.code]
@@ -135,6 +140,7 @@ def test_every_command_and_every_option_is_in_the_reference(site):
                 assert {*param.opts, *param.secondary_opts} <= set(told), f"{name}: {param.opts}"
 
 
+@pytest.mark.slow
 def test_every_option_says_what_it_means(site):
     rows = re.findall(r"<tr>\s*(<td>.*?)</tr>", (site / "reference" / "commands.html").read_text(), re.S)
     of_options = [row for row in (re.findall(r"<td>(.*?)</td>", row, re.S) for row in rows) if len(row) == 3]
@@ -142,6 +148,7 @@ def test_every_option_says_what_it_means(site):
     assert [name for name, _, meaning in of_options if not meaning.strip()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", [name for name in PACKAGES if name not in WITHOUT_A_PAGE])
 def test_every_public_name_is_in_the_reference(site, package):
     exported = importlib.import_module(f"tune_topkd.{package}").__all__

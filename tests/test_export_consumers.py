@@ -708,7 +708,7 @@ SMALL_VIT = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"img_size": 32, "de
             {"optimizer": "adamw", "schedule": "cosine", "min_lr": 1e-5, "warmup_epochs": 2, "weight_decay": 0.05},
             "AdamW",
         ),
-        ({"nesterov": True, "schedule": "constant"}, "nesterov: True"),
+        pytest.param({"nesterov": True, "schedule": "constant"}, "nesterov: True", marks=pytest.mark.slow),
         ({"schedule": "cosine", "min_lr": 1e-3}, "SGD"),
     ],
 )
@@ -731,6 +731,7 @@ def test_timm_has_the_recipes_optimiser_and_schedule(tmp_path, recipe, optimizer
     assert "ColorJitter" not in done["transform"]
 
 
+@pytest.mark.slow
 def test_timm_takes_randaugment_at_the_nearest_magnitude(tmp_path):
     student = {"name": "timm:vit_tiny_patch16_224", "kwargs": {"img_size": 64, "depth": 1}}
     data = {"name": "cifar100", "image_size": 64, "augment": {"rand_augment": {"ops": 2, "magnitude": 9}}}
@@ -741,6 +742,7 @@ def test_timm_takes_randaugment_at_the_nearest_magnitude(tmp_path):
     assert "n=2" in done["transform"]
 
 
+@pytest.mark.slow
 def test_timms_task_has_to_be_told_the_epoch_where_the_terms_rise(tmp_path):
     with pytest.raises(AssertionError, match=r"set `task\.epoch`, from 1, before each epoch"):
         tasked(tmp_path, answer(), TIMM.replace("task.epoch = epoch + 1", "pass"))

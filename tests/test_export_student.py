@@ -220,6 +220,7 @@ def test_a_graph_says_what_it_is(swept, tmp_path):
     onnx.checker.check_model(model, full_check=True)
 
 
+@pytest.mark.slow
 def test_other_processes_read_them_without_this_project(swept, tmp_path):
     image = all_images(load_dataset(swept.config.data))[:1]
     torch.save(image, tmp_path / "image.pt")
@@ -454,8 +455,11 @@ def test_weights_are_written_one_row_after_the_other(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *("resnet8x4", "wrn_16_1", "vgg8"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("MobileNetV2", "ShuffleV1", "ShuffleV2", "ResNet18")),
+        "resnet8x4",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2", "ResNet18")
+        ),
     ],
 )
 def test_a_cifar_students_graph_gives_its_logits(tmp_path, format_, name):
@@ -480,7 +484,7 @@ def test_a_vision_transformers_graph_gives_its_logits(tmp_path, format_):
 
 
 @GRAPH
-@pytest.mark.parametrize("network_side", [24, 48])
+@pytest.mark.parametrize("network_side", [24, pytest.param(48, marks=pytest.mark.slow)])
 def test_a_network_that_resizes_does_so_in_the_graph(tmp_path, format_, network_side):
     student = student_of("resnet8x4", network_side=network_side)
     expected = networks_logits(student.model, student.weights, student.dataset)
@@ -528,7 +532,7 @@ def test_a_dataset_that_is_gone_is_told_except_for_the_checkpoint(tmp_path):
 
 
 @GRAPH
-@pytest.mark.parametrize("image_size", [24, 48])
+@pytest.mark.parametrize("image_size", [24, pytest.param(48, marks=pytest.mark.slow)])
 def test_images_are_resized_in_the_graph_as_the_dataset_is(tmp_path, format_, image_size):
     """Up to rounding to whole pixels: on a CPU, torchvision resizes rows, rounds, and then columns."""
     student = student_of("resnet8x4", image_size=image_size)

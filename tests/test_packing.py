@@ -128,6 +128,7 @@ def test_what_trains_the_most_images_together_comes_first(pack, tmp_path):
 # --- on GPUs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trials_share_each_gpu_and_its_part_of_the_cpus(pack, tmp_path):
     settings = {"cpus_per_trial": "auto", "gpus_per_trial": "auto"}
     tried = pack({2: 100.0, 4: 60.0}, settings, peak_bytes=230)
@@ -143,6 +144,7 @@ def test_trials_share_each_gpu_and_its_part_of_the_cpus(pack, tmp_path):
         assert Counter(note["gpus"] for note in each) == {"0": number // 2, "1": number // 2}
 
 
+@pytest.mark.slow
 def test_the_cpus_of_a_trial_are_at_most_its_gpus_part(pack, tmp_path):
     tried = pack({2: 100.0}, {"cpus_per_trial": 3.0, "gpus_per_trial": "auto", "max_concurrent": 2})
     assert [packed.share for packed in tried] == [Share(2.0, 1.0)]
@@ -317,6 +319,7 @@ def test_a_training_that_cannot_be_is_refused_with_its_cause(pack, node, when):
     wait_until_all_is_given_back(node)
 
 
+@pytest.mark.slow
 def test_a_training_that_dies_alone_is_refused(pack):
     with pytest.raises(ResourceError, match=r"no trial can be run to see how many fit: .*[Dd]ied"):
         pack({}, ends={1: ("dies", "at_work")})
@@ -356,6 +359,7 @@ def occupied(node):
         ray.kill(occupant)
 
 
+@pytest.mark.slow
 def test_so_many_as_cannot_be_placed_are_not_to_be_had(pack, occupied, tmp_path, monkeypatch):
     occupied(1)
     really_tried = packing._tried
@@ -410,6 +414,7 @@ def test_the_trials_of_a_sweep_are_told_their_share(sweep):
     assert [(r.reports[1]["threads"], r.reports[1]["gpu_share"]) for r in records] == [(2, 0.0)] * 2
 
 
+@pytest.mark.slow
 def test_a_trial_that_ran_out_of_memory_is_told_its_larger_share(sweep):
     (record,) = sweep(epochs=2, trials=1, cpus_per_trial=1.0, gpus_per_trial=0.25)
     assert (record.status, record.retries) == (TrialStatus.COMPLETED, ["oom"]), record

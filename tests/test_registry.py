@@ -198,6 +198,7 @@ def test_a_version_says_where_it_comes_from_and_what_it_is_worth(registered, unr
     assert [finding for finding in audit("s", Workspace.at(*registered, "local")) if "MLflow" in finding] == []
 
 
+@pytest.mark.slow
 def test_another_process_loads_the_champion_without_this_project_and_gets_our_logits(
     registered, unregistered, tmp_path
 ):

@@ -465,6 +465,7 @@ def large():
     return told(*of_many(2000))
 
 
+@pytest.mark.slow
 def test_a_page_of_two_thousand_trials_is_small_and_says_what_it_left_out(large):
     page = sweep_page(large)
     is_whole(page)

@@ -170,7 +170,9 @@ def turned(split: Split, dataset: Dataset, workers: int) -> list[Tensor]:
     return [batch.images for batch in train_batches(split, batch_size=400, seed=0, epoch=1, **constants)]
 
 
-@pytest.mark.parametrize("happening", ["nothing", "a part of it", "the file is gone"])
+@pytest.mark.parametrize(
+    "happening", [pytest.param("nothing", marks=pytest.mark.slow), "a part of it", "the file is gone"]
+)
 def test_worker_processes_map_the_file_too_and_see_the_same_images(tmp_path: Path, happening):
     path = tmp_path / "d.pt"
     saved(DIGITS, path)

@@ -289,6 +289,7 @@ def test_a_time_budget_ends_the_run_and_a_resume_goes_on(sweep):
         assert reports.items() <= state.trials[key].reports.items()
 
 
+@pytest.mark.slow
 def test_hours_that_are_used_up_end_the_run(sweep):
     state = sweep(formulas.slow, sweep={"trials": 6, "cpu_hours": 0.9 / 3600, "asha": None})
     epochs = sum(record.epoch for record in state.trials.values())
@@ -312,6 +313,7 @@ def test_a_trial_without_enough_memory_goes_on_with_a_larger_share(fates, cluste
     assert "MemoryError" in (folder / "trials" / str(record.key) / "error.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_ledger_that_cannot_be_written_ends_the_sweep_and_nothing_is_lost(sweep, tmp_path, monkeypatch):
     """The driver's disk refuses in the middle of a trial; the workers' does not."""
     path, fsync, calls, sections = tmp_path / "s" / "ledger.jsonl", os.fsync, [], {"sweep": {"trials": 3, "asha": None}}

@@ -206,6 +206,7 @@ def test_the_command_exits_with_whether_it_holds_and_leaves_nothing_behind(tmp_p
     assert os.listdir(tmp_path) == ["tuned.yaml"]
 
 
+@pytest.mark.slow
 def test_a_clean_process_needs_the_file_alone(tmp_path):
     path = written(tmp_path)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -175,6 +175,7 @@ def with_its_own_shared_memory() -> list[str]:
     return [*prefix, mount, "sh"]
 
 
+@pytest.mark.slow
 def test_hardly_any_shared_memory_is_enough(tmp_path: Path):
     """Not enough for the images of 1152 kB, and just for these and no batch: a DataLoader waits for ever."""
     script = tmp_path / "epoch.py"
