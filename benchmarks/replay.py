@@ -10,7 +10,9 @@ its own, made of trainings with and without clipped gradients, and a model knows
 of fewer trainings: **found** compares ways to search one space, not two spaces.
 
 `unclipped` is the space without clipped gradients, moving averages and units of effect (`recorded/glyphs-unclipped.yaml`),
-compared at its rungs by the weights' own accuracy; `default` is `search_spaces/glyphs.yaml`.
+compared at its rungs by the weights' own accuracy; `default` is `search_spaces/glyphs.yaml`. A sweep that is **warm** begins
+with the defaults and the three best trials of another one: of a related problem, `unclipped`, whose gradients are not
+clipped, or of the same problem with other seeds.
 """
 
 import argparse
@@ -70,6 +72,8 @@ SPACES = {
 }
 AT_ONCE = 4
 SEEDS = 100
+ANOTHER = 10_000
+"""What is added to the seed of the sweep that another one is begun with: their proposals and their luck differ."""
 SEED_NOISE = {"unclipped": 1.4, "default": 1.0}
 """Standard deviation over seeds of a good config's top-1, in points. Two clipped ones had 0.8 and 1.4 over a dozen seeds
 each; unclipped ones 1.2 to 1.5, and up to 6.5 where trainings fell apart."""
@@ -98,6 +102,7 @@ class Variant:
 
 
 _COLD = Variant("unclipped", "unclipped", 40)
+_ALIKE = Variant("default", "default", 40)
 VARIANTS = (
     *(Variant("default", "default", budget) for budget in (20, 40)),
     Variant("default, rungs by the weights' own accuracy", "default", 40, {"sweep.rung_metric": OBJECTIVE}),
@@ -105,6 +110,7 @@ VARIANTS = (
     Variant("random, every trial to the end", "default", 40, {"sweep.sampler": "random", "sweep.asha": None}),
     Variant("random, every trial to the end", "default", 300, {"sweep.sampler": "random", "sweep.asha": None}),
     *(Variant("default, warm from `unclipped` at 40", "default", budget, warm=_COLD) for budget in (10, 20)),
+    *(Variant("default, warm from another `default` at 40", "default", budget, warm=_ALIKE) for budget in (10, 20)),
     _COLD,
     Variant("unclipped", "unclipped", 80),
 )
@@ -154,7 +160,8 @@ def sweep(variant: Variant, seed: int) -> Found:
     first = first_proposals(config)
     if variant.warm is not None:
         space, defaults = Space.of(config), first[0]
-        for record in _run(config_of(variant.warm, seed), variant.warm, [], seed).ranked()[:WARM_STARTS]:
+        other = seed + ANOTHER
+        for record in _run(config_of(variant.warm, other), variant.warm, [], other).ranked()[:WARM_STARTS]:
             known = {**DEFAULTS, **record.params}  # what the space did not search had its default
             wanted = {name: known.get(name, default) for name, default in defaults.items()}
             first.append(space.params(space.proposal(wanted)))
@@ -226,8 +233,8 @@ def model_line(name: str) -> str:
     )
 
 
-def drawn() -> Recorded:
-    """The recorded random draws that lie in the default space: some were drawn while a range of it was wider."""
+def drawn() -> tuple[Recorded, Recorded]:
+    """The recorded random draws of one search, and those inside the default space: some ranges were wider at first."""
     found, ranges = recorded("glyphs"), load_config(SPACES["default"]).space
     highest = {name: float(ranges[name].high or 0) for name in ("lr", "clip_grad")}
     inside = [
@@ -235,27 +242,29 @@ def drawn() -> Recorded:
         for number, params in enumerate(found.params)
         if all(float(params[name]) <= high for name, high in highest.items())
     ]
-    return Recorded([found.params[n] for n in inside], found.raw[inside], found.ema[inside], found.test[inside])
+    return found, Recorded([found.params[n] for n in inside], found.raw[inside], found.ema[inside], found.test[inside])
 
 
 def draw_lines() -> list[str]:
     """What random draws of the default space come to, and how early the good ones show."""
-    found = drawn()
-    ends, epochs = found.raw[:, -1], found.raw.shape[1]
+    all_drawn, inside = drawn()
+    ends, epochs = inside.raw[:, -1], inside.raw.shape[1]
     lines = [
         f"{len(ends)} random draws of the default space, each trained once to the end, every one on a seed of its own: "
         f"{(ends >= GOOD).mean():.0%} reach {GOOD:g} % validation top-1, {(ends < BAD).mean():.0%} end below {BAD:g} %, the "
-        f"best has {ends.max():.1f} %, the median {statistics.median(ends):.1f} %.",
+        f"best has {ends.max():.1f} %, the median {statistics.median(ends):.1f} %. They are among "
+        f"{len(all_drawn.params)} draws with clip norms of up to 8.",
         "Spearman's rank correlation of a draw's validation top-1 at an epoch with that at its end:",
         "",
-        "| at epoch | all: weights | all: average | better half: weights | better half: average |",
-        "|---|---|---|---|---|",
+        "| draws | at epoch | all: weights | all: average | better half: weights | better half: average |",
+        "|---|---|---|---|---|---|",
     ]
-    for part in PARTS:
-        epoch = round(part * epochs)
-        shown = pd.DataFrame({"raw": found.raw[:, epoch - 1], "ema": found.ema[:, epoch - 1], "end": ends})
-        cells = rank_cells(shown, "raw", "ema")
-        lines.append(f"| {epoch} of {epochs} | {' | '.join(cells)} |")
+    for found in (inside, all_drawn):
+        for part in PARTS:
+            epoch = round(part * epochs)
+            at, end = epoch - 1, found.raw[:, -1]
+            shown = pd.DataFrame({"raw": found.raw[:, at], "ema": found.ema[:, at], "end": end})
+            lines.append(f"| {len(end)} | {epoch} of {epochs} | {' | '.join(rank_cells(shown, 'raw', 'ema'))} |")
     return lines
 
 

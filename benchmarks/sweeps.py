@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.__main__ import cores
@@ -89,8 +88,33 @@ def old_search(runs: Path, seed: int, seeds: int, changes: Sequence[str]) -> Seq
     return found(str(OLD), f"old-{seed}", runs, seed, seeds, (*changes, *_PLAIN))[1].answer.values
 
 
-def section(all_found: Mapping[int, Found]) -> Iterator[str]:
-    """What there is to say of them."""
+def section(all_found: Mapping[int, Found], old: Mapping[int, Sequence[float]]) -> Iterator[str]:
+    """What there is to say of them.
+
+    Args:
+        all_found: by the default search, by seed.
+        old: test top-1 of the old search's answers, by the sweep's seed and their own.
+    """
+    if all_found:
+        yield from _by_sweep(all_found)
+        yield ""
+    yield "| test top-1 % | sweeps | trainings | mean ± se over sweeps | sd over seeds | worst seed | answer above by |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    tests = {seed: dict(one.test) for seed, one in all_found.items()}
+    for seed, values in old.items():
+        tests.setdefault(seed, {})[OLD_ANSWER] = values
+    for arm in dict.fromkeys(arm for one in tests.values() for arm in one):
+        those = [one for one in tests.values() if arm in one]
+        means = [statistics.fmean(one[arm]) for one in those]
+        within = statistics.fmean(statistics.stdev(one[arm]) for one in those)
+        values = [value for one in those for value in one[arm]]
+        above = [statistics.fmean(one[ANSWER]) - statistics.fmean(one[arm]) for one in those if ANSWER in one]
+        cell = f"{spread(above, 2)}{_told(above)}" if above and arm != ANSWER else ""
+        cells = [arm, len(those), len(values), spread(means, 2), f"{within:.2f}", f"{min(values):.2f}", cell]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _by_sweep(all_found: Mapping[int, Found]) -> Iterator[str]:
     each = list(all_found.values())
     arms = list(dict.fromkeys(arm for one in each for arm in one.test))
     yield f"| seed | K | its own value | reported | afterwards | too high by | {' | '.join(arms)} |"
@@ -112,18 +136,6 @@ def section(all_found: Mapping[int, Found]) -> Iterator[str]:
         f"± is a standard error: here over a sweep's seeds, below over the sweeps. What the sweeps reported was too high by "
         f"{spread([one.optimism for one in each], 2)} points, their trials' own values by {spread(luck, 2)}."
     )
-    yield ""
-    yield "| test top-1 % | sweeps | trainings | mean ± se over sweeps | sd over seeds | worst seed | answer above by |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
-    for arm in arms:
-        those = [one for one in each if arm in one.test]
-        means = [statistics.fmean(one.test[arm]) for one in those]
-        within = statistics.fmean(statistics.stdev(one.test[arm]) for one in those)
-        values = [value for one in those for value in one.test[arm]]
-        above = [statistics.fmean(one.test[ANSWER]) - mean for one, mean in zip(those, means, strict=True)]
-        cell = "" if arm == ANSWER else f"{spread(above, 2)}{_told(above)}"
-        cells = [arm, len(those), len(values), spread(means, 2), f"{within:.2f}", f"{min(values):.2f}", cell]
-        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def _told(above: Sequence[float]) -> str:
@@ -140,7 +152,7 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=SWEEPS, metavar="N", help="seeds 0, 100, 200 ...")
     parser.add_argument("--matched", type=int, default=SWEEPS, metavar="N", help="how many of these have baselines")
     parser.add_argument(
-        "--old", type=int, default=SWEEPS, metavar="N", help="how many of these seeds the old search has"
+        "--old", type=int, default=SWEEPS, metavar="N", help="sweeps of the old search, of the same seeds"
     )
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="of each stage of confirming; at least 4")
     parser.add_argument("--runs-dir", help="folder of the sweeps, to go on with them; by default a scratch one")
@@ -154,17 +166,19 @@ def main() -> None:
     ]  # fmt: skip
     quick = [word for change in changes for word in ("--set", change)] if args.quick else []
     all_found: dict[int, Found] = {}
+    old: dict[int, Sequence[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         runs = Path(args.runs_dir or scratch)
         for seed in range(0, 100 * args.sweeps, 100):  # further apart than a sweep's seeds
             all_found[seed] = new_search(runs, seed, args.seeds, quick, len(all_found) < args.matched)
-            print("\n".join(section(all_found)), file=sys.stderr, flush=True)
-        for seed in list(all_found)[: args.old]:
-            old = old_search(runs, seed, args.seeds, quick)
-            all_found[seed] = replace(all_found[seed], test={**all_found[seed].test, OLD_ANSWER: old})
-            print("\n".join(section(all_found)), file=sys.stderr, flush=True)
-    lines = [f"# {args.sweeps} sweeps of glyphs", "", *machine()[:2], "", *(__doc__ or "").splitlines()[2:], ""]
-    give([*lines, *section(all_found)], f"sweeps-glyphs-{cores()}-cores", args.write)
+            print("\n".join(section(all_found, old)), file=sys.stderr, flush=True)
+        for seed in range(0, 100 * args.old, 100):
+            old[seed] = old_search(runs, seed, args.seeds, quick)
+            print("\n".join(section(all_found, old)), file=sys.stderr, flush=True)
+    lines = [f"# {args.sweeps} sweeps of glyphs, {args.old} of the old search", "", *machine()[:2], ""]
+    lines += [*(__doc__ or "").splitlines()[2:], ""]
+    page = "sweeps-glyphs" if args.sweeps else "sweeps-glyphs-old"
+    give([*lines, *section(all_found, old)], f"{page}-{cores()}-cores", args.write)
 
 
 if __name__ == "__main__":
