@@ -235,14 +235,17 @@ def test_a_replayed_sweep_keeps_to_its_budget_and_is_the_same_again(replay, monk
     assert set(found.params) == set(space)
 
 
-def test_a_replayed_warm_start_begins_with_what_the_other_found(replay, monkeypatch):
-    (variant,) = (v for v in replay.VARIANTS if v.warm and v.budget == 10)
+@pytest.mark.parametrize("source", ["unclipped", pytest.param("default", marks=pytest.mark.slow)])
+def test_a_replayed_warm_start_begins_with_what_the_other_found(replay, monkeypatch, source):
+    (variant,) = (v for v in replay.VARIANTS if v.warm and v.warm.space == source and v.budget == 10)
     begun = []
     run = replay._run
-    monkeypatch.setattr(replay, "_run", lambda *of: begun.append(list(of[2])) or run(*of))
+    seeds = []
+    monkeypatch.setattr(replay, "_run", lambda *of: begun.append(list(of[2])) or seeds.append(of[3]) or run(*of))
     replay.sweep(variant, 0)
     of_source, first = begun
     assert of_source == []
+    assert seeds == [replay.ANOTHER, 0]
     assert len(first) == 1 + replay.WARM_STARTS
 
 
