@@ -601,6 +601,11 @@ def test_status_tells_how_a_sweep_ended(tmp_path, inside, reason, shown):
     assert (found["state"], found["error"]) == (shown, error)
 
 
+def test_what_once_stopped_a_sweep_is_not_told_of_it_when_it_has_gone_on(tmp_path, inside):
+    begun(tmp_path / "s", Stop(reason="trouble", error="OSError: [/mnt/x]"), Driver(host="h", pid=2, trials=4))
+    assert inside("status", "s", "--runs-dir", tmp_path).stdout == "s: killed, no trials of 4\n"
+
+
 def flipped(ledger):
     content = ledger.read_bytes()
     ledger.write_bytes(content[:9] + b"7" + content[10:])

@@ -248,10 +248,12 @@ def test_gpus_are_counted_as_cuda_does(monkeypatch, visible, option):
     assert cluster._visible_gpus() == option
 
 
-@pytest.mark.parametrize("error", ["RuntimeEnvSetupError", "AuthenticationError"])
+@pytest.mark.parametrize(
+    "error", [cluster.ray.exceptions.RuntimeEnvSetupError, cluster.ray.exceptions.AuthenticationError, Exception]
+)
 def test_what_ray_raises_at_its_start_is_one_line(monkeypatch, error):
     def init(**options):
-        raise getattr(cluster.ray.exceptions, error)("the package\nis too large")
+        raise error("the package\nis too large")
 
     monkeypatch.setattr(cluster.ray, "init", init)
     with pytest.raises(ResourceError, match="Ray cannot be started: ") as raised, cluster.Cluster.attached():

@@ -157,7 +157,7 @@ def test_a_runtime_environment_that_cannot_be_set_up_is_not_tried_for_long(at):
 
 def test_one_that_never_answers_is_given_up_after_a_while(at, monkeypatch):
     monkeypatch.setattr(nodes, "LONGEST_START_OF_A_WORKER", 0.2)
-    with pytest.raises(ResourceError, match=r"name-a: it cannot start a worker|no node answers"):
+    with pytest.raises(ResourceError, match=r"worker(: none was there after| in) 0\.2 s; the machine may be too busy"):
         at(a=None).wait_for_one()
 
 

@@ -141,7 +141,8 @@ def progress_of(console: Console) -> Callable[[str], AbstractContextManager[Any]
 def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
     """Say how a run ended: the best configs beside the baselines, or why there are none."""
     state, name = result.state, result.name
-    counts = ", ".join(f"{n} {status}" for status, n in state.counts().items() if n)
+    words = {"running": "interrupted"}  # nothing of it runs any more; `status` says the same
+    counts = ", ".join(f"{n} {words.get(status, status)}" for status, n in state.counts().items() if n)
     if result.best is not None:
         console.print(result_table(result.config, state))
         if told := result.finalists():

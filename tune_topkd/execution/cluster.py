@@ -262,7 +262,7 @@ def _running(address: str | None) -> Iterator[None]:
         try:
             with _no_uv_hook(is_private=not address), _own_signal_handler():
                 ray.init(**options)
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        except Exception as error:  # Ray has no type for a start that took too long
             what = f"{_named(address)}: cannot be attached to" if address else "Ray cannot be started"
             raise ResourceError(f"{what}: {in_one_line(error)}") from error
         yield

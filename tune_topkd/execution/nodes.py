@@ -88,7 +88,8 @@ class Nodes:
             answers = [self._not_ready.get(node, _NO_WORKER) for node in alive]
             has_hope = any(answer.startswith(_NO_WORKER) for answer in answers)
             if not self._ready and (not has_hope or now - began > LONGEST_START_OF_A_WORKER):
-                raise ResourceError(self.set_aside or f"no node starts a worker in {LONGEST_START_OF_A_WORKER:g} s")
+                late = f"no node starts a worker in {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
+                raise ResourceError(self.set_aside or late)
             time.sleep(0.05)
 
     def look(self) -> list[str]:
@@ -177,6 +178,9 @@ class Nodes:
             why = str(ray.get(answer, timeout=0))
         except ray.exceptions.RuntimeEnvSetupError as error:
             why = f"Ray cannot set up the workers' runtime environment: {' '.join(str(error).split())[:300]}"
+        except ray.exceptions.GetTimeoutError:
+            why = f"{_NO_WORKER}: none was there after {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
+            pause = _SECONDS_BEFORE_ANOTHER_TRY
         except (ray.exceptions.RayError, TimeoutError) as error:
             why = f"{_NO_WORKER}: {' '.join(str(error).split())[:300]}"
             pause = _SECONDS_BEFORE_ANOTHER_TRY

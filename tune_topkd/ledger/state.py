@@ -112,7 +112,7 @@ class SweepState:
         self.stop_reason = ""
         """Why the last driver let go; empty while one is at work, or when it was killed."""
         self.stop_error = ""
-        """What the last driver's `stop` said of it, in one line."""
+        """What the last driver's `stop` said of it, in one line; empty as `stop_reason` is."""
         self.last_driver: Driver | None = None
         self.prepared: Prepared | None = None
         """What all trials share; None before the `prepared` event."""
@@ -158,7 +158,7 @@ class SweepState:
                 self.header, self.started_at, self.target = header, event.time, header.trials
             case Driver() as driver:
                 self.forgiven = len(self.ended) if self.stop_reason == "failed" else self.forgiven
-                self.last_driver, self.stop_reason, self.target = driver, "", driver.trials
+                self.last_driver, self.stop_reason, self.stop_error, self.target = driver, "", "", driver.trials
                 self.asked = max(self.asked, driver.trials)
                 self.places |= driver.places
                 self.finalists = driver.finalists or self.finalists
