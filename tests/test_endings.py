@@ -1,6 +1,8 @@
 """Searches that end before their last trial: hours that are used up, a plateau."""
 
 import random
+import re
+from dataclasses import replace
 
 import formulas
 import pytest
@@ -22,6 +24,7 @@ from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import Plateau
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import Stop
+from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
@@ -338,3 +341,16 @@ def test_a_plateau_is_told_with_the_result(tmp_path):
     result = sweep.run(executor=SimulatedExecutor(by_rate))
     tell_result(result, sweep.workspace, console)
     assert f"  {result.state.plateau.sentence}" in console.lines
+
+
+def test_a_trial_that_was_at_work_as_the_run_ended_is_not_called_running(tmp_path):
+    sweep, console = created(tmp_path, trials=4), Printed()
+    result = sweep.run(executor=SimulatedExecutor(by_rate))
+    events, _ = read_events(result.folder / "ledger.jsonl")
+    started = next(place for place, event in enumerate(events) if event.content.NAME == "start")
+    state = SweepState()
+    for event in events[: started + 1]:
+        state.apply(event)
+    state.apply(replace(events[started], seq=started + 1, content=Stop(reason="interrupted")))
+    tell_result(replace(result, state=state), sweep.workspace, console)
+    assert re.fullmatch(r"s: \d interrupted so far, none of them of the full budget; interrupted", console.lines[0])
