@@ -16,6 +16,7 @@ Each class lives in the room that raises it:
     │   ├── DatasetNameError      data: no dataset is known by a name
     │   ├── ImageFileError        data: an image file cannot be used
     │   └── WorkerError           data: a data worker failed
+    ├── ProcessLostError          here, since train raises it and execution knows it: a process of a training died
     ├── TeacherError              teacher: a teacher's logits cannot be used
     ├── CheckpointError           train: a checkpoint is missing or damaged
     ├── ResourceError             execution: the cluster cannot run the trials
@@ -34,3 +35,8 @@ The disk's own errors stay `OSError`, and `tune_topkd.loss`, which stands alone,
 
 class TuneTopKDError(ValueError):
     """What was asked for cannot be done; the message tells the user why, and is all that they need to see."""
+
+
+class ProcessLostError(TuneTopKDError):
+    """A process that trains beside others died: nothing of the training's own, so it can be tried again from its
+    checkpoint."""

@@ -1,12 +1,14 @@
 """What this process may use of its machine: fewer CPUs and less memory than there are, in a container or a batch job.
 
-And what the machine's GPUs are doing.
+And what the machine's GPUs are doing; and how long a process lives there.
 """
 
 import ctypes
 import functools
 import math
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 _CGROUPS = Path("/proc/self/cgroup")
 _MOUNTS = Path("/proc/self/mountinfo")
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's sys/prctl.h
 
 
 def cpus() -> int:
@@ -77,6 +80,22 @@ def _words(path: Path) -> list[str]:
         return path.read_text().split() or [""]
     except OSError:
         return [""]
+
+
+def end_with(parent: int) -> None:
+    """See that the kernel kills this process when the thread that started it ends, however it does.
+
+    Args:
+        parent: the process id of who started this one; if that is gone already, this process ends.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) is refused")
+    if os.getppid() != parent:
+        sys.exit(1)
 
 
 # --- GPUs -----------------------------------------------------------------------------------------------------------

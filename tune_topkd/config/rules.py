@@ -8,6 +8,7 @@ from tune_topkd.config.choices import SAMPLERS
 from tune_topkd.config.choices import SCHEDULERS
 from tune_topkd.config.errors import Problem
 from tune_topkd.config.errors import unknown_choice
+from tune_topkd.config.sections import AUTO
 from tune_topkd.config.sections import EFFECTS
 from tune_topkd.config.sections import INTEGER_PARAMETERS
 from tune_topkd.config.sections import LARGEST_SEED
@@ -27,10 +28,29 @@ def problems_of_sweep(config: SweepConfig) -> list[Problem]:
 def problems_of_new_sweep(config: SweepConfig) -> list[Problem]:
     """What a new sweep may not ask for, though one that an older version has begun may go on with it."""
     gpus = config.sweep.gpus_per_trial
-    if isinstance(gpus, str) or gpus <= 1:
-        return []
-    rule = "must be at most 1: a trial trains on one GPU, and the others would idle; more trials at once use more GPUs"
-    return [Problem(key="sweep.gpus_per_trial", rule=rule, value=gpus, has_value=True)]
+    return [] if isinstance(gpus, str) or gpus < 2 else list(_problems_of_several_gpus(config, int(gpus)))
+
+
+def _problems_of_several_gpus(config: SweepConfig, gpus: int) -> Iterator[Problem]:
+    """What trials that train on several GPUs each may not ask for."""
+    each = f"each of the {gpus} GPUs of a trial (sweep.gpus_per_trial) trains on its part of a batch"
+    if config.sweep.cpus_per_trial == AUTO:
+        rule = f"must be a number where a trial has {gpus} GPUs (sweep.gpus_per_trial): there are no shares to compare"
+        yield Problem(key="sweep.cpus_per_trial", rule=rule, value=AUTO, has_value=True)
+    if config.data.augment.mixup:
+        rule = f"must be 0: {each}, and mixup mixes images of the whole batch"
+        yield Problem(key="data.augment.mixup", rule=rule, value=config.data.augment.mixup, has_value=True)
+    searched = config.space.get("batch_size")
+    if searched is not None and searched.choices is None:
+        rule = f"must be a list of choices, each a multiple of {gpus}: {each}"
+        yield Problem(key="space.batch_size", rule=rule)
+        return
+    sizes = [config.recipe.batch_size] if searched is None else searched.choices or []
+    key = "recipe.batch_size" if searched is None else "space.batch_size"
+    for size in sizes:
+        if not isinstance(size, int) or size % gpus:
+            rule = f"must be a multiple of {gpus}: {each}"
+            yield Problem(key=key, rule=rule, value=size, has_value=True)
 
 
 def problems_of_pair(config: PairConfig) -> list[Problem]:

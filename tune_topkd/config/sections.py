@@ -544,8 +544,8 @@ class SweepSettings(_Section):
     cpus_per_trial: Annotated[float | str, AfterValidator(_cpus), _SOME_CPUS] = 1.0
     """CPUs of a trial; `auto` measures how many trials, on how many CPUs each, train the most together."""
     gpus_per_trial: Annotated[float | str, AfterValidator(_gpus), _SOME_GPUS] = 0.0
-    """GPUs of a trial, which may be a fraction: 0.25 lets four trials share a GPU; `auto` measures how many do best. More
-    than 1 is refused for a new sweep: a trial trains on one GPU."""
+    """GPUs of a trial, which may be a fraction: 0.25 lets four trials share a GPU; `auto` measures how many do best. With
+    2 or more a trial trains on all of them at once, on one node, each with its part of every batch."""
     max_failures: int = Field(3, ge=0)
     """Times that a trial whose worker died is started again from its last checkpoint; a lost node does not count."""
     trial_timeout: float = Field(3600.0, gt=0)
@@ -642,6 +642,9 @@ class TrialConfig(SharedFiles):
     gpu_share: Annotated[float | None, WHERE] = Field(None, ge=0, le=1)
     """Of the GPU's memory: wait until this fraction is free, then cap allocations at it. 0 trains on the CPU; None takes of
     the GPU, if there is one, what it needs."""
+    ranks: Annotated[int, WHERE] = Field(1, ge=1)
+    """Processes that train together, each on a GPU of its own and on its part of every batch. The last bits of a result
+    depend on it."""
 
 
 RECIPE_PARAMETERS = ("lr", "momentum", "weight_decay", "batch_size", "gamma", "clip_grad")

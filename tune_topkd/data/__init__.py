@@ -12,7 +12,9 @@ comes out, `saving` shares it between processes; `batches` and `views` make batc
 `randomness`; `decoding`, `walking`, `notes` and `identity` look at files.
 """
 
+from tune_topkd.data.batches import WHOLE
 from tune_topkd.data.batches import Batch
+from tune_topkd.data.batches import Part
 from tune_topkd.data.batches import batches_of
 from tune_topkd.data.batches import epoch_order
 from tune_topkd.data.batches import eval_batches
@@ -48,6 +50,7 @@ from tune_topkd.data.views import view_count
 from tune_topkd.data.views import view_numbers
 
 __all__ = [
+    "WHOLE",
     "AnySplit",
     "Batch",
     "Constants",
@@ -56,6 +59,7 @@ __all__ = [
     "DatasetInfo",
     "DatasetNameError",
     "FileSplit",
+    "Part",
     "Parts",
     "Source",
     "Split",

@@ -42,6 +42,28 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
+class Part(NamedTuple):
+    """Which of the equal parts of each batch a process makes, where several train together."""
+
+    number: int = 0
+    """From 0, in the order of the batch."""
+    parts: int = 1
+
+    def size(self, batch_size: int) -> int:
+        """Images of a part.
+
+        Raises:
+            ValueError: the batch cannot be divided so.
+        """
+        if batch_size % self.parts:
+            raise ValueError(f"a batch of {batch_size} images cannot be divided into {self.parts} equal parts")
+        return batch_size // self.parts
+
+
+WHOLE = Part()
+"""The whole batch."""
+
+
 def train_batches(
     split: AnySplit,
     *,
@@ -51,6 +73,7 @@ def train_batches(
     augment: AugmentConfig,
     mean: Sequence[float],
     std: Sequence[float],
+    part: Part = WHOLE,
 ) -> Iterator[Batch]:
     """The batches of one epoch, shuffled and augmented, on the device of `split`.
 
@@ -66,11 +89,14 @@ def train_batches(
         augment: how views are made.
         mean: per channel, with pixels from 0 to 1.
         std: likewise.
+        part: of each batch; the parts make up the batch, view for view.
 
     Raises:
         DataError: an image file cannot be decoded, or has another size than the others; it is named.
+        ValueError: a batch cannot be divided into such parts.
     """
-    order = epoch_order(split, batch_size=batch_size, seed=seed, epoch=epoch)
+    order = epoch_order(split, batch_size=batch_size, seed=seed, epoch=epoch, part=part)
+    batch_size = part.size(batch_size)
     normalise = _normaliser(mean, std, split.device)
     if isinstance(split, FileSplit) or not goes_by_batch(augment):
         batches = torch.split(order, batch_size)
@@ -89,7 +115,9 @@ def train_batches(
         yield from map(Batch, *(torch.split(part, batch_size) for part in parts))
 
 
-def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: int) -> Iterator[Batch]:
+def batches_of(
+    config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: int, part: Part = WHOLE
+) -> Iterator[Batch]:
     """The batches of one epoch of a training: `train_batches` with the values of its config.
 
     Args:
@@ -97,9 +125,11 @@ def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: in
         dataset: its dataset.
         split: the training split, on the device of the batches.
         epoch: absolute, from 1.
+        part: of each batch.
 
     Raises:
         DataError: as `train_batches`.
+        ValueError: likewise.
     """
     return train_batches(
         split,
@@ -109,13 +139,29 @@ def batches_of(config: TrialConfig, dataset: Dataset, split: AnySplit, epoch: in
         augment=config.data.augment,
         mean=dataset.mean,
         std=dataset.std,
+        part=part,
     )
 
 
-def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int) -> Tensor:
-    """The indices of an epoch's images in the order of its batches, `(n,)` int64 on the device of `split`."""
+def epoch_order(split: AnySplit, *, batch_size: int, seed: int, epoch: int, part: Part = WHOLE) -> Tensor:
+    """The indices of an epoch's images in the order of its batches, `(n,)` int64 on the device of `split`.
+
+    Args:
+        split: of which.
+        batch_size: images of a whole batch.
+        seed: the order is a function of it and of `epoch`.
+        epoch: absolute, from 1.
+        part: of each batch.
+
+    Raises:
+        ValueError: a batch cannot be divided into such parts.
+    """
     order = random_order(len(split), seed, epoch, ORDER, split.device)
-    return order[: len(split) - len(split) % batch_size or len(split)]
+    order = order[: len(split) - len(split) % batch_size or len(split)]
+    if part == WHOLE:
+        return order
+    size = part.size(min(batch_size, len(order)))
+    return order.view(-1, part.parts, size)[:, part.number].flatten()
 
 
 def plain_images(split: AnySplit, indices: Tensor) -> Tensor:

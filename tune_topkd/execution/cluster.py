@@ -133,7 +133,7 @@ def share_of(config: SweepConfig) -> Share:
 
 def trial_part(share: Share) -> dict[str, Any]:
     """What a trial is told of its share: the fields of a `TrialConfig`."""
-    return {"threads": max(int(share.cpus), 1), "gpu_share": min(share.gpus, 1.0)}
+    return {"threads": max(int(share.cpus), 1), "gpu_share": min(share.gpus, 1.0), "ranks": max(int(share.gpus), 1)}
 
 
 def check_address(address: str) -> None:

@@ -23,6 +23,7 @@ from typing import Protocol
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import placements
 from tune_topkd.config import value_at
+from tune_topkd.errors import ProcessLostError
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.execution.checkpoints import StorageError
 from tune_topkd.execution.checkpoints import clear_up
@@ -265,7 +266,7 @@ def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     is_trouble = isinstance(error, StorageError | ChangedFileError)
     if trouble := str(error) if is_trouble else disk_trouble(error, folder):
         kind, reason, text = "storage", "", trouble
-    elif isinstance(error, FolderBusyError):
+    elif isinstance(error, FolderBusyError | ProcessLostError):
         kind, reason = "lost", "crash"
     elif out_of_memory:
         kind, reason = "lost", "oom"

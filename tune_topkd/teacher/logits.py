@@ -17,8 +17,10 @@ from tune_topkd.config import RecipeConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.config import what
 from tune_topkd.config import without
+from tune_topkd.data import WHOLE
 from tune_topkd.data import AnySplit
 from tune_topkd.data import Dataset
+from tune_topkd.data import Part
 from tune_topkd.data import batches_of
 from tune_topkd.data import epoch_order
 from tune_topkd.data import fingerprint
@@ -55,16 +57,17 @@ class TeacherLogits:
     without a bank, with an empty one and with a full one, and as far as they go on any number of threads.
     """
 
-    def __init__(self, config: TrialConfig, dataset: Dataset, split: AnySplit) -> None:
+    def __init__(self, config: TrialConfig, dataset: Dataset, split: AnySplit, part: Part = WHOLE) -> None:
         """Open the bank, or load the teacher.
 
         Args:
             config: the training's.
             dataset: its dataset.
             split: the training split, on the device of the batches.
+            part: of each batch, whose logits are asked for; no others are read.
 
         Raises:
-            ValueError: the config names no teacher, or one that cannot be loaded.
+            ValueError: the config names no teacher, or one that cannot be loaded; or batches have no such parts.
         """
         if config.teacher is None or config.teacher_checkpoint is None:
             raise ValueError(f"method {config.method!r} needs both teacher and teacher_checkpoint")
@@ -73,7 +76,9 @@ class TeacherLogits:
         self._split = split
         self._loaded: TeacherNetwork | None = None
         self._bank = open_bank(config, dataset, split.device)
-        batch_bytes = 2 * dataset.num_classes * config.recipe.batch_size
+        self._part = part
+        self._batch_size = part.size(config.recipe.batch_size)
+        batch_bytes = 2 * dataset.num_classes * self._batch_size
         self._batches_at_once = max(GROUP_BYTES // batch_bytes, 1)
         self._places = self._views = torch.empty(0, dtype=torch.int64)
         self._epoch = 0
@@ -94,11 +99,12 @@ class TeacherLogits:
             self._network().check()
             return
         config = self._config
-        order = epoch_order(self._split, batch_size=config.recipe.batch_size, seed=config.seed, epoch=epoch).cpu()
+        size, seed = config.recipe.batch_size, config.seed
+        order = epoch_order(self._split, batch_size=size, seed=seed, epoch=epoch, part=self._part).cpu()
         self._places, self._views = order, bank_views(config, order, epoch)
 
     def logits(self, images: Tensor, number: int) -> Tensor:
-        """The logits `(B, C)` float32 of the epoch's batch `number`.
+        """The logits `(B, C)` float32 of the epoch's batch `number`, or of this part of it.
 
         Raises:
             TeacherError: they are not finite or too large.
@@ -106,7 +112,7 @@ class TeacherLogits:
         if self._bank is None:
             return self._network().logits(images).float()
         self._look_up(number // self._batches_at_once)
-        size = self._config.recipe.batch_size
+        size = self._batch_size
         start = number % self._batches_at_once * size
         part = slice(start, start + len(images))
         if self._on_device is not None:
@@ -115,7 +121,8 @@ class TeacherLogits:
         known = self._known[part]
         if len(lacking):
             whole = slice(number * size, number * size + len(images))
-            with self._bank.claimed((self._config.seed, size, self._epoch, number)):
+            work = (self._config.seed, self._config.recipe.batch_size, self._epoch, number)
+            with self._bank.claimed(work if self._part == WHOLE else (*work, *self._part)):
                 known[lacking] = self._filled(images, self._places[whole], self._views[whole], lacking)
         return known.to(images.device).float()
 
@@ -124,7 +131,7 @@ class TeacherLogits:
         assert self._bank is not None, "what is looked up is in a bank"
         if group == self._group:
             return
-        size = self._batches_at_once * self._config.recipe.batch_size
+        size = self._batches_at_once * self._batch_size
         part = slice(group * size, (group + 1) * size)
         self._known, self._is_known = self._bank.read(self._places[part], self._views[part])
         self._group, self._on_device = group, None

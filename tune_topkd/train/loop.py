@@ -53,10 +53,13 @@ from tune_topkd.train.device import device_of
 from tune_topkd.train.device import in_share
 from tune_topkd.train.device import memory_held
 from tune_topkd.train.device import preserved_rng
+from tune_topkd.train.group import ALONE
+from tune_topkd.train.group import Group
 from tune_topkd.train.optim import averaged
 from tune_topkd.train.optim import build_optimizer
 from tune_topkd.train.optim import build_scheduler
 from tune_topkd.train.optim import trained_weights
+from tune_topkd.train.ranks import train_on_ranks
 
 TRAIN_PREFIX = "train_"
 """Before the name of each unweighted term of the loss: `train_ce`, `train_tdl`, …"""
@@ -116,7 +119,7 @@ class TrainResult:
     metrics: dict[str, float]
     """Of that epoch."""
     model: nn.Module
-    """The student in eval mode, on the device it was trained on."""
+    """The student in eval mode, on the device it was trained on; on the CPU where it was trained on several."""
     diverged: bool
     """Whether training stopped at that epoch because its loss was not finite."""
 
@@ -124,7 +127,8 @@ class TrainResult:
 def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Path | None = None) -> TrainResult:
     """Train the student of a config to its last epoch, or until its loss is not finite.
 
-    The same config gives the same result, whatever the state of torch's global generator, which is left as it was.
+    The same config gives the same result, whatever the state of torch's global generator, which is left as it was. With
+    `ranks` of 2 or more the training runs in so many processes of this machine, started here and ended with this one.
 
     Args:
         config: everything that the training depends on.
@@ -134,9 +138,12 @@ def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Pa
 
     Raises:
         CheckpointError: `resume_from` holds no checkpoint, or a damaged one.
+        ProcessLostError: one of several processes died; the training can be tried again from its checkpoint.
         ValueError: what the config names does not exist or does not fit together, or the checkpoint is of another
             config.
     """
+    if config.ranks > 1:
+        return train_on_ranks(config, report, resume_from)
     device = device_of(config)
     with preserved_rng(device), in_share(config, device):
         torch.manual_seed(config.seed % 2**64)
@@ -154,28 +161,33 @@ def train(config: TrialConfig, report: Reporter = null_reporter, resume_from: Pa
 class Training:
     """A training between two epochs; its whole state is in a checkpoint or follows from the config."""
 
-    def __init__(self, config: TrialConfig, device: torch.device | None = None) -> None:
+    def __init__(self, config: TrialConfig, device: torch.device | None = None, group: Group = ALONE) -> None:
         """Build everything that the config names.
 
         Args:
             config: everything that the training depends on besides torch's global generator, which initialises the
                 weights.
             device: where to train; by default `device_of` the config.
+            group: the processes that train together, this one among them.
 
         Raises:
             ValueError: what the config names does not exist or does not fit together.
         """
         device = device or device_of(config)
+        self.group = group
         self.config = config
         self.device = device
         self.dataset = _dataset(config)
         self.train_split = _with_workers(self.dataset.train, config).to(device)
         self.val_split = _with_workers(self.dataset.val, config).to(device)
-        student = _student(config.student, self.dataset.num_classes).to(device)
+        student = group.shared(build_student(config.student, self.dataset.num_classes).to(device))
         self.model = to_channels_last(student, self.train_split.batch_shape[0])
+        self.averaging = group.averaging(self.model)
         self.loss = build_loss(config.method, config.loss)
         self.loss_state = LossState(self.loss, device)
-        self.teacher = None if isinstance(self.loss, CELoss) else TeacherLogits(config, self.dataset, self.train_split)
+        self.teacher: TeacherLogits | None = None
+        if not isinstance(self.loss, CELoss):
+            self.teacher = TeacherLogits(config, self.dataset, self.train_split, group.part)
         self.identity = config_identity(config, self.dataset)
         self.optimizer = build_optimizer([self.model, self.loss], config.recipe, device)
         self.scheduler = build_scheduler(self.optimizer, config.recipe)
@@ -200,14 +212,15 @@ class Training:
         rate = self.scheduler.get_last_lr()[0]
         names, means, images = self.train_epoch()
         self.loss_state.check_parameters()
-        accuracies = self._validate()
+        means = self.group.of_first(means)  # whether to go on is decided by it, by all alike
+        accuracies = self._validate() if self.group.is_first else {}
         self.scheduler.step()
         self.rng = _rng_states(self.device)  # before a reporter can draw from them
         self.epoch += 1
         seconds = time.perf_counter() - started
         best = self.metrics.get(BEST_TEST_TOP1, 0.0)
         self.metrics = dict(zip(names, means.tolist(), strict=True)) | accuracies
-        if self.config.data.selection == "best_test_epoch":
+        if self.config.data.selection == "best_test_epoch" and accuracies:
             self.metrics[BEST_TEST_TOP1] = max(best, accuracies[TEST_TOP1])
         self.metrics |= self._mean_grad_norms(names)
         self.metrics |= {LEARNING_RATE: float(rate), EPOCH_SECONDS: seconds, IMAGES_PER_SECOND: images / seconds}
@@ -310,11 +323,11 @@ class Training:
         """
         self.model.train(not self.config.student.linear_probe)  # a probe's batch norms keep their statistics
         self.loss.train()
-        batches = batches_of(self.config, self.dataset, self.train_split, self.epoch + 1)
+        batches = batches_of(self.config, self.dataset, self.train_split, self.epoch + 1, self.group.part)
         if self.teacher is not None:
             self.teacher.begin(self.epoch + 1)
         for number, batch in enumerate(batches):
-            yield len(batch.labels), *self._step(batch, number)
+            yield self.group.size * len(batch.labels), *self._step(batch, number)
 
     def _step(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the optimiser; the loss and its unweighted terms on this batch."""
@@ -329,6 +342,7 @@ class Training:
         self.optimizer.zero_grad()
         of_terms = self._term_grad_norms(strong) if self.config.recipe.log_grad_norms else []
         torch.autograd.backward(total)
+        self.group.average(trained_weights([self.loss]))
         if number == 0 and all(weight.grad is None for weight in self.model.parameters()):
             raise ValueError(f"method {self.config.method!r}: its loss has no gradient for the student")
         if of_terms:
@@ -349,7 +363,7 @@ class Training:
             grads: tuple[Tensor | None, ...] = (None,)
             if alone.requires_grad:
                 grads = torch.autograd.grad(alone, weights, retain_graph=True, allow_unused=True)
-            found.append(self._grad_norm(grads))
+            found.append(self._grad_norm(self.group.averaged(grads)))
         return found
 
     def _grad_norm(self, grads: Iterable[Tensor | None]) -> Tensor:
@@ -361,8 +375,14 @@ class Training:
         """The unweighted terms of the loss on the epoch's batch `number`, mixed up where the augmentation says so."""
         alpha = self.config.data.augment.mixup
         if not alpha:
-            logits = self._logits(batch.images)
-            return self._terms(logits, self._teacher_logits(batch.images, number), batch.labels)
+            logits, teacher_logits = self._logits(batch.images), self._teacher_logits(batch.images, number)
+            whole = self.group.whole
+            teacher_logits = None if teacher_logits is None else whole(teacher_logits)
+            return self._terms(whole(logits), teacher_logits, whole(batch.labels))
+        if self.group.size > 1:
+            raise ValueError(
+                "data.augment.mixup mixes images of the whole batch, of which each of several GPUs has a part"
+            )
         share, other = draw_mixup(len(batch.labels), alpha, (self.config.seed, self.epoch + 1, number))
         other = other.to(self.device)
         images = share * batch.images + (1 - share) * batch.images[other]
@@ -372,7 +392,7 @@ class Training:
 
     def _logits(self, images: Tensor) -> Tensor:
         with self._autocast():
-            logits: Tensor = self.model(images)
+            logits: Tensor = self.averaging(images)
             return logits
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -426,7 +446,8 @@ def _with_workers(split: AnySplit, config: TrialConfig) -> AnySplit:
     return split
 
 
-def _student(config: StudentConfig, num_classes: int) -> nn.Module:
+def build_student(config: StudentConfig, num_classes: int) -> nn.Module:
+    """The student of a training before its first step, on the CPU: what it begins with, and what of it is trained."""
     model = build_configured(config, num_classes=num_classes)
     if config.checkpoint is not None:
         load_backbone(model, Path(config.checkpoint), config.checkpoint_key)
