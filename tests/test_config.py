@@ -446,13 +446,13 @@ def test_all_problems_between_sections_are_told_at_once(tmp_path):
         assert part in text
 
 
-def test_a_new_sweep_gets_one_gpu_per_trial_and_an_older_one_keeps_what_it_had(tmp_path):
-    raw = changed({"sweep.gpus_per_trial": 2.0, "sweep.asha.grace_epochs": 99})
+def test_a_new_sweep_divides_its_batches_among_gpus_and_an_older_one_keeps_what_it_had(tmp_path):
+    raw = changed({"sweep.gpus_per_trial": 2.0, "recipe.batch_size": 63})
     with pytest.raises(ConfigError) as error:
-        load_config(written(tmp_path, raw))
-    assert [problem.key for problem in error.value.problems] == ["sweep.asha.grace_epochs", "sweep.gpus_per_trial"]
-    assert "sweep.gpus_per_trial = 2.0: must be at most 1: a trial trains on one GPU" in str(error.value)
-    assert config_from(changed({"sweep.gpus_per_trial": 2.0}), "begun").sweep.gpus_per_trial == 2.0
+        load_config(written(tmp_path, raw | {"sweep": raw["sweep"] | {"asha": {"grace_epochs": 99}}}))
+    assert [problem.key for problem in error.value.problems] == ["sweep.asha.grace_epochs", "recipe.batch_size"]
+    assert "recipe.batch_size = 63: must be a multiple of 2" in str(error.value)
+    assert config_from(raw, "begun").sweep.gpus_per_trial == 2.0
 
 
 def test_the_error_keeps_its_problems_for_programs():

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 from servers import free_port
+from typer.testing import CliRunner
 
+from tune_topkd.cli import app
 from tune_topkd.config import ConfigError
 from tune_topkd.config import load_config
 from tune_topkd.execution import ResourceError
@@ -113,6 +115,16 @@ def test_a_space_travels_complete_with_what_it_extends_and_what_was_set(tmp_path
     assert (cluster.sweeps, cluster.variables) == (["one", "two"], {"MLFLOW_TRACKING_URI": "http://tracker"})
     assert cluster.spaces["one"] == load_config(ROOT / "search_spaces" / "glyphs.yaml", overrides)
     assert {name: config.sweep.trials for name, config in cluster.spaces.items()} == {"one": 7, "two": 7}
+
+
+def test_a_trials_share_is_given_to_submit_as_to_run(tmp_path, monkeypatch):
+    cluster = Submitted()
+    monkeypatch.setattr(app, "jobs_at", lambda address: cluster)
+    monkeypatch.chdir(tmp_path)
+    words = ["--gpus-per-trial", "2", "--cpus-per-trial", "8", "--runs-dir", "/shared", "--address", "http://x:8265"]
+    assert CliRunner().invoke(app.app, ["submit", "digits", *words]).exit_code == 0
+    share = cluster.spaces["digits"].sweep
+    assert (share.gpus_per_trial, share.cpus_per_trial) == (2.0, 8.0)
 
 
 def test_paths_must_mean_something_on_the_cluster(tmp_path):

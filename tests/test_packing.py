@@ -455,13 +455,9 @@ REFUSED = {
     ),
     "gpus: less": (["--gpus-per-trial=-0.5"], "gpus_per_trial (from --gpus-per-trial) = -0.5: must be greater than or"),
     "gpus: endless": (["--gpus-per-trial", "inf"], "gpus_per_trial (from --gpus-per-trial) = inf: must be a finite"),
-    "gpus: more than a trial uses": (
-        ["--gpus-per-trial", "4"],
-        "gpus_per_trial (from --gpus-per-trial) = 4.0: must be at most 1: a trial trains on one",
-    ),
-    "gpus: two": (
-        ["--set", "sweep.gpus_per_trial=2"],
-        "gpus_per_trial (from --set sweep.gpus_per_trial=2) = 2.0: must be at most 1: a trial trains on one",
+    "gpus: several, and nothing to measure": (
+        ["--gpus-per-trial", "2", "--cpus-per-trial", "auto"],
+        "cpus_per_trial (from --cpus-per-trial) = 'auto': must be a number where a trial has 2 GPUs",
     ),
     "gpus: a list": (
         ["--set", "sweep.gpus_per_trial=[1]"],
@@ -490,7 +486,7 @@ def test_a_sweep_that_was_begun_with_more_gpus_may_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(Path("search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
-def test_no_shipped_space_asks_for_gpus_that_would_idle(path):
+def test_no_shipped_space_needs_several_gpus(path):
     assert load_config(path).sweep.gpus_per_trial <= 1
 
 

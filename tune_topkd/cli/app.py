@@ -141,6 +141,13 @@ Epochs = Annotated[int | None, typer.Option(help="Epochs of a full trial.")]
 TimeBudget = Annotated[
     float | None, typer.Option(help="Stop after so many seconds; a teacher is trained before they begin.")
 ]
+CpusPerTrial = Annotated[str | None, typer.Option(metavar="N|auto", help="CPUs of a trial. auto: measured.")]
+GpusPerTrial = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto", help="GPUs of a trial; 0: the CPU; 0.25: four share one; 2: trains on both. auto: measured."
+    ),
+]
 GpuHours = Annotated[
     float | None, typer.Option(help="Stop after so many GPU hours (training time × a trial's GPUs), over all resumes.")
 ]
@@ -211,13 +218,8 @@ def run(
     epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the proposals and of every trial.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Trials at once [default: what fits].")] = None,
-    cpus_per_trial: Annotated[
-        str | None, typer.Option(metavar="N|auto", help="CPUs of a trial. auto: measured.")
-    ] = None,
-    gpus_per_trial: Annotated[
-        str | None,
-        typer.Option(metavar="N|auto", help="GPUs of a trial; 0: the CPU; 0.25: four share a GPU. auto: measured."),
-    ] = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
     time_budget: TimeBudget = None,
     gpu_hours: GpuHours = None,
     cpu_hours: CpuHours = None,
@@ -283,6 +285,8 @@ def submit(
     trials: Trials = None,
     epochs: Epochs = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the proposals and of every trial.")] = None,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
     time_budget: TimeBudget = None,
     runs_dir: Annotated[
         str, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="An absolute path that all nodes share.")
@@ -297,7 +301,15 @@ def submit(
 
     The job runs `run --or-resume` in a copy of the working directory. Its id goes to stdout.
     """
-    overrides = _overrides(set_, trials=trials, epochs=epochs, seed=seed, time_budget=time_budget)
+    overrides = _overrides(
+        set_,
+        trials=trials,
+        epochs=epochs,
+        seed=seed,
+        cpus_per_trial=_number(cpus_per_trial),
+        gpus_per_trial=_number(gpus_per_trial),
+        time_budget=time_budget,
+    )
     sources, console = spaces or [DEFAULT_SPACE], Console()
     submission = Submission.of(sources, _names(sources, name), overrides, runs_dir, mlflow_uri)
     job, notes = submission.to(jobs_at(address), Path.cwd())

@@ -483,7 +483,7 @@ def _gpus(value: float | str) -> float | str:
     if value < 0:
         raise ValueError("must be greater than or equal to 0")
     if value > 1 and value != int(value):
-        raise ValueError("must be a fraction up to 1, or auto")
+        raise ValueError("must be a fraction up to 1, a whole number, or auto")
     return value
 
 

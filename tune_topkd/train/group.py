@@ -48,7 +48,8 @@ class Group:
         is_on_gpu = any(tensor.is_cuda for tensor in (*student.parameters(), *student.buffers()))
         if self.size == 1 or not is_on_gpu:
             return student
-        return nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-any-return]
+        synchronised: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(student)  # type: ignore[no-untyped-call]
+        return synchronised
 
     def averaging(self, student: nn.Module) -> nn.Module:
         """A module that computes what the student does, and whose backward pass averages gradients over the ranks.
@@ -107,11 +108,10 @@ def joined(number: int, size: int, device: torch.device, meeting_place: Path) ->
         number: of this rank, from 0.
         size: how many there are.
         device: a GPU of its own, the current one, or the CPU.
-        meeting_place: a file that is not there yet, in a folder that nobody else may write to.
+        meeting_place: an absolute path where no file is yet, in a folder that nobody else may write to.
     """
-    store = distributed.FileStore(str(meeting_place), size)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_LONGEST_WAIT)
+    backend, there = "nccl" if device.type == "cuda" else "gloo", meeting_place.as_uri()
+    distributed.init_process_group(backend, there, rank=number, world_size=size, timeout=_LONGEST_WAIT)
     try:
         yield Group(number, size)
     finally:

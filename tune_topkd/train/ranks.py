@@ -123,14 +123,13 @@ def train_on_ranks(config: TrialConfig, report: "Reporter", resume_from: Path | 
     from tune_topkd.train.loop import TrainResult  # which begins what is here
     from tune_topkd.train.loop import build_student
 
-    with _started(config, resume_from) as ranks:
+    cpu = torch.device("cpu")
+    with preserved_rng(cpu), _started(config, resume_from) as ranks:
         while not isinstance(word := ranks.words(), _Done):
             report(word.epoch, word.metrics, ranks.save)
             ranks.go_on()
-    cpu = torch.device("cpu")
-    with preserved_rng(cpu):
         student = build_student(config.student, dataset_info(config.data).num_classes)
-    student.load_state_dict(torch.load(io.BytesIO(word.weights), weights_only=True))
+        student.load_state_dict(torch.load(io.BytesIO(word.weights), weights_only=True))
     student.eval()
     return TrainResult(word.epoch, word.metrics, student, word.diverged)
 
@@ -152,11 +151,11 @@ class _Ranks:
             ProcessLostError: one died.
             Exception: what one raised.
         """
-        waiting = dict(zip(self.pipes, range(len(self.pipes)), strict=True))
+        waiting: dict[Any, int] = {pipe: number for number, pipe in enumerate(self.pipes)}
         words: dict[int, Any] = {}
         while waiting:
             for pipe in wait(list(waiting)):
-                number = waiting.pop(pipe)  # type: ignore[arg-type]  # these are the pipes it was given
+                number = waiting.pop(pipe)
                 words[number] = self._word(number)
         first: _Epoch | _Done = words[0]
         return first
@@ -208,18 +207,17 @@ class _Ranks:
 
     def _lost_beside(self, number: int) -> ProcessLostError | None:
         """The loss of another rank, whose end makes those that wait for it raise errors."""
-        others = dict(zip(self.pipes, range(len(self.pipes)), strict=True))
-        del others[self.pipes[number]]
+        others: dict[Any, int] = {pipe: other for other, pipe in enumerate(self.pipes) if other != number}
         deadline = time.monotonic() + _GRACE
         while others and (left := deadline - time.monotonic()) > 0:
             for pipe in wait(list(others), left):
-                other = others[pipe]  # type: ignore[index]  # these are the pipes it was given
+                other = others[pipe]
                 try:
                     word = self.pipes[other].recv()
                 except (EOFError, ConnectionError):
                     return self._loss(other)
                 if isinstance(word, _Failed):
-                    del others[self.pipes[other]]
+                    del others[pipe]
         return None
 
     def _loss(self, number: int) -> ProcessLostError:
@@ -263,9 +261,9 @@ def _started(config: TrialConfig, resume_from: Path | None) -> Iterator[_Ranks]:
 
 def _start() -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = Pipe()
-    paths = [path for path in sys.path if path]
-    environment = {"GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), str(theirs.fileno())]
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # a user's modules may come from anywhere
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-P", "-c", _PROGRAM, str(os.getpid()), str(theirs.fileno())]
     try:
         return subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment), ours  # noqa: S603 (our own)
     except BaseException:

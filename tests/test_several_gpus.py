@@ -1,0 +1,65 @@
+"""Trials on several GPUs on a real Ray, whose GPUs are made up: their processes train on the CPU."""
+
+import os
+
+import formulas
+import pytest
+import test_packing
+import test_sweep
+import test_train
+import torch
+
+from tune_topkd.config import SharedFiles
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
+from tune_topkd.sweep import audit_sweep
+from tune_topkd.train import train
+
+pytestmark = [
+    *test_sweep.pytestmark,
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none"),
+]
+node = test_packing.node
+teacher = test_train.teacher
+
+TOLD = {"killed": "ProcessLostError: rank 1 of 2 was killed (SIGKILL)", "kills_worker": ""}
+
+
+@pytest.mark.parametrize("fate", TOLD)
+def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(node, teacher, tmp_path, fate):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    config = formulas.sweep_config(
+        data={"name": "digits"},
+        student="ranked:InFloat64",
+        method="ranked:Fateful",
+        loss={"notes": str(notes), "fate": fate, "steps": 2},
+        recipe={"epochs": 4, "batch_size": 1000},
+        space={"lr": {"low": 0.01, "high": 1.0}},
+        sweep={"trials": 2, "asha": None, "cpus_per_trial": 4.0, "gpus_per_trial": 2.0},
+        baselines=None,
+        relative=None,
+    )
+    files = SharedFiles(teacher_checkpoint=teacher["teacher_checkpoint"])
+    header = Header(sweep="t", id="t", seed=0, trials=2)
+    with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
+        ledger.append(Driver(host="h", pid=os.getpid(), trials=2))
+        run_sweep(Search(config, ledger), cluster=Cluster.now(), folder=tmp_path, train=train, files=files)
+        records, state = ledger.state.arm("search"), ledger.state
+    assert state.stop_reason == "finished"
+    assert [(r.status, r.epoch, r.retries) for r in records] == [
+        (TrialStatus.COMPLETED, 4, ["crash"]),
+        (TrialStatus.COMPLETED, 4, []),
+    ]
+    (retry,) = [event for event in read_events(tmp_path / "ledger.jsonl")[0] if event.name == "retry"]
+    assert TOLD[fate] in retry.data["error"]
+    assert sorted(path.name for path in notes.glob("[0-9]-[0-9]")) == [f"{n}-{r}" for n in (1, 2, 3) for r in (0, 1)]
+    assert (notes / "left").read_text() == ""
+    assert audit_sweep(config, tmp_path) == []
