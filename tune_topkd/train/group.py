@@ -104,6 +104,8 @@ ALONE = Group()
 def joined(number: int, size: int, device: torch.device, meeting_place: Path) -> Iterator[Group]:
     """Meet the other ranks on this machine, which all call this.
 
+    After an exception the process can only end: leaving the others in an orderly way would wait for them.
+
     Args:
         number: of this rank, from 0.
         size: how many there are.
@@ -112,10 +114,8 @@ def joined(number: int, size: int, device: torch.device, meeting_place: Path) ->
     """
     backend, there = "nccl" if device.type == "cuda" else "gloo", meeting_place.as_uri()
     distributed.init_process_group(backend, there, rank=number, world_size=size, timeout=_LONGEST_WAIT)
-    try:
-        yield Group(number, size)
-    finally:
-        distributed.destroy_process_group()
+    yield Group(number, size)
+    distributed.destroy_process_group()
 
 
 class _Gathered(torch.autograd.Function):
