@@ -2,7 +2,6 @@
 
 import os
 
-import formulas
 import pytest
 import test_packing
 import test_sweep
@@ -10,6 +9,8 @@ import test_train
 import torch
 
 from tune_topkd.config import SharedFiles
+from tune_topkd.config import SweepConfig
+from tune_topkd.config import config_from
 from tune_topkd.execution import Cluster
 from tune_topkd.execution import nodes
 from tune_topkd.execution import run_sweep
@@ -45,17 +46,19 @@ def patient(monkeypatch):
 def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(node, teacher, tmp_path, fate):
     notes = tmp_path / "notes"
     notes.mkdir()
-    config = formulas.sweep_config(
-        data={"name": "digits"},
-        student="ranked:InFloat64",
-        method="ranked:Fateful",
-        loss={"notes": str(notes), "fate": fate, "steps": 2},
-        recipe={"epochs": 4, "batch_size": 1000},
-        space={"lr": {"low": 0.01, "high": 1.0}},
-        sweep={"trials": 2, "asha": None, "cpus_per_trial": 4.0, "gpus_per_trial": 2.0},
-        baselines=None,
-        relative=None,
-    )
+    raw = {
+        "data": {"name": "digits"},
+        "teacher": {"name": "digits_cnn", "kwargs": {"widths": [6]}, "recipe": {"epochs": 1}},
+        "student": "ranked:InFloat64",
+        "method": "ranked:Fateful",
+        "loss": {"notes": str(notes), "fate": fate, "steps": 2},
+        "recipe": {"epochs": 4, "batch_size": 1000},
+        "space": {"lr": {"low": 0.01, "high": 1.0}},
+        "sweep": {"trials": 2, "asha": None, "cpus_per_trial": 4.0, "gpus_per_trial": 2.0},
+        "baselines": None,
+    }
+    config = config_from(raw, "test")
+    assert isinstance(config, SweepConfig)
     files = SharedFiles(teacher_checkpoint=teacher["teacher_checkpoint"])
     header = Header(sweep="t", id="t", seed=0, trials=2)
     with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
