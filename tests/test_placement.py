@@ -28,6 +28,7 @@ ELSEWHERE = {
     "data.workers": 3,
     "threads": 2,
     "gpu_share": 0.5,
+    "ranks": 2,
     "teacher_bank": "/elsewhere/bank",
     "dataset_file": "/elsewhere/dataset.pt",
     "recipe.log_grad_norms": True,
