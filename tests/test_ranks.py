@@ -24,8 +24,6 @@ from tune_topkd.data import epoch_order
 from tune_topkd.data import load_dataset
 from tune_topkd.errors import ProcessLostError
 from tune_topkd.execution import worker
-from tune_topkd.execution.cluster import trial_part
-from tune_topkd.ledger import Share
 from tune_topkd.teacher import TeacherLogits
 from tune_topkd.train import CHECKPOINT_NAME
 from tune_topkd.train import Training
@@ -432,8 +430,6 @@ def test_what_several_gpus_cannot_do_is_one_error(tmp_path, case):
 def test_several_gpus_are_a_space_and_change_no_result(tmp_path):
     config = load_config(written(tmp_path, SEVERAL | {"space": {"batch_size": [32, 64]}}))
     assert config.sweep.gpus_per_trial == 2
-    assert trial_part(Share(8.0, 2.0)) == {"threads": 8, "gpu_share": 1.0, "ranks": 2}
-    assert [trial_part(Share(1.0, gpus))["ranks"] for gpus in (0.0, 0.25, 1.0)] == [1, 1, 1]
     assert what(trial(ranks=2)) == what(trial())
 
 

@@ -402,18 +402,18 @@ def test_threads_are_given_back_when_waiting_for_the_gpu_is_broken_off(memory, m
 
 
 @pytest.mark.parametrize(
-    ("share", "threads", "gpu_share"),
+    ("share", "threads", "gpu_share", "ranks"),
     [
-        (Share(1.0, 0.0), 1, 0.0),
-        (Share(0.5, 0.0), 1, 0.0),
-        (Share(2.5, 0.0), 2, 0.0),
-        (Share(8.0, 1.0), 8, 1.0),
-        (Share(4.0, 0.2), 4, 0.2),
-        (Share(4.0, 2.0), 4, 1.0),
+        (Share(1.0, 0.0), 1, 0.0, 1),
+        (Share(0.5, 0.0), 1, 0.0, 1),
+        (Share(2.5, 0.0), 2, 0.0, 1),
+        (Share(8.0, 1.0), 8, 1.0, 1),
+        (Share(4.0, 0.2), 4, 0.2, 1),
+        (Share(4.0, 2.0), 4, 1.0, 2),
     ],
 )
-def test_what_a_trial_is_told_of_any_share(share, threads, gpu_share):
+def test_what_a_trial_is_told_of_any_share(share, threads, gpu_share, ranks):
     from tune_topkd.execution.cluster import trial_part
 
-    assert trial_part(share) == {"threads": threads, "gpu_share": gpu_share}
+    assert trial_part(share) == {"threads": threads, "gpu_share": gpu_share, "ranks": ranks}
     trial(**trial_part(share))  # is what a config can have

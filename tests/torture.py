@@ -52,7 +52,7 @@ class Witnessed:
 
 def trial_id(config):
     """A trial's name that its train function knows too: no two have the same config, wherever they run."""
-    return digest(config.model_dump(mode="json", exclude={"threads", "gpu_share"}))
+    return digest(config.model_dump(mode="json", exclude={"threads", "gpu_share", "ranks"}))
 
 
 def sweep_config(concurrent=None, trials=12, seed=0, max_failures=3, asha=1, sampler="tpe"):
