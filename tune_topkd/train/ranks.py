@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -262,7 +261,8 @@ def _started(config: TrialConfig, resume_from: Path | None) -> Iterator[_Ranks]:
 def _start() -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = Pipe()
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # a user's modules may come from anywhere
-    environment = {"GLOO_SOCKET_IFNAME": "lo"} | os.environ | {"PYTHONPATH": paths}
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # that most networks have no unused weights is no news
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} | quiet | os.environ | {"PYTHONPATH": paths}
     command = [sys.executable, "-P", "-c", _PROGRAM, str(os.getpid()), str(theirs.fileno())]
     try:
         return subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment), ours  # noqa: S603 (our own)
@@ -279,7 +279,6 @@ def _start() -> tuple[subprocess.Popen[bytes], Connection]:
 def work(descriptor: int) -> None:
     """Train as one of the ranks, whose pipe this is the descriptor of."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who watches over the ranks
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True")  # that most networks have none is no news
     pipe = Connection(descriptor)
     try:
         _train(_heard(pipe), pipe)
