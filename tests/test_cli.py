@@ -492,6 +492,7 @@ REFUSED = {
     "mlflow uri": (["run", "SPACE", "--mlflow-uri", "mlruns"], ["--mlflow-uri", "mlruns", "sqlite"]),
     "no such sweep": (["resume", "none"], ["none", "no such sweep"]),
     "bad name": (["run", "SPACE", "--name", "../up"], ["--name", "../up", "letters"]),
+    "no priority": (["run", "SPACE", "--priority", "0"], ["--priority", "0: must be a positive number"]),
     "no cluster": (["run", "SPACE", "--address", "127.0.0.1:1"], ["127.0.0.1:1", "no Ray cluster answers"]),
     "unknown option": (["run", "--trails", "3"], ["--trails"]),
 }
@@ -674,14 +675,16 @@ def test_a_printed_command_carries_what_the_runs_need(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "../my checkout/launch.py", "run"])
     program = ".venv/bin/python '../my checkout/launch.py'"
 
-    def command(*words, runs="runs", uri="", address=None):
+    def command(*words, runs="runs", uri="", address=None, priority=1.0):
         runs = tmp_path / runs
-        return command_for(Workspace(runs, uri or sqlite_uri(runs / "mlflow.db"), address), *words)
+        return command_for(Workspace(runs, uri or sqlite_uri(runs / "mlflow.db"), address, priority), *words)
 
     assert command("resume", "s") == f"{program} resume s"
     assert command("resume", "s", runs="my runs") == f"{program} resume s --runs-dir '{tmp_path}/my runs'"
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", "my runs")
     assert command("resume", "s", runs="my runs", address="h:1") == f"{program} resume s --address h:1"
+    assert "confirm s --priority 0.5 --" in command("confirm", "s", address="h:1", priority=0.5)
+    assert "--priority" not in command("status", "s", address="h:1", priority=0.5)
     on_server = {"runs": "my runs", "uri": "http://h:5000"}
     assert command("resume", "s", **on_server) == f"{program} resume s --mlflow-uri http://h:5000"
     assert command("export", "s", **on_server) == f"{program} export s"
@@ -1026,17 +1029,17 @@ def test_doctor_tells_what_is_there(tmp_path, inside):
 
 COMMANDS = {
     "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget --gpu-hours "
-    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --warm-start --or-resume --json --set",
+    "--cpu-hours --plateau --runs-dir --mlflow-uri --address --priority --warm-start --or-resume --json --set",
     "init": "--data --teacher --student --checkpoint --root --epochs --image-size --output -o",
     "check": "--trials --epochs --set --show",
     "schema": "--output -o",
-    "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --json --set",
-    "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --json --set",
+    "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --priority --json --set",
+    "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --priority --json --set",
     "verify": "--seeds --set",
     "report": "--format --output -o --runs-dir",
     "compare": "--format --output -o --runs-dir",
     "status": "--json --campaign --watch --every --runs-dir",
-    "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --set",
+    "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --priority --set",
     "jobs": "--json --address",
     "logs": "--follow -f --address",
     "stop": "--address",

@@ -101,7 +101,7 @@ def test_a_space_travels_complete_with_what_it_extends_and_what_was_set(tmp_path
 
     overrides = [parse_set("sweep.trials=7"), parse_set("recipe.epochs=12")]
     cluster = Submitted()
-    submission = Submission.of(["glyphs", "digits"], ["one", "two"], overrides, "/shared/runs", "http://tracker")
+    submission = Submission.of(["glyphs", "digits"], ["one", "two"], overrides, "/shared/runs", "http://tracker", 3.0)
     job, notes = submission.to(cluster, tmp_path)
     assert (job.id, notes) == ("j", [])
     assert cluster.words == [
@@ -111,6 +111,8 @@ def test_a_space_travels_complete_with_what_it_extends_and_what_was_set(tmp_path
         "--or-resume",
         "--runs-dir",
         "/shared/runs",
+        "--priority",
+        "3",
     ]
     assert (cluster.sweeps, cluster.variables) == (["one", "two"], {"MLFLOW_TRACKING_URI": "http://tracker"})
     assert cluster.spaces["one"] == load_config(ROOT / "search_spaces" / "glyphs.yaml", overrides)

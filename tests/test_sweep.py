@@ -1,5 +1,6 @@
 """Whole sweeps of formula trials on a real Ray."""
 
+import contextlib
 import errno
 import os
 import time
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import formulas
 import pytest
+import ray
 from ray.tune.experiment import Trial
 
 from tune_topkd.execution import Cluster
@@ -375,3 +377,42 @@ def test_room_counts_whole_trials_on_each_node():
     assert room(cpus_per_trial=1.0, gpus_per_trial=0.4) == 4
     assert room(cpus_per_trial=1.0, gpus_per_trial=2.0) == 1
     assert room(cpus_per_trial=1.0, max_concurrent=3) == 3
+
+
+class Turns:
+    """Stands for the broker's client: room for trials, then for none until all have ended and their CPUs are free, again."""
+
+    def __init__(self, *_):
+        self.begun, self.at_work, self.is_closed, self.was_free = 0, 0, False, False
+
+    def reporting(self):
+        return contextlib.nullcontext()
+
+    def tell(self, at_work, most):
+        self.at_work = at_work
+
+    def has_room(self):
+        return True
+
+    def take(self):
+        if self.begun == 2 and not self.was_free:
+            self.is_closed = True
+            free, there = (found().get("CPU", 0.0) for found in (ray.available_resources, ray.cluster_resources))
+            self.was_free = not self.at_work and free == there
+            self.is_closed = not self.was_free
+        self.begun += not self.is_closed
+        return not self.is_closed
+
+    def is_full(self):
+        return self.is_closed
+
+
+def test_a_sweep_whose_room_is_taken_frees_all_cpus_and_goes_on_when_it_has_room_again(tmp_path, cluster, monkeypatch):
+    turns = Turns()
+    monkeypatch.setattr(ray_tune, "Client", lambda *_: turns)
+    config = formulas.sweep_config(sweep={"trials": 4, "asha": None}, baselines=None)
+    with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="t", id="t", trials=4)) as ledger:
+        ledger.append(Driver(host="h", pid=os.getpid(), trials=4))
+        search = Search(config, ledger)
+        reason = run_sweep(search, cluster=cluster, folder=tmp_path, train=formulas.rising, priority=1.0)
+    assert (reason, turns.was_free, len(ledger.state.ended)) == ("finished", True, 4)

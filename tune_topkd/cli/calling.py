@@ -25,6 +25,8 @@ def command_for(workspace: Workspace, *words: str) -> str:
     is_default = workspace.mlflow_uri == sqlite_uri(workspace.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
     uri, address = "" if is_default else workspace.mlflow_uri, workspace.address if words[0] in _WITH_RAY else None
     runs = None if words[0] in _WITHOUT_RUNS else workspace.runs
+    if words[0] in _WITH_RAY and workspace.priority != 1.0:
+        words = (*words, "--priority", f"{workspace.priority:g}")
     return command(*words, runs=runs, mlflow_uri=uri, address=address)
 
 

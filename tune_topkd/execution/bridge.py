@@ -22,6 +22,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from tune_topkd.config import SharedFiles
+from tune_topkd.execution.broker import Client
 from tune_topkd.execution.checkpoints import checkpoints
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import share_of
@@ -47,6 +48,7 @@ LONGEST_WAIT_FOR_ROOM = 30.0
 
 _GRACE_AFTER_TIMEOUT = 30.0  # for a worker that can still end itself, and so tell where it hung
 _SECONDS_BETWEEN_CHECKS = 2.0
+_SECONDS_BETWEEN_ASKING = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -91,14 +93,20 @@ class Bridge:
         hashes: Mapping[str, str],
         interruption: Interruption | None,
         nodes: Nodes,
+        broker: Client | None = None,
     ) -> None:
         self.search = search
         self.trouble = ""
+        self.controller: Any = None
+        """Ray Tune's loop, once it has a trial."""
         self._folder = folder
         self._files, self._test_files = files, test_files
         self._hashes = dict(hashes)
         self._interruption = interruption
         self._nodes = nodes
+        self._broker = broker
+        self._is_idle = False
+        """Whether there was no trial to start, and none has ended since."""
         self._room = nodes.cluster.room(search.config)
         self._live: set[TrialKey] = set()
         self._at_work: dict[TrialKey, _Place] = {}
@@ -120,17 +128,43 @@ class Bridge:
         if self.is_ending:
             return str(Searcher.FINISHED)
         self.check()
-        if len(self._live) >= self._room:
+        if len(self._live) >= self._room or (self._broker is not None and not self._broker.take()):
             return None
         with self.ends_the_sweep():
             record = self.search.next_trial()
+            self._is_idle = record is None
             if record is None:
+                self._tell_broker()
                 return None if self._live else str(Searcher.FINISHED)  # one at work may have to be started again
             return self._started_with(record)
         return str(Searcher.FINISHED)
 
+    def wait_for_room(self) -> None:
+        """On a cluster that others use too: wait for the first place, or for what ends the sweep."""
+        if self._broker is None:
+            return
+        self._tell_broker()
+        while not (self._broker.has_room() or self.is_ending or self.search.lets_go):
+            self.check()
+            time.sleep(_SECONDS_BETWEEN_ASKING)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a worker whose trial has ended is of no use to this sweep, while others wait for its place."""
+        return self._broker is not None and self._broker.is_full()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether all trials have ended, and there is no place for another one."""
+        return self.controller is not None and not self._live and self.is_full
+
+    def _tell_broker(self) -> None:
+        if self._broker is not None:
+            self._broker.tell(len(self._live), len(self._live) if self._is_idle else self._room)
+
     def _started_with(self, record: TrialRecord) -> dict[str, Any]:
         self._live.add(record.key)
+        self._tell_broker()
         share = record.share
         if share is None or not self._nodes.cluster.room_for(share):  # the node with room for the larger one is gone
             share = share_of(self.search.config)
@@ -229,6 +263,7 @@ class Bridge:
         cluster = self._nodes.cluster
         fitting = cluster.room_for(share_of(self.search.config))
         self._room = min(fitting, self.search.config.sweep.max_concurrent or fitting)
+        self._tell_broker()
         if fitting or self._at_work:
             self._last_room = now
         elif now - self._last_room > LONGEST_WAIT_FOR_ROOM:
@@ -312,6 +347,8 @@ class Bridge:
     def _let_go(self, key: TrialKey) -> None:
         if key in self._live:
             self._live.discard(key)
+            self._is_idle = False
+            self._tell_broker()
             self._at_work.pop(key, None)
             is_lost = self.search.state.trials[key].status in (TrialStatus.PRUNED, TrialStatus.FAILED)
             if is_lost and not self.trouble:  # in trouble, the end may not have reached the disk

@@ -63,9 +63,10 @@ class Executor(Protocol):
 class RayExecutor:
     """A private Ray on this machine, or the one at an address."""
 
-    def __init__(self, interruption: Interruption, address: str | None = None) -> None:
+    def __init__(self, interruption: Interruption, address: str | None = None, priority: float = 1.0) -> None:
         self._interruption = interruption
         self._address = address
+        self._priority = None if address is None else priority  # nobody else is on a private one
 
     def measure(self, config: SweepConfig, trial: TrialConfig, probe: Probe) -> list[Packed]:
         """Measure on the largest node."""
@@ -88,4 +89,5 @@ class RayExecutor:
                 hashes=work.hashes,
                 interruption=self._interruption,
                 note=work.note,
+                priority=self._priority,
             )

@@ -29,6 +29,7 @@ from tune_topkd.config import SharedFiles
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.execution.bridge import Bridge
 from tune_topkd.execution.bridge import Interruption
+from tune_topkd.execution.broker import Client
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import share_of
 from tune_topkd.execution.nodes import Nodes
@@ -61,6 +62,7 @@ def run_sweep(
     hashes: Mapping[str, str] = MappingProxyType({}),
     interruption: Interruption | None = None,
     note: Callable[[str], None] = _log.warning,
+    priority: float | None = None,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
@@ -76,7 +78,8 @@ def run_sweep(
         test_files: what these share.
         hashes: SHA-256 by path of files that must still be what they were; a trial that finds another ends the sweep.
         interruption: asks the sweep to end; by default Ctrl-C does.
-        note: is told of nodes that trials do not go to, and why.
+        note: is told of nodes that trials do not go to, and why, and of other sweeps on the cluster.
+        priority: the sweep's among others on this cluster, above 0; None where there can be none.
 
     Raises:
         ResourceError: a trial can never be placed, or on no node the train function can be imported or the folder seen.
@@ -84,9 +87,9 @@ def run_sweep(
     """
     cluster.room(search.config)
     worker = Worker(train)
-    nodes = Nodes(worker, folder, search.state.header.id, share_of(search.config), note)
-    nodes.wait_for_one()
-    (folder / "trials").mkdir(exist_ok=True)
+    share = share_of(search.config)
+    nodes = Nodes(worker, folder, search.state.header.id, share, note)
+    broker = None if priority is None else Client(search.state.header.id, share, priority, note)
 
     def trial(config: dict[str, Any]) -> None:
         worker(config)
@@ -95,14 +98,18 @@ def run_sweep(
         bundle = {"CPU": config["share"][0], "GPU": config["share"][1]}
         return tune.PlacementGroupFactory([bundle], bundle_label_selector=config["placement"])
 
-    bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes)
-    with (
-        scratch_folder() as scratch,
-        _listening(interruption),
-        bridge.ends_the_sweep(),  # what ends Ray's loop is trouble of the sweep, not a trace in the user's terminal
-        _workers_starting_together(),
-    ):
-        _tuner(trial, resources, bridge, scratch).fit()
+    with contextlib.nullcontext() if broker is None else broker.reporting():  # it begins while the nodes are looked at
+        nodes.wait_for_one()
+        (folder / "trials").mkdir(exist_ok=True)
+        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker)
+        with (
+            scratch_folder() as scratch,
+            _listening(interruption),
+            bridge.ends_the_sweep(),  # what ends Ray's loop is trouble of the sweep, not a trace in the user's terminal
+            _workers_starting_together(),
+        ):
+            bridge.wait_for_room()
+            _tuner(trial, resources, bridge, scratch).fit()
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
             search.stopped(bridge.trouble)
@@ -174,7 +181,11 @@ class _AskSearch(Searcher):  # type: ignore[misc]  # ray is untyped
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        return self._bridge.next_config()
+        config = self._bridge.next_config()
+        if config is None and self._bridge.is_waiting:
+            _let_idle_worker_go(self._bridge.controller)
+            self._bridge.controller._actor_manager.next(timeout=0.1)  # Ray's loop stands still until there is a trial
+        return config
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         """Ends come through the scheduler, which sees every report."""
@@ -203,6 +214,7 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self._new.append(trial)
+        self._bridge.controller = tune_controller._tune_controller
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The oldest new trial, else the one that was last asked a worker for: a free worker is given to what this gives.
@@ -212,6 +224,8 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
         """
         self._waiting = [trial for trial in self._waiting + self._new[:1] if trial.status == Trial.PENDING]
         del self._new[:1]
+        if not self._waiting and self._bridge.is_full:
+            _let_idle_worker_go(self._bridge.controller)
         return self._waiting[-1] if self._waiting else None
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -225,6 +239,11 @@ class _TellSearch(FIFOScheduler):  # type: ignore[misc]  # ray is untyped
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """A worker died; the callback takes it, which comes when Ray has written down why."""
+
+
+def _let_idle_worker_go(controller: Any) -> None:
+    """Free the place of a worker whose trial has ended: Ray keeps one for the trial that may come next."""
+    controller._cleanup_cached_actors(force_all=True)  # has no public name
 
 
 class _StopAll(Stopper):  # type: ignore[misc]  # ray is untyped

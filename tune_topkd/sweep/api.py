@@ -133,6 +133,7 @@ class Sweep:
         overrides: Overrides = (),
         mlflow_uri: str | None = None,
         address: str | None = None,
+        priority: float = 1.0,
         warm_start: str | Sequence[str] = (),
         or_resume: bool = False,
     ) -> "Sweep":
@@ -145,6 +146,7 @@ class Sweep:
             overrides: values that replace the space's.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
+            priority: above 0, among the sweeps on that cluster: with 3 a sweep has three times the trials of one with 1.
             warm_start: a sweep of the runs folder, or several, whose best trials are tried first.
             or_resume: if the sweep has begun, `run` goes on with it: with as many trials as are asked for now if these
                 are more, with this time budget, and with its files where they are now.
@@ -153,7 +155,7 @@ class Sweep:
             ConfigError: with every problem of the config, the name and this machine; with `or_resume` also each key
                 that differs from those of the sweep that has begun.
         """
-        workspace = Workspace.at(runs_dir, mlflow_uri, address)
+        workspace = Workspace.at(runs_dir, mlflow_uri, address, priority)
         return cls.new(space, name, workspace, as_overrides(overrides), warm_start, or_resume)
 
     @classmethod
@@ -193,13 +195,14 @@ class Sweep:
         runs_dir: str | Path | None = None,
         mlflow_uri: str | None = None,
         address: str | None = None,
+        priority: float = 1.0,
     ) -> "Sweep":
         """A sweep that has begun; the arguments are those of `create`.
 
         Raises:
             ConfigError: there is none of this name.
         """
-        workspace = Workspace.at(runs_dir, mlflow_uri, address)
+        workspace = Workspace.at(runs_dir, mlflow_uri, address, priority)
         workspace.existing(name)
         return cls(name, workspace)
 

@@ -356,7 +356,7 @@ class _Test:
 def _ray(workspace: Workspace, interruption: Interruption) -> "Executor":
     from tune_topkd.execution import RayExecutor
 
-    return RayExecutor(interruption, workspace.address)
+    return RayExecutor(interruption, workspace.address, workspace.priority)
 
 
 @contextlib.contextmanager

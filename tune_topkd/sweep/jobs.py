@@ -21,6 +21,7 @@ from tune_topkd.storage import write_text
 from tune_topkd.sweep.spaces import space_path
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
 from tune_topkd.sweep.workspace import PLACES
+from tune_topkd.sweep.workspace import check_priority
 
 if TYPE_CHECKING:
     from tune_topkd.execution.jobs import Job as Job
@@ -47,6 +48,8 @@ class Submission:
     """The runs folder, an absolute path that means the same folder on all of the cluster's nodes."""
     mlflow_uri: str | None = None
     """MLflow's, as the cluster reaches it; None for what the cluster's environment says."""
+    priority: float = 1.0
+    """Among the sweeps on the cluster."""
 
     @classmethod
     def of(
@@ -56,12 +59,14 @@ class Submission:
         overrides: Sequence[Override],
         runs: str,
         mlflow_uri: str | None = None,
+        priority: float = 1.0,
     ) -> "Submission":
         """Search spaces, checked as far as that can be done without the cluster's files.
 
         Raises:
-            ConfigError: with the problems of the first space that has any, or of the runs folder.
+            ConfigError: with the problems of the first space that has any, of the runs folder or of the priority.
         """
+        check_priority(priority)
         if not os.path.isabs(runs):
             rule = "must be an absolute path, of a folder that all of the cluster's nodes share"
             raise ConfigError("--runs-dir", [Problem(key=runs, rule=rule)])
@@ -79,7 +84,7 @@ class Submission:
             ]
             if relative:
                 raise ConfigError(str(path), relative)
-        return cls(configs, runs, mlflow_uri)
+        return cls(configs, runs, mlflow_uri, priority)
 
     def to(self, jobs: "Jobs", folder: Path) -> "tuple[Job, list[str]]":
         """Submit them as one job; the same submission goes on with what an earlier one of them left.
@@ -103,6 +108,7 @@ class Submission:
             for name, config in self.configs.items():
                 write_text(place / SPACES / f"{name}.yaml", dump_config(config))
             words = ["run", *(f"{SPACES}/{name}.yaml" for name in self.configs), "--or-resume", "--runs-dir", self.runs]
+            words += [] if self.priority == 1.0 else ["--priority", f"{self.priority:g}"]
             variables = {} if self.mlflow_uri is None else {MLFLOW_VARIABLE: self.mlflow_uri}
             return jobs.submit(words, list(self.configs), self.runs, place, variables), notes
 

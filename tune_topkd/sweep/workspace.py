@@ -1,5 +1,6 @@
 """A runs folder: the names and files in it, the frozen configs, and whether a sweep can have a name."""
 
+import math
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -57,6 +58,16 @@ _STATES = {
 }
 
 
+def check_priority(priority: float) -> None:
+    """See that it is one.
+
+    Raises:
+        ConfigError: it is no positive number.
+    """
+    if not (priority > 0 and math.isfinite(priority)):
+        raise ConfigError("--priority", [Problem(key=f"{priority:g}", rule="must be a positive number")])
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Where sweeps lie and run: the runs folder, MLflow, and the Ray cluster to use, if not a private one."""
@@ -65,10 +76,16 @@ class Workspace:
     mlflow_uri: str
     """Empty for a sweep that is not to be in MLflow."""
     address: str | None = None
+    priority: float = 1.0
+    """Among the sweeps on that cluster."""
 
     @classmethod
     def at(
-        cls, runs_dir: str | Path | None = None, mlflow_uri: str | None = None, address: str | None = None
+        cls,
+        runs_dir: str | Path | None = None,
+        mlflow_uri: str | None = None,
+        address: str | None = None,
+        priority: float = 1.0,
     ) -> "Workspace":
         """The workspace of these arguments; what is None is as the environment says.
 
@@ -76,9 +93,10 @@ class Workspace:
             runs_dir: where sweeps, teachers and mlflow.db lie; by default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
+            priority: above 0, among the sweeps on that cluster: with 3 a sweep has three times the trials of one with 1.
 
         Raises:
-            ConfigError: MLflow keeps no runs at such a URI.
+            ConfigError: the priority is no positive number, or MLflow keeps no runs at such a URI.
             ResourceError: Ray cannot be at such an address.
         """
         from tune_topkd.sweep.preflight import check_mlflow_uri
@@ -91,13 +109,14 @@ class Workspace:
             uri = os.environ.get(MLFLOW_VARIABLE) or sqlite_uri(runs / "mlflow.db")
         if uri:
             check_mlflow_uri(uri)
+        check_priority(priority)
         address = os.environ.get(RAY_VARIABLE) if address is None else address
         if address in (None, "", PRIVATE):
             return cls(runs, uri)
         from tune_topkd.execution import check_address
 
         check_address(address)
-        return cls(runs, uri, address)
+        return cls(runs, uri, address, priority)
 
     def folder(self, sweep: str) -> Path:
         """A sweep's folder."""

@@ -1,0 +1,236 @@
+"""Several sweeps on one real cluster of eight CPUs: their shares, a third one, a killed driver, a killed broker."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from servers import free_port
+
+from tune_topkd.config import load_config
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import ResourceError
+from tune_topkd.execution import broker
+from tune_topkd.execution import cluster
+from tune_topkd.ledger import read_events
+from tune_topkd.search import audit_decisions
+
+TESTS = Path(__file__).parent
+SLOTS = 8
+TRIAL = 6.0
+"""Seconds that a trial sleeps."""
+LONGEST_START = 300.0
+"""Seconds that a driver and its first worker may take to start on a loaded machine."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.ray,
+    pytest.mark.timeout(1500),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class There:
+    """The cluster, and the sweeps on it: each a process with a ledger."""
+
+    def __init__(self, folder):
+        self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
+        self.environment = os.environ | {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+            self.environment.pop(name, None)
+        token = folder / "token"
+        token.write_text("a-token-of-at-least-thirty-two-characters")
+        self.credentials = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.environment |= self.credentials
+        self.drivers = {}
+
+    def start(self):
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.address[10:]}"]
+        command += [
+            f"--num-cpus={SLOTS}",
+            "--num-gpus=0",
+            "--include-dashboard=false",
+            f"--temp-dir={self.folder / 'r'}",
+        ]
+        command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block"]
+        log = self.folder / "head.log"
+        with log.open("w") as output:
+            self.head = subprocess.Popen(
+                command, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
+        until = time.monotonic() + 120
+        while True:
+            assert self.head.poll() is None, log.read_text()
+            with contextlib.suppress(ResourceError):
+                return cluster.check_address(self.address)
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.5)
+
+    def stop(self):
+        import psutil
+
+        family = [self.head, *psutil.Process(self.head.pid).children(recursive=True)]
+        for process in (*self.drivers.values(), *family):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        for process in (*self.drivers.values(), self.head):
+            process.wait()
+
+    def begin(self, name, priority=1.0, *words):
+        command = [sys.executable, str(TESTS / "sharing_sweep.py"), str(self.folder / name)]
+        command += ["--address", self.address, "--priority", str(priority), "--seconds", str(TRIAL), *words]
+        with (self.folder / f"{name}.log").open("w") as log:
+            self.drivers[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        return time.time()
+
+    def events(self, name):
+        path = self.folder / name / "ledger.jsonl"
+        return read_events(path)[0] if path.exists() else []
+
+    def times(self, name, event):
+        """When each of a sweep's trials was first proposed, begun or ended."""
+        found = {}
+        for line in self.events(name):
+            if line.name == event:
+                found.setdefault(getattr(line.content, "key", None), line.time)
+        return found
+
+    def at_work(self, name):
+        """Trials that run now, and those that wait for a worker."""
+        begun, ended = self.times(name, "start"), self.times(name, "end")
+        return len(begun.keys() - ended.keys()), len(self.times(name, "suggest").keys() - begun.keys())
+
+    def wait_until(self, what, seconds, holds):
+        began = time.monotonic()
+        while not holds():
+            told = {name: self.at_work(name) for name in self.drivers}
+            logs = [(self.folder / f"{name}.log").read_text()[-3000:] for name in self.drivers]
+            assert time.monotonic() - began < seconds, (what, told, *logs)
+            time.sleep(0.2)
+        return time.monotonic() - began
+
+    def wait_for_all(self, name):
+        """Until a sweep has all places, and so many of its trials have begun since now."""
+        before = len(self.times(name, "start"))
+
+        def has_all():
+            return sum(self.at_work(name)) == SLOTS and len(self.times(name, "start")) >= before + SLOTS
+
+        return self.wait_until(f"{name} has all places", LONGEST_START, has_all)
+
+    def end(self, name):
+        """Stop a sweep as Ctrl-C does: its exit code."""
+        self.drivers[name].send_signal(signal.SIGINT)
+        code = self.drivers.pop(name).wait(timeout=60)
+        assert self.events(name)[-1].data["reason"] == "interrupted"
+        return code
+
+
+@pytest.fixture(scope="module")
+def there():
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path may not be long
+    there = There(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in there.credentials.items():
+            patch.setenv(name, value)
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+            patch.delenv(name, raising=False)
+        cluster._read_credentials()
+        try:
+            there.start()
+            yield there
+        finally:
+            there.stop()
+            shutil.rmtree(folder, ignore_errors=True)
+    cluster._read_credentials()
+
+
+def test_sweeps_share_by_priority_and_a_third_comes_in(there):
+    two_sweeps(there)
+    began = time.time()
+    time.sleep(70)
+    until = time.time()
+    counts = {name: sum(began < at < until for at in there.times(name, "end").values()) for name in "ab"}
+    sys.stdout.write(f"trials in {until - began:.0f} s: {counts}\n")
+    assert counts["a"] / counts["b"] == pytest.approx(3, rel=0.15)
+
+    there.begin("c", 1)
+    there.wait_until("c's first trial", LONGEST_START + 2 * TRIAL, lambda: there.times("c", "start"))
+    driver, proposed, started = (min(there.times("c", what).values()) for what in ("driver", "suggest", "start"))
+    sys.stdout.write(
+        f"third sweep: a proposal after {proposed - driver:.1f} s, at work after {started - driver:.1f} s\n"
+    )
+    lengths = [at - there.times("a", "start")[key] for key, at in there.times("a", "end").items()]
+    assert started - driver < 2 * max(lengths) + LONGEST_START
+    there.end("c")
+    there.wait_until("a and b have its places", 3 * TRIAL + LONGEST_START, lambda: places(there) == [6, 2])
+    assert audit(there, "c") == []
+
+
+def test_after_a_driver_s_kill_the_other_sweep_has_all_places(there):
+    two_sweeps(there)
+    there.drivers["a"].kill()
+    there.drivers.pop("a").wait()
+    took = there.wait_until("b has all places", 30, lambda: sum(there.at_work("b")) == SLOTS)
+    sys.stdout.write(f"from the SIGKILL until the other has all places: {took:.1f} s\n")
+    there.wait_for_all("b")
+    assert [audit(there, name) for name in "ab"] == [[], []]
+
+
+def test_a_broker_that_is_killed_is_begun_again_and_harms_nothing(there):
+    if "b" not in there.drivers:  # this test alone
+        there.begin("b", 1)
+        there.wait_for_all("b")
+    before = there.times("b", "end")
+    with Cluster.attached(there.address):
+        ray.kill(ray.get_actor(broker.NAME, namespace=broker.NAMESPACE), no_restart=True)
+        most, until = 0, time.monotonic() + 4 * TRIAL
+        while time.monotonic() < until:
+            most = max(most, sum(there.at_work("b")))
+            time.sleep(0.2)
+        another = ray.get_actor(broker.NAME, namespace=broker.NAMESPACE)
+        assert ray.get(another.report.remote("somebody", (1.0, 0.0), 1.0, 0, 0, None), timeout=20) == (0, 2)
+    assert there.drivers["b"].poll() is None
+    assert most == SLOTS, "no more proposals than places"
+    assert len(there.times("b", "end")) - len(before) >= 2 * SLOTS
+    there.end("b")
+    assert audit(there, "b") == []
+
+
+def test_without_a_broker_a_sweep_goes_on_as_if_it_were_alone(there):
+    there.begin("d", 1, "--no-broker", "--trials", "10")
+    code = there.drivers.pop("d").wait(timeout=2 * LONGEST_START)
+    assert code == 0, (there.folder / "d.log").read_text()
+    assert there.events("d")[-1].data["reason"] == "finished"
+    assert len(there.times("d", "end")) == 10
+    assert audit(there, "d") == []
+
+
+def two_sweeps(there):
+    """One that takes all places, then a second one that has its part."""
+    if "a" not in there.drivers:
+        there.begin("a", 3)
+        there.wait_for_all("a")  # alone it takes all
+    if "b" not in there.drivers:
+        there.begin("b", 1)
+    there.wait_until("both have their parts", LONGEST_START + 2 * TRIAL, lambda: places(there) == [6, 2])
+
+
+def places(there):
+    return [sum(there.at_work(name)) for name in "ab"]
+
+
+def audit(there, name):
+    return audit_decisions(load_config(there.folder / name / "sweep.yaml"), there.events(name))[0]
