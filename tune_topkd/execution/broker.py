@@ -1,7 +1,7 @@
 """A sweep's side of the broker that shares a cluster among sweeps; `sharing` has the rule and the broker itself.
 
-The broker is a detached actor in a namespace of its own: the first sweep begins it, and whoever misses it begins it again.
-No sweep depends on it: one that gets no answer for `PATIENCE` seconds goes on as if it were alone.
+The broker is a detached actor in a namespace of its own: the first sweep begins it, whoever misses it begins it again,
+and it ends with the last sweep. No sweep depends on it: one that can have none goes on as if it were alone.
 """
 
 import logging
@@ -15,16 +15,19 @@ from typing import Any
 import ray
 
 from tune_topkd.execution import sharing
+from tune_topkd.execution.cluster import in_one_line
 from tune_topkd.ledger import Share
 
-NAMESPACE, NAME = "tune_topkd", "broker-1"
+NAMESPACE, NAME = "tune_topkd", "broker-2"
 """Of the actor; the number is that of what it is asked and answers."""
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds without an answer after which a sweep takes what it finds."""
 
 _SECONDS_BETWEEN_REPORTS = 1.0
+_SECONDS_WHEN_DUE = 0.3
 _LONGEST_ANSWER = 4.0
 _LONGEST_END = 8.0
+_COMES_BACK = (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError)
 _log = logging.getLogger(__name__)
 
 
@@ -41,19 +44,20 @@ class Client:
             sweep: its id.
             share: what one of its trials takes.
             priority: above 0.
-            note: is told of other sweeps that come and go, on the thread that calls `tell`.
+            note: is told of other sweeps that come and go, and of a broker that cannot be had, on the thread that calls
+                `tell`.
         """
-        self._about = sweep, tuple(share), priority
+        self._sweep = sweep
+        self._about: dict[str, Any] = {"size": tuple(share), "priority": priority}
         self._note = note
         self._lock = threading.Lock()
         self._news, self._is_closing = threading.Event(), threading.Event()
-        self._at_work = self._most = 0
+        self._at_work = self._most = self._told = self._ended = 0
+        self._used, self._used_at = 0.0, time.monotonic()
         self._room: int | None = 0
         """Trials at once; None without a broker."""
-        self._told: int | None = None
-        """What the sweep has said of its trials, while the answer is on its way: it starts no more until that is here."""
-        self._had: int | None = None
-        self._sweeps = self._sweeps_noted = 1
+        self._answer: sharing.Answer | None = None
+        self._sweeps_noted, self._trouble = 1, ""
         self._answered_at = time.monotonic()
         self._handle: Any = None
         self._thread = threading.Thread(target=self._run, name="broker-client", daemon=True)
@@ -61,6 +65,7 @@ class Client:
     @contextmanager
     def reporting(self) -> Iterator["Client"]:
         """As long as this lasts, report to the broker; then give back all room."""
+        self._about["job"] = _job()
         self._thread.start()
         try:
             yield self
@@ -78,13 +83,20 @@ class Client:
             most: trials at once that it can use.
         """
         with self._lock:
-            can_give = self._room is not None and at_work < self._at_work and at_work >= self._room
-            wants = most > self._most
-            gives = (most < self._most and most <= at_work) or can_give
-            self._at_work, self._most = at_work, most
-            sweeps, room = self._sweeps, self._room
+            self._use()
+            room = self._room
+            wants = most > self._most and room is not None and at_work >= room
+            has_ended = at_work < self._told and at_work >= (room or 0)
+            gives = self._is_shared and (has_ended or (most < self._most and most <= at_work))
+            self._ended += max(self._told - at_work, 0)
+            self._at_work = self._told = at_work
+            self._most = most
+            sweeps = self._answer[1] if self._answer is not None else 1
+            trouble, self._trouble = self._trouble, ""
         if wants or gives:
             self._news.set()  # others may be waiting for a place, or this sweep for one
+        if trouble:
+            self._note(f"the sweep takes what room it finds on the cluster, whatever its priority: {trouble}")
         if sweeps != self._sweeps_noted and room is not None:
             self._sweeps_noted = sweeps
             who = f"{sweeps} sweeps share the cluster" if sweeps > 1 else "alone on the cluster"
@@ -93,59 +105,73 @@ class Client:
     def has_room(self) -> bool:
         """Whether another trial may be started."""
         with self._lock:
-            return self._has_room()
+            return self._room is None or self._at_work < self._room
 
     def take(self) -> bool:
         """Take a place, if there is one, before a trial is proposed for it; `tell` says what has become of it."""
         with self._lock:
-            has_room = self._has_room()
+            has_room = self._room is None or self._at_work < self._room
+            self._use()
             self._at_work += has_room
             return has_room
-
-    def _has_room(self) -> bool:
-        if self._room is None:
-            return True
-        return self._at_work < (self._room if self._told is None else min(self._room, self._told))
 
     def is_full(self) -> bool:
         """Whether the sweep has all that it may have, or can use: then the place of a trial that ends is another sweep's."""
         with self._lock:
-            is_shared = self._sweeps > 1 and self._room is not None
-            return is_shared and self._at_work >= min(self._room or 0, self._most)
+            return self._is_shared and self._at_work >= min(self._room or 0, self._most)
+
+    @property
+    def _is_shared(self) -> bool:
+        return self._room is not None and self._answer is not None and self._answer[1] > 1
+
+    def _use(self) -> None:
+        """Add up what the trials at work have used until now."""
+        now = time.monotonic()
+        self._used += self._at_work * (now - self._used_at)
+        self._used_at = now
 
     def _run(self) -> None:
         while not self._is_closing.is_set():
-            self._report()
-            self._news.wait(_SECONDS_BETWEEN_REPORTS)
+            is_due = self._report()
+            self._news.wait(_SECONDS_WHEN_DUE if is_due else _SECONDS_BETWEEN_REPORTS)
             self._news.clear()
         try:
             if self._handle is not None:
-                ray.get(self._handle.leave.remote(self._about[0]), timeout=_LONGEST_ANSWER)
+                ray.get(self._handle.leave.remote(self._sweep), timeout=_LONGEST_ANSWER)
+        except ray.exceptions.RayActorError:
+            _log.debug("the broker has ended, as it does with its last sweep")
         except Exception as error:  # noqa: BLE001 (the room is given back all the same)
-            _log.info("the broker was not told of the end and sees it in %g s: %r", sharing.LEASE, error)
+            _log.info("the broker was not told of the end and sees it when this process ends: %r", error)
 
-    def _report(self) -> None:
+    def _report(self) -> bool:
+        """Report, and take the answer; whether the next report should come soon."""
         with self._lock:
-            state = self._at_work, self._most, self._had
-            self._told = self._at_work
+            self._use()
+            had = self._room if self._answer is not None else None
+            stand = {"at_work": self._at_work, "most": self._most, "used": self._used, "ended": self._ended}
+            stand |= {"room": had, "ahead": self._answer[2] if self._answer is not None else 0.0}
         try:
             if self._handle is None:
                 self._handle = _broker()
-            room, sweeps = ray.get(self._handle.report.remote(*self._about, *state), timeout=_LONGEST_ANSWER)
+            answer = ray.get(self._handle.report.remote(self._sweep, **self._about, **stand), timeout=_LONGEST_ANSWER)
         except Exception as error:  # noqa: BLE001 (a sweep never depends on the broker)
-            self._handle = None
+            if not isinstance(error, ray.exceptions.GetTimeoutError):
+                self._handle = None  # the next report looks for another one
+            waited = time.monotonic() - self._answered_at
             with self._lock:
-                self._told = None
-                is_lost = self._room is not None and time.monotonic() - self._answered_at > PATIENCE
-                if is_lost:
-                    self._room = None
-            if is_lost:
-                _log.warning("no broker answers; the sweep takes what room it finds: %r", error)
-            return
+                if self._room is not None and (waited > PATIENCE or not isinstance(error, _COMES_BACK)):
+                    self._room, self._trouble = None, f"no broker shares it: {in_one_line(error)}"
+                    _log.warning("%s", self._trouble)
+            return False
         with self._lock:
-            self._told = None
-            self._room, self._sweeps, self._had = room, sweeps, room
-            self._answered_at = time.monotonic()
+            self._answer, self._room, self._answered_at = answer, answer[0], time.monotonic()
+            has_given = had is not None and self._room < had > self._at_work  # places that others wait for
+        return answer[3] or has_given
+
+
+def _job() -> str:
+    """Ray's name of this process as a driver."""
+    return str(ray.get_runtime_context().get_job_id())
 
 
 def _broker() -> Any:
