@@ -236,14 +236,15 @@ def test_without_a_broker_a_sweep_goes_on_as_if_it_were_alone(there):
 
 
 def two_sweeps(there):
-    """One that takes all places, then a second one that has its part."""
+    """One that takes all places, then a second one that has its part, with a worker at each of them."""
     if "a" not in there.drivers:
         there.begin("a", 3)
         there.wait_for_all("a")  # alone it takes all
     if "b" not in there.drivers:
         there.begin("b", 1)
-    before = len(there.times("b", "end"))
-    there.wait_until("b is at work", LONGEST_START, lambda: len(there.times("b", "end")) > before + 2)
+    there.wait_until(
+        "both have their parts", LONGEST_START, lambda: [there.at_work(name) for name in "ab"] == [(6, 0), (2, 0)]
+    )
 
 
 def most_at_once(there, began, until):

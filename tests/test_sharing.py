@@ -110,7 +110,7 @@ claims = st.lists(
 
 
 @given(clusters, claims)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_never_more_than_the_cluster_has_and_nothing_idle_that_somebody_can_use(nodes, claims):
     found = rooms(nodes, claims)
     for column in (0, 1):
@@ -127,7 +127,7 @@ def test_never_more_than_the_cluster_has_and_nothing_idle_that_somebody_can_use(
 
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.floats(0.1, 10), st.integers(0, 50), st.floats(0, 9)), max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_trials_of_one_size_fill_the_cluster_by_priority_to_less_than_a_place(cpus, about):
     claims = [of(priority, most, ahead=ahead) for priority, most, ahead in about]
     found = rooms([(float(cpus), 0.0)], claims)
@@ -298,7 +298,7 @@ def test_however_long_it_takes_nobody_gets_further_from_his_part_than_in_the_fir
     there = Simulated([(float(cpus), 0.0)], seed)
     for name, (priority, seconds, about) in enumerate(sweeps):
         there.add(str(name), priority, seconds=seconds, **about)
-    for _ in range(10):
+    for _ in range(6):
         there.run(3 * longest)
         assert there.most_taken <= cpus
         had = [there.used(str(name)) / priority for name, (priority, _, _) in enumerate(sweeps)]
@@ -361,20 +361,22 @@ def test_a_third_sweep_begins_when_the_next_trial_ends_and_takes_nothing_back():
     assert [part / sum(used) for part in used] == pytest.approx([0.6, 0.2, 0.2], rel=0.1)
 
 
-def test_who_was_stuck_for_an_hour_is_owed_a_few_trials_and_not_an_hour():
+def test_who_was_stuck_for_long_is_owed_a_few_trials_and_not_all_that_time():
     there = Simulated(EIGHT)
     there.add("a", 1.0)
     there.add("b", 1.0)
     there.run(60)
-    there.sweeps["b"].refill = 3600.0
-    there.run(7200)
+    there.sweeps["b"].refill = 600.0
+    there.run(600)
     there.sweeps["b"].refill = 0.0
+    while there.sweeps["b"].at_work < 4:
+        there.run(10)
+    back = there.clock.now
+    there.run(60)
+    assert there.used("a", back) > 0.2 * there.used("b", back)
     since = there.clock.now
-    there.run(7200)
-    first = there.clock.now
     there.run(120)
-    assert there.used("b", since) > 0
-    assert there.used("a", first) / there.used("b", first) == pytest.approx(1, rel=0.15)
+    assert there.used("a", since) / there.used("b", since) == pytest.approx(1, rel=0.15)
 
 
 def test_the_places_of_a_driver_that_is_gone_are_the_others_at_once():
@@ -429,23 +431,23 @@ def test_a_broker_that_was_begun_again_gives_nothing_before_all_have_told_what_t
         ask("a", 3, 4)
         ask("b", 3, 3)
         room = ask("c", 0, 0)[0]
-        assert room == (0 if clock.now < SETTLING else 2)
+        assert (room > 0) == (clock.now > SETTLING)
 
 
 def test_a_broker_that_was_begun_again_is_told_who_was_ahead():
     clock = Clock()
     book = Book(clock)
 
-    def ask(name, ahead):
-        about = {"size": CPU, "priority": 1.0, "most": MANY, "used": 900.0, "ended": 100}
+    def ask(name, used, ahead):
+        about = {"size": CPU, "priority": 1.0, "most": MANY, "used": used, "ended": 100}
         return book.report(EIGHT, name, at_work=4, room=4, ahead=ahead, **about)
 
-    ask("a", 3.0)
-    ask("b", 0.0)
+    ask("a", 900.0, 3.0)
+    ask("b", 900.0, 0.0)
     clock.now = SETTLING + 1
-    (a, _, ahead, _), (_, _, behind, _) = (ask(name, 9.0) for name in "ab")
-    assert (a, behind) == (2, 0.0)
-    assert ahead == pytest.approx(3.0)
+    (room, _, ahead, _), (_, _, behind, _) = (ask(name, 900.0 + 4 * clock.now, 9.0) for name in "ab")
+    assert room < 4
+    assert (ahead, behind) == (pytest.approx(3.0), pytest.approx(0.0))
 
 
 # --- a sweep's side -----------------------------------------------------------------------------------------------------

@@ -292,7 +292,8 @@ def _beside(nodes: Sequence[Size], others: Sequence[tuple[Size, int]], size: Siz
     free = [_Node(*node) for node in nodes]
     for other, count in sorted(others, key=lambda item: _dominant(nodes, item[0]), reverse=True):
         for _ in range(count):
-            _placed(free, other)
+            if not _placed(free, other):
+                break
     found = 0
     while _placed(free, size):
         found += 1
