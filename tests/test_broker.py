@@ -16,7 +16,6 @@ from servers import free_port
 
 from tune_topkd.config import load_config
 from tune_topkd.execution import Cluster
-from tune_topkd.execution import ResourceError
 from tune_topkd.execution import broker
 from tune_topkd.execution import cluster
 from tune_topkd.ledger import read_events
@@ -61,6 +60,7 @@ class There:
         self.drivers = {}
 
     def start(self):
+        """Start the head; on a loaded machine it may give up by itself before its processes are there."""
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.address[10:]}"]
         command += [
             f"--num-cpus={SLOTS}",
@@ -70,17 +70,15 @@ class There:
         ]
         command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block"]
         log = self.folder / "head.log"
-        with log.open("w") as output:
-            self.head = subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=output, start_new_session=True
-            )
-        until = time.monotonic() + 120
-        while True:
-            assert self.head.poll() is None, log.read_text()
-            with contextlib.suppress(ResourceError):
-                return cluster.check_address(self.address)
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.5)
+        for _ in range(5):
+            with log.open("w") as output:
+                options = {"env": self.environment, "stdout": output, "stderr": output, "start_new_session": True}
+                self.head = subprocess.Popen(command, **options)
+            while self.head.poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return cluster.check_address(self.address)
+                time.sleep(0.5)
+        raise AssertionError(log.read_text())
 
     def stop(self):
         import psutil
@@ -128,6 +126,7 @@ class There:
             told = {name: self.at_work(name) for name in self.drivers}
             logs = [(self.folder / f"{name}.log").read_text()[-3000:] for name in self.drivers]
             assert time.monotonic() - began < seconds, (what, told, *logs)
+            assert all(driver.poll() is None for driver in self.drivers.values()), (what, *logs)
             time.sleep(0.2)
         return time.monotonic() - began
 

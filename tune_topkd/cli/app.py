@@ -118,9 +118,7 @@ Address = Annotated[
 ]
 Priority = Annotated[
     float,
-    typer.Option(
-        help="Among the sweeps on a cluster: with 3 a sweep has three times the trials at once of one with 1."
-    ),
+    typer.Option(help="Among the sweeps on a cluster: with 3 a sweep gets three times what one with 1 gets."),
 ]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML; may be repeated.")

@@ -146,7 +146,7 @@ class Sweep:
             overrides: values that replace the space's.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
-            priority: above 0, among the sweeps on that cluster: with 3 a sweep has three times the trials of one with 1.
+            priority: above 0, among the sweeps on that cluster: with 3 a sweep gets three times what one with 1 gets.
             warm_start: a sweep of the runs folder, or several, whose best trials are tried first.
             or_resume: if the sweep has begun, `run` goes on with it: with as many trials as are asked for now if these
                 are more, with this time budget, and with its files where they are now.

@@ -93,7 +93,7 @@ class Workspace:
             runs_dir: where sweeps, teachers and mlflow.db lie; by default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
-            priority: above 0, among the sweeps on that cluster: with 3 a sweep has three times the trials of one with 1.
+            priority: above 0, among the sweeps on that cluster: with 3 a sweep gets three times what one with 1 gets.
 
         Raises:
             ConfigError: the priority is no positive number, or MLflow keeps no runs at such a URI.
