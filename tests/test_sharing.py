@@ -581,6 +581,7 @@ def test_a_lone_sweep_asks_nobody_before_a_trial(monkeypatch):
 )
 def test_a_sweep_that_can_have_no_broker_says_so_once_and_takes_what_it_finds(monkeypatch, error, patience):
     monkeypatch.setattr(broker, "PATIENCE", patience)
+    monkeypatch.setattr(broker, "_LONGEST_REFUSAL", 0.2)
     there, notes = Answers(monkeypatch, 1), []
     answer, there.answer = there.answer, error
     client = there.client(notes.append)

@@ -27,6 +27,7 @@ _SECONDS_BETWEEN_REPORTS = 1.0
 _SECONDS_WHEN_DUE = 0.3
 _LONGEST_ANSWER = 4.0
 _LONGEST_END = 8.0
+_LONGEST_REFUSAL = 3.0  # seconds of errors that do not pass by themselves: one may be the end of an earlier broker
 _COMES_BACK = (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError)
 _log = logging.getLogger(__name__)
 
@@ -157,9 +158,10 @@ class Client:
         except Exception as error:  # noqa: BLE001 (a sweep never depends on the broker)
             if not isinstance(error, ray.exceptions.GetTimeoutError):
                 self._handle = None  # the next report looks for another one
-            waited = time.monotonic() - self._answered_at
+            patience = PATIENCE if isinstance(error, _COMES_BACK) else _LONGEST_REFUSAL
+            is_over = time.monotonic() - self._answered_at > patience
             with self._lock:
-                if self._room is not None and (waited > PATIENCE or not isinstance(error, _COMES_BACK)):
+                if self._room is not None and is_over:
                     self._room, self._trouble = None, f"no broker shares it: {in_one_line(error)}"
                     _log.warning("%s", self._trouble)
             return False
