@@ -149,7 +149,12 @@ class Client:
         with self._lock:
             self._use()
             had = self._room if self._answer is not None else None
-            stand = {"at_work": self._at_work, "most": self._most, "used": self._used, "ended": self._ended}
+            stand: dict[str, Any] = {
+                "at_work": self._at_work,
+                "most": self._most,
+                "used": self._used,
+                "ended": self._ended,
+            }
             stand |= {"room": had, "ahead": self._answer[2] if self._answer is not None else 0.0}
         try:
             if self._handle is None:
