@@ -230,7 +230,9 @@ def test_without_a_broker_a_sweep_goes_on_as_if_it_were_alone(there):
     assert code == 0, (there.folder / "d.log").read_text()
     assert there.events("d")[-1].data["reason"] == "finished"
     assert len(there.times("d", "end")) == 10
-    assert (there.folder / "d.log").read_text().count("no broker shares it: RuntimeError: there is no broker") == 1
+    assert (there.folder / "d.log").read_text().count("no broker shares it: RuntimeError: there is no broker") == 1, (
+        "said once"
+    )
     assert audit(there, "d") == []
 
 

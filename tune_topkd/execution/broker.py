@@ -168,7 +168,6 @@ class Client:
             with self._lock:
                 if self._room is not None and is_over:
                     self._room, self._trouble = None, f"no broker shares it: {in_one_line(error)}"
-                    _log.warning("%s", self._trouble)
             return False
         with self._lock:
             self._answer, self._room, self._answered_at = answer, answer[0], time.monotonic()
