@@ -411,7 +411,7 @@ def test_a_sweep_whose_room_is_taken_frees_all_cpus_and_goes_on_when_it_has_room
     turns = Turns()
     monkeypatch.setattr(ray_tune, "Client", lambda *_: turns)
     config = formulas.sweep_config(sweep={"trials": 4, "asha": None}, baselines=None)
-    with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="t", id="t", trials=4)) as ledger:
+    with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="t", id="t", seed=0, trials=4)) as ledger:
         ledger.append(Driver(host="h", pid=os.getpid(), trials=4))
         search = Search(config, ledger)
         reason = run_sweep(search, cluster=cluster, folder=tmp_path, train=formulas.rising, priority=1.0)
