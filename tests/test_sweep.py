@@ -407,6 +407,8 @@ class Turns:
         return self.is_closed
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # two workers are started, one after the other
 def test_a_sweep_whose_room_is_taken_frees_all_cpus_and_goes_on_when_it_has_room_again(tmp_path, cluster, monkeypatch):
     turns = Turns()
     monkeypatch.setattr(ray_tune, "Client", lambda *_: turns)
