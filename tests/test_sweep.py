@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import formulas
@@ -188,15 +189,16 @@ class Started:
 
 def test_a_free_worker_goes_to_the_trial_that_would_wait_longest_for_its_own():
     """Three slots: while two workers start, the third does trial after trial, and nothing that starts is stopped."""
-    scheduler = ray_tune._TellSearch(None)
+    scheduler = ray_tune._TellSearch(SimpleNamespace(is_full=False))
+    controller = SimpleNamespace(_tune_controller=None)
     trials = [Started(number) for number in range(6)]
     for trial in trials[:3]:
-        scheduler.on_trial_add(None, trial)
+        scheduler.on_trial_add(controller, trial)
     assert [scheduler.choose_trial_to_run(None) for _ in range(3)] == trials[:3], "workers are asked for in their order"
     trials[0].status = Trial.RUNNING
     for short, following in ((0, 3), (3, 4)):
         trials[short].status = Trial.TERMINATED
-        scheduler.on_trial_add(None, trials[following])
+        scheduler.on_trial_add(controller, trials[following])
         assert scheduler.choose_trial_to_run(None) is trials[following]
         trials[following].status = Trial.RUNNING
     trials[4].status = Trial.TERMINATED
