@@ -203,6 +203,7 @@ def test_after_a_driver_s_kill_the_other_sweep_has_all_places(there):
     assert [audit(there, name) for name in "ab"] == [[], []]
 
 
+@pytest.mark.long
 def test_a_broker_that_is_killed_is_begun_again_and_harms_nothing(there):
     if "b" not in there.drivers:  # this test alone
         there.begin("b", 1)
@@ -224,6 +225,7 @@ def test_a_broker_that_is_killed_is_begun_again_and_harms_nothing(there):
     assert audit(there, "b") == []
 
 
+@pytest.mark.long
 def test_without_a_broker_a_sweep_goes_on_as_if_it_were_alone(there):
     for name in list(there.drivers):
         there.end(name)

@@ -262,6 +262,7 @@ def test_a_disk_that_fills_stops_the_sweep_and_with_room_it_goes_on(disk, launch
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_disk_that_turns_read_only_stops_the_sweep_and_writable_again_it_goes_on(disk, launch):
     assert disk.run("mount", "-o", "remount,size=20m", str(disk.path)) == (0, "")
     ledger = disk.seen / "digits" / "ledger.jsonl"

@@ -42,7 +42,7 @@ def patient(monkeypatch):
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize("fate", TOLD)
+@pytest.mark.parametrize("fate", ["killed", pytest.param("kills_worker", marks=pytest.mark.long)])
 def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(node, teacher, tmp_path, fate):
     notes = tmp_path / "notes"
     notes.mkdir()
