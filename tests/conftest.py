@@ -40,9 +40,12 @@ def clean_environment(monkeypatch, tmp_path_factory):
         "TUNE_TOPKD_SWEEP",
         "TUNE_TOPKD_DATA_DIR",
         "RAY_ADDRESS",
+        "AWS_ENDPOINT_URL",
+        "AWS_PROFILE",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TUNE_TOPKD_RUNS_DIR", str(tmp_path_factory.mktemp("runs")))
+    monkeypatch.setenv("TUNE_TOPKD_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session", autouse=True)

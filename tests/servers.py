@@ -1,4 +1,5 @@
-"""Real servers for the tests: `mlflow server` and PostgreSQL, as processes that can be killed, stopped and started again."""
+"""Real servers for the tests: `mlflow server`, PostgreSQL and moto's S3, as processes that can be killed, stopped and
+started again."""
 
 import contextlib
 import os
@@ -175,6 +176,81 @@ class PostgresServer:
             f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{template}'",
             f"CREATE DATABASE {database} TEMPLATE {template}",
         )
+
+
+_S3 = """
+import signal, sys
+from moto.server import ThreadedMotoServer
+
+server = None
+
+def on(*_):
+    global server
+    server = ThreadedMotoServer("127.0.0.1", int(sys.argv[1]), verbose=False)
+    server.start()
+
+def off(*_):
+    server.stop()
+
+signal.signal(signal.SIGUSR1, off)
+signal.signal(signal.SIGUSR2, on)
+on()
+while True:
+    signal.pause()
+"""
+
+
+@contextlib.contextmanager
+def s3_server():
+    """moto's S3 on a loopback port, with nothing in it."""
+    server = S3Server()
+    try:
+        wait_for(server.answers, server.process)
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+class S3Server:
+    """A server that can be gone for a while, and then has what it had."""
+
+    def __init__(self):
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        command = [sys.executable, "-c", _S3, str(self._port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "tester",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def answers(self):
+        """Whether it is there."""
+        try:
+            socket.create_connection(("127.0.0.1", self._port), timeout=5).close()
+        except OSError:
+            return False
+        return True
+
+    def go(self):
+        """Its port is closed."""
+        self.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: not self.answers(), self.process)
+
+    def come_back(self):
+        """Its port is open again."""
+        self.process.send_signal(signal.SIGUSR2)
+        wait_for(self.answers, self.process)
+
+    def make_bucket(self, name):
+        """An empty bucket: its name."""
+        request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
+        return name
 
 
 def _other_user():

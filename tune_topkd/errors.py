@@ -4,9 +4,13 @@ Each class lives in the room that raises it:
 
     TuneTopKDError
     ├── FileError                 storage: a file cannot be read
+    ├── StoreNameError            storage: a URI names no store that is known
+    ├── StoreError                storage: a store cannot be reached or refuses; an `OSError` too
+    │   └── NoObjectError         storage: there is no object of a name
     ├── UserCodeError             user_code: what a name stands for cannot be imported
     ├── ConfigError               config: what the user wrote cannot be run
     ├── LedgerError               ledger: a ledger cannot be used
+    │   └── TakenOverError        ledger: another process drives the sweep now
     ├── NoAnswerError             export: no trial reached the full budget
     ├── NotAloneError             export: a loss cannot be written as a file that stands alone
     ├── StudentError              export: the student of a sweep cannot be written in a format

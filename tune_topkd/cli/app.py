@@ -102,7 +102,13 @@ def _sweeps() -> list[str]:
 
 
 RunsDir = Annotated[
-    Path, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="Folder of the sweeps, the teachers and mlflow.db.")
+    str,
+    typer.Option(
+        "--runs-dir",
+        envvar=RUNS_DIR_VARIABLE,
+        metavar="FOLDER|URI",
+        help="Folder of the sweeps, the teachers and mlflow.db, or s3://BUCKET/PREFIX.",
+    ),
 ]
 MlflowUri = Annotated[
     str | None,
@@ -231,7 +237,7 @@ def run(
         float | None,
         typer.Option(metavar="POINTS", help="End the search when its newest trials raised the best top-1 by less."),
     ] = None,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
     address: Address = None,
     priority: Priority = 1.0,
@@ -294,7 +300,10 @@ def submit(
     gpus_per_trial: GpusPerTrial = None,
     time_budget: TimeBudget = None,
     runs_dir: Annotated[
-        str, typer.Option("--runs-dir", envvar=RUNS_DIR_VARIABLE, help="An absolute path that all nodes share.")
+        str,
+        typer.Option(
+            "--runs-dir", envvar=RUNS_DIR_VARIABLE, help="An absolute path that all nodes share, or s3://BUCKET/PREFIX."
+        ),
     ] = DEFAULT_RUNS,
     mlflow_uri: Annotated[
         str | None, typer.Option("--mlflow-uri", help="MLflow's, as the cluster reaches it [default: the cluster's].")
@@ -502,7 +511,7 @@ def resume(
     time_budget: TimeBudget = None,
     gpu_hours: GpuHours = None,
     cpu_hours: CpuHours = None,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -531,7 +540,7 @@ def confirm(
     again: Annotated[
         bool, typer.Option("--again", help="Read a test set that has been read; the result is marked as that.")
     ] = False,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -582,7 +591,7 @@ def status(
         typer.Option("--watch", help="Show a sweep under way as its own display does, until it ends or Ctrl-C."),
     ] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks of --watch.")] = 2.0,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
 ) -> None:
     """Show how sweeps stand: a row for each, or one in detail.
 
@@ -605,7 +614,7 @@ def status(
     elif found:
         terminal.result(table_of(found, terminal.columns_of_stdout()))
     if not found:
-        Console().print(f"no sweeps in {workspace.runs}")
+        Console().print(f"no sweeps in {workspace.place}")
     if any(entry["state"] == DAMAGED for entry in found):
         raise typer.Exit(USER_ERROR)
 
@@ -637,7 +646,7 @@ def report(
             "-o", "--output", help="The file [default: stdout; of html report.html in the sweep's or the runs folder]."
         ),
     ] = None,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
 ) -> None:
     """Report on sweeps: a table with a row each, or, as html, a page with the answer, plots and all trainings.
 
@@ -663,7 +672,7 @@ def compare(
     ],
     format_: Annotated[Side, typer.Option("--format", help="How the table is written.")] = SIDE_BY_SIDE,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: stdout]")] = None,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
 ) -> None:
     """Show sweeps side by side: the config keys that differ, what each found, and whether one answer is better.
 
@@ -703,7 +712,7 @@ def _of_each(
                 raise
             console.print(f"note: {name} is left out: {error}", style="yellow", soft_wrap=True)
     if not found:
-        raise ConfigError("report", [Problem(key="SWEEP", rule=f"there is none in {workspace.runs}")])
+        raise ConfigError("report", [Problem(key="SWEEP", rule=f"there is none in {workspace.place}")])
     return found
 
 
@@ -724,7 +733,7 @@ def _give(text: str, output: Path | None, console: Console) -> None:
 @app.command()
 def track(
     sweep: SweepName,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Send MLflow what it lacks of a sweep; a second time changes nothing."""
@@ -739,7 +748,7 @@ def track(
 def audit(
     sweep: SweepName,
     mlflow: Annotated[bool, typer.Option(help="Compare MLflow with the ledger too.")] = True,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Check a sweep's decisions, files and MLflow runs against its ledger; exit 1 with a list of what is wrong."""
@@ -762,7 +771,7 @@ def export(
         Path | None,
         typer.Option("-o", "--output", help="The file; a folder where the format is several files [default: stdout]."),
     ] = None,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Write a sweep's tuned config, its student or its trials for others; models:/NAME@ALIAS is one in MLflow's registry."""
@@ -823,7 +832,7 @@ def teacher(
         bool, typer.Option("--prune", help="Remove the banks of logits that no sweep in the runs dir names.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the sweep that the bank is filled for.")] = 0,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
 ) -> None:
     """Train or check the teacher of a search space; prints the path of its weights."""
     from tune_topkd.sweep import prepare
@@ -868,7 +877,7 @@ def train(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of the training.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    runs_dir: RunsDir = Path(DEFAULT_RUNS),
+    runs_dir: RunsDir = DEFAULT_RUNS,
     mlflow_uri: MlflowUri = None,
 ) -> None:
     """Train one config without a sweep: what the YAML and --set say, the method's defaults for the rest.
@@ -888,6 +897,9 @@ def train(
         rule = "must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
         raise ConfigError("--name", [Problem(key=label, rule=rule)])
     workspace = _workspace(runs_dir, mlflow_uri or None)
+    if workspace.remote is not None:
+        rule = "must be a folder: a single training keeps its files in one"
+        raise ConfigError("--runs-dir", [Problem(key=workspace.place, rule=rule)])
     preflight.check_writable(workspace.runs)
     result = train_one(config, label, seed, workspace, _on_console(workspace))
     terminal.result(json.dumps(result, indent=2) + "\n", is_document=True)
@@ -896,7 +908,7 @@ def train(
 
 
 @app.command()
-def doctor(runs_dir: RunsDir = Path(DEFAULT_RUNS), mlflow_uri: MlflowUri = None, address: Address = None) -> None:
+def doctor(runs_dir: RunsDir = DEFAULT_RUNS, mlflow_uri: MlflowUri = None, address: Address = None) -> None:
     """Tell what is installed, what the cluster has, and what is wrong; exit 2 if something is."""
     from tune_topkd.cli.display import progress_of
     from tune_topkd.sweep.doctor import examine
@@ -972,7 +984,7 @@ def _number(text: str | None) -> float | str | None:
 
 
 def _workspace(
-    runs_dir: Path, mlflow_uri: str | None = NO_MLFLOW, address: str | None = None, priority: float = 1.0
+    runs_dir: str, mlflow_uri: str | None = NO_MLFLOW, address: str | None = None, priority: float = 1.0
 ) -> Workspace:
     return Workspace.at(runs_dir, mlflow_uri, _cluster_of(address) or PRIVATE, priority)
 

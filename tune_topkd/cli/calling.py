@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tune_topkd.storage import is_uri
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
 from tune_topkd.sweep.workspace import RAY_VARIABLE
@@ -24,13 +25,13 @@ def command_for(workspace: Workspace, *words: str) -> str:
 
     is_default = workspace.mlflow_uri == sqlite_uri(workspace.runs / "mlflow.db") or words[0] in _WITHOUT_MLFLOW
     uri, address = "" if is_default else workspace.mlflow_uri, workspace.address if words[0] in _WITH_RAY else None
-    runs = None if words[0] in _WITHOUT_RUNS else workspace.runs
+    runs = None if words[0] in _WITHOUT_RUNS else workspace.place
     if words[0] in _WITH_RAY and workspace.priority != 1.0:
         words = (*words, "--priority", f"{workspace.priority:g}")
     return command(*words, runs=runs, mlflow_uri=uri, address=address)
 
 
-def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address: str | None = None) -> str:
+def command(*words: str, runs: str | None = None, mlflow_uri: str = "", address: str | None = None) -> str:
     """A command line of this program.
 
     Args:
@@ -39,7 +40,7 @@ def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address
         mlflow_uri: MLflow's, if it is not the default of these runs; one with a password is left out.
         address: the Ray cluster, if it is not a private one; the environment may name it.
     """
-    options = [] if runs is None or runs == _default_runs() else ["--runs-dir", str(runs)]
+    options = [] if runs is None or runs == _default_runs() else ["--runs-dir", runs]
     if mlflow_uri and mlflow_uri != os.environ.get(MLFLOW_VARIABLE) and not _has_secret(mlflow_uri):
         options += ["--mlflow-uri", mlflow_uri]
     if address is not None and address != os.environ.get(RAY_VARIABLE):
@@ -49,7 +50,7 @@ def command(*words: str, runs: Path | None = None, mlflow_uri: str = "", address
 
 def notebooks_command(workspace: Workspace, sweep: str) -> str:
     """The command line that makes pages of the notebooks for a sweep; it is for a checkout."""
-    runs = [] if workspace.runs == _default_runs() else [f"RUNS={workspace.runs}"]
+    runs = [] if str(workspace.runs) == _default_runs() else [f"RUNS={workspace.runs}"]
     return shlex.join(["make", "analysis", f"SWEEP={sweep}", *runs])
 
 
@@ -64,8 +65,9 @@ def _program() -> Sequence[str]:
     return (Path(script).name,) if is_on_path else (script,)
 
 
-def _default_runs() -> Path:
-    return Path(os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS).expanduser().absolute()
+def _default_runs() -> str:
+    place = os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS
+    return place.rstrip("/") if is_uri(place) else str(Path(place).expanduser().absolute())
 
 
 def _has_secret(uri: str) -> bool:

@@ -11,7 +11,6 @@ from tune_topkd.cli.standing import line_of
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import is_driven
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.machine import gpus
@@ -19,6 +18,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep.api import Status
 from tune_topkd.sweep.api import status_of
 from tune_topkd.sweep.workspace import frozen_config
+from tune_topkd.sweep.workspace import is_under_way
 from tune_topkd.sweep.workspace import stopped_as
 from tune_topkd.terminal import Console
 
@@ -45,12 +45,13 @@ def watch(name: str, workspace: Workspace, every: float, console: Console) -> No
     is_live = console.is_live and sys.stdout.isatty()
     try:
         while True:
-            is_under_way = is_driven(ledger)  # asked first: what it has written until it let go is then read
+            workspace.existing(name)  # runs in a store are copied anew
+            is_driven = is_under_way(folder)  # asked first: what it has written until it let go is then read
             events, offset = read_events(ledger, offset)
             for event in events:
                 picture.take(event)
             state = picture.state
-            if not is_under_way or state.stop_reason:
+            if not is_driven or state.stop_reason:
                 break
             if is_live:
                 is_here = state.last_driver is not None and state.last_driver.host == socket.gethostname()
@@ -74,9 +75,9 @@ def running(workspace: Workspace) -> str:
     Raises:
         ConfigError: there is none, or there are several.
     """
-    found = [name for name in workspace.sweeps() if is_driven(workspace.folder(name) / LEDGER_FILE)]
+    found = [name for name in workspace.sweeps() if is_under_way(workspace.folder(name))]
     if len(found) != 1:
-        rule = f"must be one of {', '.join(found)}" if found else f"no sweep in {workspace.runs} is under way"
+        rule = f"must be one of {', '.join(found)}" if found else f"no sweep in {workspace.place} is under way"
         raise ConfigError("--watch", [Problem(key="SWEEP", rule=rule)])
     return found[0]
 

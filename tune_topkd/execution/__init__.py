@@ -1,8 +1,9 @@
 """Where trials run: all of Ray.
 
 An `Executor` runs the trials of a search: `RayExecutor` on Ray, `SimulatedExecutor` as formulas. Inside: `worker` runs one
-trial where Ray put it, `checkpoints` keeps what it can go on from, `cluster` is the Ray there is, `nodes` which of its nodes
-trials may go to, `packing` measures how many to put there, `ray_tune` joins them to the search through Ray Tune.
+trial where Ray put it, `checkpoints` keeps what it can go on from, `remote` is a sweep that lies in a store, `cluster` is
+the Ray there is, `nodes` which of its nodes trials may go to, `packing` measures how many to put there, `ray_tune` joins
+them to the search through Ray Tune.
 """
 
 from tune_topkd.execution.cluster import Cluster
@@ -15,6 +16,7 @@ from tune_topkd.execution.packing import Packed
 from tune_topkd.execution.packing import pack
 from tune_topkd.execution.ray_tune import SweepTroubleError
 from tune_topkd.execution.ray_tune import run_sweep
+from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.simulated import SimulatedExecutor
 from tune_topkd.execution.worker import TrainFunction
 
@@ -23,6 +25,7 @@ __all__ = [
     "Executor",
     "Packed",
     "RayExecutor",
+    "RemoteSweep",
     "ResourceError",
     "SimulatedExecutor",
     "SweepTroubleError",

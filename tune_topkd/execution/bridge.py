@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,11 +34,14 @@ from tune_topkd.execution.nodes import Nodes
 from tune_topkd.execution.nodes import is_node_loss
 from tune_topkd.execution.nodes import kill_worker
 from tune_topkd.execution.nodes import whereabouts
+from tune_topkd.execution.remote import RemoteSweep
+from tune_topkd.execution.remote import drop_checkpoints
 from tune_topkd.execution.worker import HANG_FILE
-from tune_topkd.execution.worker import folder_trouble
+from tune_topkd.execution.worker import sweep_trouble
 from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import TakenOverError
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
@@ -94,11 +99,14 @@ class Bridge:
         interruption: Interruption | None,
         nodes: Nodes,
         broker: Client | None = None,
+        remote: RemoteSweep | None = None,
     ) -> None:
         self.search = search
         self.trouble = ""
         self.controller: Any = None
         """Ray Tune's loop, once it has a trial."""
+        self.taken_over: TakenOverError | None = None
+        """That another process drives the sweep by now, if that is the trouble."""
         self._folder = folder
         self._files, self._test_files = files, test_files
         self._hashes = dict(hashes)
@@ -107,6 +115,9 @@ class Bridge:
         self._broker = broker
         self._is_idle = False
         """Whether there was no trial to start, and none has ended since."""
+        self._remote = remote
+        self._handed_out: Counter[TrialKey] = Counter()
+        self._removals = ThreadPoolExecutor(1, thread_name_prefix="removing checkpoints")
         self._room = nodes.cluster.room(search.config)
         self._live: set[TrialKey] = set()
         self._at_work: dict[TrialKey, _Place] = {}
@@ -173,6 +184,8 @@ class Bridge:
         return {
             "label": f"{record.key}-{len(record.retries)}" if record.retries else str(record.key),
             "key": list(record.key),
+            "remote": None if self._remote is None else self._remote.as_json(),
+            "attempt": self._attempt(record.key),
             "folder": str(self._trial_folder(record.key)),
             "share": list(share),
             "placement": self._nodes.placement,
@@ -181,6 +194,11 @@ class Bridge:
             "hashes": self._hashes,
             "config": config.model_dump(mode="json"),
         }
+
+    def _attempt(self, key: TrialKey) -> str:
+        """A name that no other attempt at this trial has, whichever process drove it: a later one's is greater."""
+        self._handed_out[key] += 1
+        return f"{self.search.state.drivers:04d}-{self._handed_out[key]:04d}"
 
     def on_start(self, trial: Trial) -> None:
         """A worker has begun the trial."""
@@ -238,7 +256,7 @@ class Bridge:
         told = told or "the worker died, and Ray does not know why"
         last = " ".join((told.rpartition("Failure # ")[2].partition(")\n")[2] or told).split())
         with self.ends_the_sweep():
-            if (stacks := self._stacks(key)) or place.is_hung:
+            if (stacks := self._stacks(key)) or place.is_hung or self._was_silent(place):
                 timeout = self.search.config.sweep.trial_timeout
                 epoch = self.search.state.trials[key].epoch
                 what = f"TimeoutError: no report for {timeout:g} s (sweep.trial_timeout) after epoch {epoch}"
@@ -252,6 +270,10 @@ class Bridge:
             else:
                 self._lost(key, "crash", _without_ids(last)[:300], told)
         self._let_go(key)
+
+    def _was_silent(self, place: _Place) -> bool:
+        """Whether a worker on another node ended itself, as one that hangs does: its stacks are not seen from here."""
+        return self._remote is not None and time.monotonic() - place.heard_at > self.search.config.sweep.trial_timeout
 
     def check(self) -> None:
         """Detect silent stalls: called often, it looks every few seconds."""
@@ -290,6 +312,7 @@ class Bridge:
         except OSError as error:
             self.trouble = self.trouble or f"{error.filename or self.search.ledger.path}: {error.strerror or error}"
         except LedgerError as error:
+            self.taken_over = error if isinstance(error, TakenOverError) else None
             self.trouble = self.trouble or str(error)
         except Exception as error:  # noqa: BLE001 (it is told, and its trace is in the log)
             _log.exception("the sweep ends")
@@ -321,7 +344,7 @@ class Bridge:
     def _is_one_node_s(self, key: TrialKey, message: dict[str, Any]) -> bool:
         """Whether trouble with the sweep's folder is one node's, as far as can be seen from here."""
         is_full = any(os.strerror(number) in message["error"] for number in (errno.ENOSPC, errno.EDQUOT))
-        if is_full or folder_trouble(self._folder, self.search.state.header.id):
+        if is_full or sweep_trouble(self._folder, self._remote, self.search.state.header.id):
             return False
         return self._nodes.is_to_blame(key, message["node"], message["error"], is_surroundings=True)
 
@@ -354,9 +377,23 @@ class Bridge:
             if is_lost and not self.trouble:  # in trouble, the end may not have reached the disk
                 for checkpoint in [*checkpoints(self._trial_folder(key)), *self._trial_folder(key).glob(".epoch-*")]:
                     shutil.rmtree(checkpoint, ignore_errors=True)
+                if self._remote is not None:
+                    self._removals.submit(_remove_from_store, self._remote, str(key))
+
+    def close(self) -> None:
+        """Wait until nothing is being removed any more."""
+        self._removals.shutdown()
 
     def _trial_folder(self, key: TrialKey) -> Path:
         return self._folder / "trials" / str(key)
+
+
+def _remove_from_store(remote: RemoteSweep, label: str) -> None:
+    """Remove the checkpoints of a trial that is lost to the search: nothing is ever decided by them."""
+    try:
+        drop_checkpoints(remote.open(), remote.sweep, label)
+    except (OSError, ValueError) as error:
+        _log.warning("the checkpoints of trial %s stay in the store: %s", label, error)
 
 
 def key_of(trial: Trial) -> TrialKey:

@@ -23,7 +23,8 @@ from tune_topkd.storage import rename
 
 GENERATIONS = 2
 
-_REPORT_FILE = "report.json"
+REPORT_FILE = "report.json"
+"""Says which epoch a checkpoint is of, and what its files are."""
 _CHECKPOINT = re.compile(r"epoch-([0-9]+)")
 
 
@@ -31,8 +32,11 @@ class StorageError(OSError):
     """The trial's folder cannot be written: the disk's trouble, not the trial's."""
 
 
-def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
+def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> Path:
     """Write the checkpoint of one epoch, whole or not at all, and drop the ones before the last two.
+
+    Returns:
+        The checkpoint.
 
     Raises:
         StorageError: the disk is full, read-only or gone.
@@ -46,8 +50,8 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
         save(partial)
         files = {p.name: file_hash(p) for p in sorted(partial.iterdir())}
         report = {"epoch": epoch, "metrics": jsonable(metrics), "files": files}
-        (partial / _REPORT_FILE).write_text(json.dumps(report))
-        _drop(final)
+        (partial / REPORT_FILE).write_text(json.dumps(report))
+        drop(final)
         publish(partial, final)
     except Exception as error:
         trouble = disk_trouble(error, folder)  # before room is made again
@@ -56,10 +60,11 @@ def write_checkpoint(folder: Path, epoch: int, metrics: Mapping[str, float], sav
             raise StorageError(trouble) from error
         raise
     for old in checkpoints(folder)[GENERATIONS:]:
-        _drop(old)
+        drop(old)
+    return final
 
 
-def _drop(checkpoint: Path) -> None:
+def drop(checkpoint: Path) -> None:
     """Remove a checkpoint, if it is there: a kill in between leaves it whole or without its name."""
     nameless = checkpoint.with_name(f".{checkpoint.name}.dropped")
     _remove(nameless)
@@ -82,7 +87,7 @@ def clear_up(folder: Path, newest: Path | None) -> None:
     if newest is not None:
         found = checkpoints(folder)
         for old in found[max(GENERATIONS, found.index(newest) + 1) :]:
-            _drop(old)
+            drop(old)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -101,7 +106,7 @@ def is_whole(path: Path) -> bool:
     """Whether a checkpoint is as it was written."""
     try:
         epoch, _ = read_report(path)
-        files = json.loads((path / _REPORT_FILE).read_bytes())["files"]
+        files = json.loads((path / REPORT_FILE).read_bytes())["files"]
         is_its = epoch == int(path.name.partition("-")[2])
         return is_its and all(file_hash(path / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged report may be of any shape
@@ -110,7 +115,7 @@ def is_whole(path: Path) -> bool:
 
 def read_report(path: Path) -> tuple[int, dict[str, Any]]:
     """The epoch of a checkpoint and its metrics."""
-    report = json.loads((path / _REPORT_FILE).read_bytes())
+    report = json.loads((path / REPORT_FILE).read_bytes())
     return report["epoch"], dict(report["metrics"])
 
 

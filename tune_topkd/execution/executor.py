@@ -17,6 +17,7 @@ from tune_topkd.execution.packing import Packed
 from tune_topkd.execution.packing import Probe
 from tune_topkd.execution.packing import pack
 from tune_topkd.execution.ray_tune import run_sweep
+from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.worker import TrainFunction
 from tune_topkd.search import Search
 
@@ -26,7 +27,7 @@ class Work:
     """What an executor is given besides the search."""
 
     folder: Path
-    """The sweep's, absolute, on storage that all nodes see."""
+    """The sweep's, absolute, on storage that all nodes see; with `remote` the driver's alone."""
     train: TrainFunction
     """Runs a trial; must be importable where trials run."""
     files: SharedFiles
@@ -39,6 +40,8 @@ class Work:
     """Is told why the process cannot go on, and ends it."""
     test_files: SharedFiles = NO_FILES
     """What the trials of the arm `test` share."""
+    remote: RemoteSweep | None = None
+    """Where the sweep lies, if that is a store."""
 
 
 class Executor(Protocol):
@@ -90,4 +93,5 @@ class RayExecutor:
                 interruption=self._interruption,
                 note=work.note,
                 priority=self._priority,
+                remote=work.remote,
             )

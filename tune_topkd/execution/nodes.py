@@ -25,8 +25,9 @@ from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.cluster import resources
+from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.worker import Worker
-from tune_topkd.execution.worker import folder_trouble
+from tune_topkd.execution.worker import sweep_trouble
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialKey
 
@@ -49,17 +50,26 @@ class Nodes:
     **Threads.** Not thread-safe: one thread calls it.
     """
 
-    def __init__(self, worker: Worker, folder: Path, sweep_id: str, share: Share, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        folder: Path,
+        sweep_id: str,
+        share: Share,
+        note: Callable[[str], None],
+        remote: RemoteSweep | None = None,
+    ) -> None:
         """Nothing is looked at yet.
 
         Args:
             worker: what runs the trials.
-            folder: the sweep's, which all nodes must see.
+            folder: the sweep's, which all nodes must see, but with `remote`.
             sweep_id: of the sweep, by its ledger.
             share: the least that a trial is given.
             note: is told of each node that trials do not go to, and why.
+            remote: where the sweep lies, if that is a store.
         """
-        self._arguments = ray.cloudpickle.dumps(worker), str(folder), sweep_id
+        self._arguments = ray.cloudpickle.dumps(worker), str(folder), sweep_id, remote
         self._share = share
         self._note = note
         self._asked: dict[str, tuple[Any, float]] = {}
@@ -232,13 +242,13 @@ def _without_numbers(error: str) -> str:
     return re.sub(r"\b0x[0-9a-f]+\b|\b[0-9a-f]{16,}\b|\d+", "#", error)
 
 
-def _look(pickled: bytes, folder: str, sweep_id: str) -> str:
-    """On a node: load the train function, and look for the sweep's folder. What is wrong, or nothing."""
+def _look(pickled: bytes, folder: str, sweep_id: str, remote: RemoteSweep | None) -> str:
+    """On a node: load the train function, and look for the place where the sweep lies. What is wrong, or nothing."""
     try:
         ray.cloudpickle.loads(pickled)
     except Exception as error:  # noqa: BLE001 (whatever importing raises is the answer)
         return f"the train function cannot be imported on the cluster's workers: {type(error).__name__}: {error}"
-    return folder_trouble(Path(folder), sweep_id)
+    return sweep_trouble(Path(folder), remote, sweep_id)
 
 
 def is_node_loss(told: str, node: str) -> bool:

@@ -33,6 +33,7 @@ from tune_topkd.execution.broker import Client
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import share_of
 from tune_topkd.execution.nodes import Nodes
+from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.scratch import scratch_folder
 from tune_topkd.execution.worker import MESSAGE
 from tune_topkd.execution.worker import TrainFunction
@@ -63,6 +64,7 @@ def run_sweep(
     interruption: Interruption | None = None,
     note: Callable[[str], None] = _log.warning,
     priority: float | None = None,
+    remote: RemoteSweep | None = None,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
@@ -72,7 +74,7 @@ def run_sweep(
     Args:
         search: the sweep's brain, made from its ledger.
         cluster: the Ray to run on.
-        folder: the sweep's folder, absolute, on storage that all nodes see.
+        folder: the sweep's folder, absolute, on storage that all nodes see; with `remote` the driver's alone.
         train: what runs a trial; must be importable on the workers.
         files: what all trials share, where all nodes see it, but for those of the arm `test`.
         test_files: what these share.
@@ -80,15 +82,17 @@ def run_sweep(
         interruption: asks the sweep to end; by default Ctrl-C does.
         note: is told of nodes that trials do not go to, and why, and of other sweeps on the cluster.
         priority: the sweep's among others on this cluster, above 0; None where there can be none.
+        remote: where the sweep lies, if that is a store.
 
     Raises:
+        TakenOverError: another process drives the sweep by now.
         ResourceError: a trial can never be placed, or on no node the train function can be imported or the folder seen.
         SweepTroubleError: the disk is full or read-only, or the cluster has no room any more; the sweep can be resumed.
     """
     cluster.room(search.config)
     worker = Worker(train)
     share = share_of(search.config)
-    nodes = Nodes(worker, folder, search.state.header.id, share, note)
+    nodes = Nodes(worker, folder, search.state.header.id, share, note, remote)
     broker = None if priority is None else Client(search.state.header.id, share, priority, note)
 
     def trial(config: dict[str, Any]) -> None:
@@ -101,8 +105,9 @@ def run_sweep(
     with contextlib.nullcontext() if broker is None else broker.reporting():  # it begins while the nodes are looked at
         nodes.wait_for_one()
         (folder / "trials").mkdir(exist_ok=True)
-        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker)
+        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker, remote)
         with (
+            contextlib.closing(bridge),
             scratch_folder() as scratch,
             _listening(interruption),
             bridge.ends_the_sweep(),  # what ends Ray's loop is trouble of the sweep, not a trace in the user's terminal
@@ -110,6 +115,8 @@ def run_sweep(
         ):
             bridge.wait_for_room()
             _tuner(trial, resources, bridge, scratch).fit()
+    if bridge.taken_over is not None:
+        raise bridge.taken_over
     if bridge.trouble:
         with contextlib.suppress(OSError, LedgerError):  # the trouble may be the ledger's own
             search.stopped(bridge.trouble)

@@ -31,11 +31,15 @@ from tune_topkd.execution.checkpoints import jsonable
 from tune_topkd.execution.checkpoints import newest_checkpoint
 from tune_topkd.execution.checkpoints import read_report
 from tune_topkd.execution.checkpoints import write_checkpoint
+from tune_topkd.execution.remote import Attempt
+from tune_topkd.execution.remote import OutdatedAttemptError
+from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import read_header
 from tune_topkd.storage import FileError
 from tune_topkd.storage import Lock
+from tune_topkd.storage import StoreError
 from tune_topkd.storage import disk_trouble
 from tune_topkd.storage import file_hash
 from tune_topkd.storage import lock
@@ -99,15 +103,32 @@ class Worker:
         def send(message: Mapping[str, Any]) -> None:
             tune.report({MESSAGE: json.dumps({**message, **place})})
 
-        folder = Path(trial["folder"])
+        folder, described, attempt = Path(trial["folder"]), trial["config"], None
+        remote = RemoteSweep(**trial["remote"]) if trial.get("remote") else None
         try:
-            if trouble := folder_trouble(folder.parents[1], trial["sweep_id"]):
+            if trouble := sweep_trouble(folder.parents[1], remote, trial["sweep_id"]):
                 raise NotTheFolderError(trouble)
-            config = TrialConfig.model_validate(trial["config"])
-            _check_unchanged(trial["hashes"])
-            run_trial(self.train, config, folder, send, trial["timeout"])
+            hashes = trial["hashes"]
+            if remote is not None:
+                described, hashes = remote.located(described), remote.hashes_here(hashes)
+                attempt = Attempt(remote.open(), remote.trial(folder.name), trial["attempt"])
+                folder = remote.folder_of(folder.name)
+            config = TrialConfig.model_validate(described)
+            _check_unchanged(hashes)
+            run_trial(self.train, config, folder, send, trial["timeout"], attempt)
         except Exception as error:  # noqa: BLE001 (whatever the train function raises is the trial's end)
-            send(_failure(error, folder) | {"is_surroundings": _is_surroundings(error, trial["config"])})
+            send(_failure(error, folder) | {"is_surroundings": _is_surroundings(error, described)})
+
+
+def sweep_trouble(folder: Path, remote: RemoteSweep | None, sweep_id: str) -> str:
+    """What is wrong with the place where a sweep lies, as this node sees it; empty if nothing is.
+
+    Args:
+        folder: the sweep's.
+        remote: where it lies, if that is a store.
+        sweep_id: what its ledger must say.
+    """
+    return folder_trouble(folder, sweep_id) if remote is None else remote.trouble(sweep_id)
 
 
 def folder_trouble(folder: Path, sweep_id: str) -> str:
@@ -150,6 +171,7 @@ def run_trial(
     folder: Path,
     send: Callable[[Mapping[str, Any]], None],
     timeout: float | None = None,
+    attempt: Attempt | None = None,
 ) -> None:
     """Train, from the newest whole checkpoint in `folder` if there is one; `send` blocks until the driver decided.
 
@@ -159,12 +181,18 @@ def run_trial(
         folder: the trial's; made if need be, in one that is there.
         send: takes a message to the driver.
         timeout: seconds without a report after which this process writes all its stacks to `HANG_FILE` and ends.
+        attempt: of a sweep in a store: where checkpoints come from and go to; `folder` has copies of them.
 
     Raises:
         StorageError: a checkpoint cannot be written because of the disk.
+        StoreError: the store cannot be reached.
         FolderBusyError: another worker holds the folder for too long.
+        OutdatedAttemptError: a later attempt has begun elsewhere.
     """
     with _only_worker(folder), _ends_when_hung(folder, timeout) as awaited:
+        if attempt is not None:
+            with awaited():
+                attempt.begin(folder)
         newest = newest_checkpoint(folder)
         clear_up(folder, newest)
         if newest is not None:
@@ -174,7 +202,9 @@ def run_trial(
 
         def report(epoch: int, metrics: Mapping[str, float], save: Callable[[Path], None]) -> None:
             with awaited():
-                write_checkpoint(folder, epoch, metrics, save)
+                checkpoint = write_checkpoint(folder, epoch, metrics, save)
+                if attempt is not None:
+                    attempt.keep(checkpoint)  # before the driver hears of the epoch
                 send({"kind": "report", "epoch": epoch, "metrics": jsonable(metrics)})
 
         train(config, report, newest)
@@ -263,10 +293,10 @@ def _is_surroundings(error: BaseException, config: Mapping[str, Any]) -> bool:
 def _failure(error: Exception, folder: Path) -> dict[str, Any]:
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     text = " ".join(str(error).split())
-    is_trouble = isinstance(error, StorageError | ChangedFileError)
+    is_trouble = isinstance(error, StorageError | StoreError | ChangedFileError)
     if trouble := str(error) if is_trouble else disk_trouble(error, folder):
         kind, reason, text = "storage", "", trouble
-    elif isinstance(error, FolderBusyError | ProcessLostError):
+    elif isinstance(error, FolderBusyError | ProcessLostError | OutdatedAttemptError):
         kind, reason = "lost", "crash"
     elif out_of_memory:
         kind, reason = "lost", "oom"

@@ -5,7 +5,7 @@ Every suggestion, report, decision and end is one line of `ledger.jsonl`, on the
 
 Inside: `events` are the lines, `state` is what they tell, `finalists` is which trial is the answer, `looks` is what it
 gives on the test set, `baselines` is how many trials these have, `endings` is when a search ends early, `log` is the
-file, `trackers` is who watches.
+file, `mirror` is the ledger in a store, `trackers` is who watches.
 """
 
 from tune_topkd.ledger.baselines import baseline_target
@@ -65,6 +65,7 @@ from tune_topkd.ledger.finalists import unrepeated
 from tune_topkd.ledger.finalists import winner_of
 from tune_topkd.ledger.log import LEDGER_FILE
 from tune_topkd.ledger.log import Ledger
+from tune_topkd.ledger.log import header_of
 from tune_topkd.ledger.log import is_driven
 from tune_topkd.ledger.log import read_events
 from tune_topkd.ledger.log import read_header
@@ -80,6 +81,8 @@ from tune_topkd.ledger.looks import largest_seed
 from tune_topkd.ledger.looks import measured
 from tune_topkd.ledger.looks import measured_done
 from tune_topkd.ledger.looks import to_measure
+from tune_topkd.ledger.mirror import Mirror
+from tune_topkd.ledger.mirror import TakenOverError
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.ledger.state import TrialRecord
 from tune_topkd.ledger.trackers import Tracker
@@ -113,6 +116,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "Look",
+    "Mirror",
     "Plateau",
     "Prepared",
     "Repeat",
@@ -123,6 +127,7 @@ __all__ = [
     "Stop",
     "Suggest",
     "SweepState",
+    "TakenOverError",
     "TeacherFile",
     "Tracker",
     "TrialContent",
@@ -147,6 +152,7 @@ __all__ = [
     "fresh_seeds",
     "has_collapsed",
     "has_looked",
+    "header_of",
     "is_confirmed",
     "is_driven",
     "is_of_the_answer",

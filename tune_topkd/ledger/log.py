@@ -22,8 +22,10 @@ from tune_topkd.ledger.events import Header
 from tune_topkd.ledger.events import LedgerError
 from tune_topkd.ledger.events import decode
 from tune_topkd.ledger.events import encode
+from tune_topkd.ledger.mirror import Mirror
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.storage import Lock
+from tune_topkd.storage import StoreError
 from tune_topkd.storage import lock
 from tune_topkd.storage import sync
 from tune_topkd.storage import sync_stream
@@ -39,7 +41,8 @@ class Ledger:
 
     **Durability.** `append` returns when its lines are on the disk. **Ownership.** The file is locked while it is open; a
     second process is refused. **Crashes.** After a kill at any instant, opening it again gives every event whose `append`
-    returned, and perhaps the one in flight.
+    returned, and perhaps the one in flight. **Mirror.** With one, `append` returns when its lines are in the store; the file
+    is a copy, and opening begins with `Mirror.pull`.
     """
 
     def __init__(
@@ -49,12 +52,15 @@ class Ledger:
         stream: Any,
         clock: Callable[[], float] = lambda: time.time(),
         is_durable: bool = True,
+        mirror: Mirror | None = None,
     ) -> None:
         self.path = path
         self.state = state
         self._stream = stream
         self._clock = clock
-        self._sync_lines = sync_stream if is_durable else lambda stream: None
+        self.mirror = mirror
+        """The ledger in a store, if it lies there."""
+        self._sync_lines = sync_stream if is_durable and mirror is None else lambda stream: None
         self._unfinished: tuple[Callable[[], None], int] | None = None
         """While events are written: what undoes them in the state, and where the file ended before."""
 
@@ -69,6 +75,7 @@ class Ledger:
         undo: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = lambda: time.time(),
         is_durable: bool = True,
+        mirror: Mirror | None = None,
     ) -> Self:
         """Begin a new ledger with its first line. Of several processes that try at once, one succeeds.
 
@@ -82,9 +89,11 @@ class Ledger:
             undo: called if it cannot be begun after `before` was called, while the file is still this process's.
             clock: the time of each line, in seconds; a simulation has its own.
             is_durable: whether `append` waits for the disk; a simulation, which can be run again, need not.
+            mirror: the ledger in a store, just pulled.
 
         Raises:
             LedgerError: the file exists, or another process is about to begin it.
+            StoreError: the store cannot be reached or refuses.
             OSError: the disk refused; a file that was not there before is not left.
         """
         _refuse_begun(path, may_replace)
@@ -96,7 +105,9 @@ class Ledger:
                 before()
                 stream.truncate(0)
                 stream.seek(0)
-                ledger = cls(path, SweepState(), stream, clock, is_durable)
+                ledger = cls(path, SweepState(), stream, clock, is_durable, mirror)
+                if mirror is not None:
+                    mirror.begin()
                 ledger.append(header)
                 sync(path.parent)
             except BaseException:
@@ -112,17 +123,28 @@ class Ledger:
     def withdraw(self) -> None:
         """Remove the file of a sweep that has not been prepared, as if it had never begun, and close it."""
         assert not self.state.is_prepared, "what has begun stays"
+        if self.mirror is not None:
+            with contextlib.suppress(StoreError):  # it may be why; then the next `run` closes it
+                self.mirror.close(self.state.last_seq + 1)
         self.path.unlink()
         self.close()
 
     @classmethod
-    def open(cls, path: Path, *, clock: Callable[[], float] = lambda: time.time(), is_durable: bool = True) -> Self:
+    def open(
+        cls,
+        path: Path,
+        *,
+        clock: Callable[[], float] = lambda: time.time(),
+        is_durable: bool = True,
+        mirror: Mirror | None = None,
+    ) -> Self:
         """Open an existing ledger, dropping a last line that a kill has torn.
 
         Args:
             path: the file.
             clock: the time of each line, as for `create`.
             is_durable: whether `append` waits for the disk, as for `create`.
+            mirror: the ledger in a store, just pulled.
 
         Raises:
             LedgerError: missing, damaged, of another version, or driven by another process.
@@ -143,7 +165,7 @@ class Ledger:
         except BaseException:
             stream.close()
             raise
-        return cls(path, state, stream, clock, is_durable)
+        return cls(path, state, stream, clock, is_durable, mirror)
 
     def append(self, *contents: Content) -> list[Event]:
         """Write events, in one piece, and return them, as readers see them, when they are on the disk.
@@ -152,13 +174,17 @@ class Ledger:
         nor in the state, and others can be written.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the disk, or the store, refused; with a store the events may be there all the same: then they are
+                kept, as the next append or the next opening finds.
+            TakenOverError: another process drives the sweep by now.
             LedgerError: the events cannot follow those before them or are not such as can be read again, or the disk will
                 not let go of what an earlier append has left.
             TypeError: a value is nothing that JSON can hold.
         """
         if not self._take_back():
             raise LedgerError(f"{self.path}: an earlier write has failed; what was written until then is safe")
+        if self.mirror is not None and (kept := self.mirror.settle(self.state.last_seq + 1)):
+            self._keep([decode(line, "a line of the store") for line in kept.splitlines()], kept)
         start = self._stream.tell()
         lines = [
             encode(Event(seq, round(self._clock(), 3), content))
@@ -167,8 +193,11 @@ class Ledger:
         written = [decode(line[:-1], "a line to be written") for line in lines]
         self._unfinished = self.state.taking_back(written), start
         try:
+            first = self.state.last_seq + 1
             for event in written:
                 self.state.apply(event)
+            if self.mirror is not None:  # first: whoever reads the file sees nothing that may not stay
+                self.mirror.put(first, b"".join(lines))
             _write_all(self._stream, b"".join(lines))
             self._sync_lines(self._stream)
         except BaseException as error:
@@ -178,6 +207,12 @@ class Ledger:
             raise
         self._unfinished = None
         return written
+
+    def _keep(self, events: list[Event], lines: bytes) -> None:
+        """Take events that an append has put into the store though it failed."""
+        for event in events:
+            self.state.apply(event)
+        _write_all(self._stream, lines)
 
     def _take_back(self) -> bool:
         """Undo the last append if it has not come to its end, and say whether there is nothing left of it.
@@ -242,8 +277,16 @@ def read_header(path: Path) -> Header:
         LedgerError: the first line is not there or damaged.
     """
     with open(path, "rb") as stream:
-        line = stream.readline()
-    content = decode(line.removesuffix(b"\n"), "line 1").content
+        return header_of(stream.readline())
+
+
+def header_of(lines: bytes) -> Header:
+    """What the first of a ledger's lines says.
+
+    Raises:
+        LedgerError: it is not there or damaged.
+    """
+    content = decode(lines.partition(b"\n")[0], "line 1").content
     if not isinstance(content, Header):
         raise LedgerError(f"line 1 is no `{Header.NAME}` event")
     return content

@@ -114,6 +114,8 @@ class SweepState:
         self.stop_error = ""
         """What the last driver's `stop` said of it, in one line; empty as `stop_reason` is."""
         self.last_driver: Driver | None = None
+        self.drivers = 0
+        """How many processes have driven it, the last one included."""
         self.prepared: Prepared | None = None
         """What all trials share; None before the `prepared` event."""
         self.places: dict[str, Any] = {}
@@ -159,6 +161,7 @@ class SweepState:
             case Driver() as driver:
                 self.forgiven = len(self.ended) if self.stop_reason == "failed" else self.forgiven
                 self.last_driver, self.stop_reason, self.stop_error, self.target = driver, "", "", driver.trials
+                self.drivers += 1
                 self.asked = max(self.asked, driver.trials)
                 self.places |= driver.places
                 self.finalists = driver.finalists or self.finalists

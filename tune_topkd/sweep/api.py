@@ -142,7 +142,8 @@ class Sweep:
         Args:
             space: the path of a search-space YAML, the bare name of one, or what would stand in one.
             name: of the sweep; by default the YAML's.
-            runs_dir: where sweeps lie; by default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
+            runs_dir: where sweeps lie, a folder or the URI of a store (`s3://BUCKET/PREFIX`); by default
+                `TUNE_TOPKD_RUNS_DIR`, or `runs`.
             overrides: values that replace the space's.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.

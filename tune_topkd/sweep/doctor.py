@@ -16,6 +16,7 @@ from urllib.parse import unquote
 from tune_topkd import machine
 from tune_topkd.config import ConfigError
 from tune_topkd.ledger import Share
+from tune_topkd.storage import StoreError
 from tune_topkd.sweep import preflight
 from tune_topkd.sweep.workspace import Workspace
 
@@ -139,3 +140,9 @@ def _runs(workspace: Workspace) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(workspace.runs).free / 1e9
     yield Finding("runs", f"{workspace.runs}, {free:.0f} GB free", free >= LEAST_FREE_GB)
+    if workspace.remote is not None:
+        try:
+            workspace.remote.check()
+            yield Finding("store", f"{workspace.place}, which keeps two drivers of a sweep apart")
+        except StoreError as error:
+            yield Finding("store", str(error), is_well=False)

@@ -35,6 +35,7 @@ from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import LedgerError
+from tune_topkd.ledger import Mirror
 from tune_topkd.ledger import Prepared
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import Stop
@@ -66,11 +67,13 @@ from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import TEST_DATASET_FILE
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.sweep.workspace import config_digest
+from tune_topkd.sweep.workspace import driver_elsewhere
 from tune_topkd.sweep.workspace import frozen_config
 from tune_topkd.sweep.workspace import may_begin_again
 
 if TYPE_CHECKING:
     from tune_topkd.execution import Executor
+    from tune_topkd.execution import RemoteSweep
 
 GIVEN_UP = 2
 """The exit code of a process that cannot go on, and cannot say so by an exception."""
@@ -116,8 +119,12 @@ class Turn:
         text = dump_config(config)
         header = _header(checked, name, warm, config_digest(config.model_dump(mode="json")))
 
+        mirror, remote = self._mirror(name), self.workspace.remote
+
         def freeze() -> None:
             write_text(folder / CONFIG_FILE, text)
+            if remote is not None:
+                remote.put_config(name, header.digest, text)
 
         def thaw() -> None:
             (folder / CONFIG_FILE).unlink(missing_ok=True)
@@ -126,7 +133,9 @@ class Turn:
         try:
             with (
                 listening() as interruption,
-                Ledger.create(path, header, before=freeze, may_replace=may_begin_again, undo=thaw) as ledger,
+                Ledger.create(
+                    path, header, before=freeze, may_replace=may_begin_again, undo=thaw, mirror=mirror
+                ) as ledger,
             ):
                 try:
                     return self._carry_on(config, ledger, interruption)
@@ -153,7 +162,8 @@ class Turn:
             LedgerError: the ledger is damaged, or another process drives the sweep.
         """
         folder = self.workspace.existing(name)
-        with listening() as interruption, Ledger.open(folder / LEDGER_FILE) as ledger:
+        mirror = self._mirror(name)
+        with listening() as interruption, Ledger.open(folder / LEDGER_FILE, mirror=mirror) as ledger:
             state, source = ledger.state, str(folder / CONFIG_FILE)
             config = _resumed(frozen_config(folder, state), source, self.places, state, limits)
             began_in = state.last_driver.folder if state.last_driver is not None else None
@@ -169,7 +179,8 @@ class Turn:
             LedgerError: the ledger is damaged, or another process drives the sweep.
         """
         folder = self.workspace.existing(name)
-        with listening() as interruption, Ledger.open(folder / LEDGER_FILE) as ledger:
+        mirror = self._mirror(name)
+        with listening() as interruption, Ledger.open(folder / LEDGER_FILE, mirror=mirror) as ledger:
             state, source = ledger.state, str(folder / CONFIG_FILE)
             config = _resumed(frozen_config(folder, state), source, self.places, state, Limits())
             line = request(config, state, plan)
@@ -178,6 +189,17 @@ class Turn:
             self._check_unchanged(config, state)
             self.watchers.info(f"confirm {name}: {cost(config, state, line).sentence()}")
             return self._carry_on(config, ledger, interruption, line)
+
+    def _mirror(self, name: str) -> Mirror | None:
+        """Of a sweep in a store: its ledger there; the store has been tried.
+
+        Raises:
+            StoreError: it cannot be read or written to.
+            LedgerError: only this machine's copy has the sweep.
+        """
+        if self.workspace.remote is not None:
+            self.workspace.remote.check()
+        return self.workspace.mirror(name)
 
     def _check_unchanged(self, config: SweepConfig, state: SweepState) -> None:
         """Compare what the sweep's results depend on with what it was when the sweep was prepared.
@@ -196,6 +218,16 @@ class Turn:
         self, config: SweepConfig, ledger: Ledger, interruption: Interruption, confirm: Confirm | None = None
     ) -> Result:
         """From the ledger's `driver` event, and what is to be confirmed, to its `stop` and the answer."""
+        if (remote := self.workspace.remote) is None:
+            return self._driven(config, ledger, interruption, confirm)
+        if (other := driver_elsewhere(ledger.path.parent)) is not None:
+            self.watchers.note(f"taken over from {other}: if it still runs, it ends at its next line")
+        with remote.sign_of_life(ledger.state.header.sweep):
+            return self._driven(config, ledger, interruption, confirm)
+
+    def _driven(
+        self, config: SweepConfig, ledger: Ledger, interruption: Interruption, confirm: Confirm | None
+    ) -> Result:
         finalists = ledger.state.finalists or Finalists.configured(config.sweep.finalists)
         about = {"trials": config.sweep.trials, "finalists": finalists, "places": self.places}
         hours = {"gpu_hours": config.sweep.gpu_hours, "cpu_hours": config.sweep.cpu_hours}
@@ -216,7 +248,10 @@ class Turn:
         folder, state = ledger.path.parent, ledger.state
         result = Result(state.header.sweep, folder, frozen_config(folder, state), state, reason, trouble)
         with contextlib.suppress(NoAnswerError):
-            write_text(folder / TUNED_FILE, as_yaml(result.answer))
+            tuned = as_yaml(result.answer)
+            write_text(folder / TUNED_FILE, tuned)
+            if self.workspace.remote is not None:
+                self.workspace.remote.put_answer(result.name, tuned)
         if reason == "finished":
             try:
                 register(result.config, state, folder, self.workspace.mlflow_uri, self.watchers, trouble)
@@ -261,8 +296,11 @@ class Turn:
             share=Share(cpus, gpus),
             images=images,
         )
+        text = dump_config(config)  # with the share as a number
+        if self.workspace.remote is not None:
+            self.workspace.remote.put_config(state.header.sweep, prepared.digest or "", text)
         ledger.append(prepared)
-        write_text(ledger.path.parent / CONFIG_FILE, dump_config(config))  # with the share as a number
+        write_text(ledger.path.parent / CONFIG_FILE, text)
         return config, files
 
     def _prepare_test(self, config: SweepConfig, state: SweepState, confirm: Confirm | None) -> "_Test | None":
@@ -337,7 +375,22 @@ class Turn:
         hashes = identity.file_hashes(config, ledger.state.identities, weights)
         test_files = NO_FILES if test is None else test.files
         hashes |= {} if test is None else test.hashes
-        return executor.run(search, Work(ledger.path.parent, train, files, hashes, note, give_up, test_files))
+        needed = [*hashes, *(f.dataset_file for f in (files, test_files) if f.dataset_file is not None)]
+        remote = self._remote_sweep(ledger, needed)
+        return executor.run(search, Work(ledger.path.parent, train, files, hashes, note, give_up, test_files, remote))
+
+    def _remote_sweep(self, ledger: Ledger, needed: Sequence[str]) -> "RemoteSweep | None":
+        """What workers are told of a sweep in a store; what they need is put there if some may be on other machines."""
+        if (remote := self.workspace.remote) is None:
+            return None
+        from tune_topkd.execution import RemoteSweep
+        from tune_topkd.execution.remote import share
+
+        assert ledger.mirror is not None, "the ledger of such a sweep is in the store"
+        shared = {} if self.workspace.address is None else share(remote.store, needed)
+        name, first = ledger.state.header.sweep, ledger.mirror.first_segment
+        found = RemoteSweep.driven(remote.uri, name, first, ledger.path.parent, uuid.uuid4().hex)
+        return dataclasses.replace(found, shared=shared)
 
 
 @dataclass(frozen=True)
@@ -464,6 +517,8 @@ def _teacher_weights(config: SweepConfig, state: SweepState, workspace: Workspac
 
     if (known := state.teacher_file) is None:
         return None
+    if workspace.remote is not None:
+        workspace.remote.bring_teacher(known.key)
     path = workspace.teachers / known.key / WEIGHTS_NAME
     return path if path.exists() else None
 

@@ -66,11 +66,13 @@ def _error(values: "Tensor") -> float:
 def _hits(folder: Path, finalist: Finalist) -> "dict[int, Tensor]":
     """By seed, 100 for each test image that the training is right about, else 0; empty if one of them has left nothing."""
     from tune_topkd.execution.checkpoints import newest_checkpoint
+    from tune_topkd.execution.remote import bring_checkpoints
     from tune_topkd.train.checkpoint import HITS_KEY
     from tune_topkd.train.checkpoint import CheckpointError
     from tune_topkd.train.checkpoint import load_checkpoint
 
     found = {}
+    bring_checkpoints(folder, [str(finalist.repeats[seed].key) for seed in finalist.values])
     for seed in finalist.values:
         checkpoint = newest_checkpoint(folder / "trials" / str(finalist.repeats[seed].key))
         try:

@@ -17,6 +17,9 @@ from tune_topkd.config import SweepConfig
 from tune_topkd.config import dump_config
 from tune_topkd.config import load_config
 from tune_topkd.config import value_at
+from tune_topkd.storage import StoreNameError
+from tune_topkd.storage import check_uri
+from tune_topkd.storage import is_uri
 from tune_topkd.storage import write_text
 from tune_topkd.sweep.spaces import space_path
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
@@ -45,7 +48,7 @@ class Submission:
     configs: Mapping[str, SweepConfig]
     """By the sweep's name."""
     runs: str
-    """The runs folder, an absolute path that means the same folder on all of the cluster's nodes."""
+    """The runs folder, an absolute path that means the same folder on all of the cluster's nodes, or a store's URI."""
     mlflow_uri: str | None = None
     """MLflow's, as the cluster reaches it; None for what the cluster's environment says."""
     priority: float = 1.0
@@ -67,8 +70,13 @@ class Submission:
             ConfigError: with the problems of the first space that has any, of the runs folder or of the priority.
         """
         check_priority(priority)
-        if not os.path.isabs(runs):
-            rule = "must be an absolute path, of a folder that all of the cluster's nodes share"
+        if is_uri(runs):
+            try:
+                check_uri(runs)
+            except StoreNameError as error:
+                raise ConfigError("--runs-dir", [Problem(key="", rule=str(error))]) from error
+        elif not os.path.isabs(runs):
+            rule = "must be an absolute path, of a folder that all of the cluster's nodes share, or s3://BUCKET/PREFIX"
             raise ConfigError("--runs-dir", [Problem(key=runs, rule=rule)])
         configs = {}
         for name, space in zip(names, spaces, strict=True):

@@ -11,7 +11,7 @@ from tune_topkd.export import NoAnswerError
 from tune_topkd.export import as_yaml
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import LedgerError
-from tune_topkd.ledger import is_driven
+from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.sweep.callbacks import SILENT
@@ -24,6 +24,7 @@ from tune_topkd.sweep.register import skipped
 from tune_topkd.sweep.result import answer
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.sweep.workspace import frozen_config
+from tune_topkd.sweep.workspace import is_under_way
 
 
 def track(sweep: str, workspace: Workspace, watchers: Watchers = SILENT) -> None:
@@ -112,6 +113,7 @@ def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
         What is wrong, a line each; empty if nothing is.
     """
     from tune_topkd.execution.checkpoints import checkpoint_findings
+    from tune_topkd.execution.remote import bring_checkpoints
     from tune_topkd.search import ChoiceError
     from tune_topkd.search import audit_decisions
 
@@ -119,6 +121,8 @@ def audit_sweep(config: SweepConfig, folder: Path) -> list[str]:
         findings, state = audit_decisions(config, read_events(folder / LEDGER_FILE)[0])
     except (ChoiceError, LedgerError) as error:
         return [str(error)]
+    lost = (TrialStatus.PRUNED, TrialStatus.FAILED)
+    bring_checkpoints(folder, [str(r.key) for r in state.trials.values() if r.status not in lost and r.epoch])
     return findings + list(checkpoint_findings(state, folder))
 
 
@@ -138,5 +142,5 @@ def mlflow_findings(sweep: str, workspace: Workspace) -> Iterator[str]:
 
 
 def _check_at_rest(sweep: str, workspace: Workspace, advice: str) -> None:
-    if is_driven(workspace.folder(sweep) / LEDGER_FILE):
+    if is_under_way(workspace.folder(sweep)):
         raise ConfigError("SWEEP", [Problem(key=sweep, rule=f"a process drives it at the moment; {advice}")])

@@ -319,8 +319,8 @@ def plain_command(workspace: Workspace) -> CommandLine:
     """Command lines of `tune-topkd` for a workspace."""
 
     def command(*words: str) -> str:
-        is_elsewhere = words[0] != "verify" and workspace.runs != Path(DEFAULT_RUNS).absolute()
-        return shlex.join(["tune-topkd", *words, *(["--runs-dir", str(workspace.runs)] if is_elsewhere else [])])
+        is_elsewhere = words[0] != "verify" and workspace.place != str(Path(DEFAULT_RUNS).absolute())
+        return shlex.join(["tune-topkd", *words, *(["--runs-dir", workspace.place] if is_elsewhere else [])])
 
     return command
 

@@ -18,6 +18,7 @@ from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
 from tune_topkd.ledger import Share
+from tune_topkd.storage import StoreError
 from tune_topkd.sweep.callbacks import Watchers
 from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.workspace import DATASET_FILE
@@ -78,6 +79,7 @@ def ready_teacher(
     if config.teacher is None:
         return None
     from tune_topkd.teacher import ensure_teacher
+    from tune_topkd.teacher import teacher_key
     from tune_topkd.train import default_device
     from tune_topkd.train import train
 
@@ -90,9 +92,15 @@ def ready_teacher(
                 show(f"training the teacher {name}: epoch {epoch}/{recipe.epochs}{top1}")
 
         try:
+            if workspace.remote is not None:
+                workspace.remote.bring_teacher(teacher_key(config))
             teacher = ensure_teacher(
                 config, workspace.teachers, train, progress, device=default_device(), measure=measure
             )
+            if workspace.remote is not None:
+                workspace.remote.put_teacher(teacher.key, is_new=not teacher.was_cached)
+        except StoreError:
+            raise
         except ValueError as error:
             raise ConfigError("teacher", [Problem(key="", rule=str(error))]) from error
     how = "found" if teacher.was_cached else "trained"

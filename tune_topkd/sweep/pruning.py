@@ -32,7 +32,7 @@ def prune(workspace: Workspace, watchers: Watchers) -> None:
             continue
         freed += bank.bytes
         watchers.info(f"removed {_gigabytes(bank.bytes)}: {bank.path}")
-    watchers.info(f"banks: {_gigabytes(freed)} removed, {_gigabytes(kept)} kept for the sweeps in {workspace.runs}")
+    watchers.info(f"banks: {_gigabytes(freed)} removed, {_gigabytes(kept)} kept for the sweeps in {workspace.place}")
 
 
 def _named(workspace: Workspace, watchers: Watchers) -> Iterator[dict[str, Any]]:

@@ -90,8 +90,10 @@ def write_student(
 def _checkpoint(folder: Path, record: TrialRecord, epochs: int) -> Mapping[str, Any]:
     from tune_topkd.execution.checkpoints import checkpoints
     from tune_topkd.execution.checkpoints import is_whole
+    from tune_topkd.execution.remote import bring_checkpoints
     from tune_topkd.train.checkpoint import load_checkpoint
 
+    bring_checkpoints(folder, [str(record.key)])
     trial = folder / "trials" / str(record.key)
     remedy = "; put the folder back, or train the tuned config (`train`), which keeps its weights"
     newest = next(iter(checkpoints(trial)), None)

@@ -1,11 +1,15 @@
 """A runs folder: the names and files in it, the frozen configs, and whether a sweep can have a name."""
 
+import json
 import math
 import os
+import re
+import time
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from typing import Any
 
 from tune_topkd.config import SWEEP_NAME
@@ -21,11 +25,18 @@ from tune_topkd.config import value_at
 from tune_topkd.config import without
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import LEDGER_VERSION
+from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import is_driven
 from tune_topkd.ledger import read_state
 from tune_topkd.space import digest
+from tune_topkd.storage import StoreNameError
+from tune_topkd.storage import is_uri
+
+if TYPE_CHECKING:
+    from tune_topkd.ledger import Mirror
+    from tune_topkd.sweep.remote import Remote
 
 RUNS_DIR_VARIABLE = "TUNE_TOPKD_RUNS_DIR"
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -40,6 +51,10 @@ CONFIG_FILE = "sweep.yaml"
 DATASET_FILE = "dataset.pt"
 TEST_DATASET_FILE = "test-dataset.pt"
 LOG_FILE = "sweep.log"
+DRIVER_FILE = "driver.json"
+"""Of runs in a store: which process has said when that it drives the sweep."""
+LONGEST_SILENCE = 45.0
+"""Seconds after which it is taken for dead."""
 TEACHERS, TRAINED = "teachers", "trained"
 """Folders beside the sweeps: of trained teachers, of single trainings."""
 RESERVED = (TEACHERS, TRAINED, "mlartifacts")
@@ -73,11 +88,14 @@ class Workspace:
     """Where sweeps lie and run: the runs folder, MLflow, and the Ray cluster to use, if not a private one."""
 
     runs: Path
+    """The folder; of runs in a store this machine's copy."""
     mlflow_uri: str
     """Empty for a sweep that is not to be in MLflow."""
     address: str | None = None
     priority: float = 1.0
     """Among the sweeps on that cluster."""
+    remote: "Remote | None" = None
+    """The store that the runs lie in, if they do."""
 
     @classmethod
     def at(
@@ -90,20 +108,23 @@ class Workspace:
         """The workspace of these arguments; what is None is as the environment says.
 
         Args:
-            runs_dir: where sweeps, teachers and mlflow.db lie; by default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
+            runs_dir: where sweeps, teachers and mlflow.db lie, a folder or the URI of a store (`s3://BUCKET/PREFIX`); by
+                default `TUNE_TOPKD_RUNS_DIR`, or `runs`.
             mlflow_uri: MLflow's; by default `MLFLOW_TRACKING_URI`, or SQLite in the runs folder. Empty for no MLflow.
             address: a running Ray cluster; by default `RAY_ADDRESS`. `local`, and none at all, is a private one.
             priority: above 0, among the sweeps on that cluster: with 3 a sweep gets three times what one with 1 gets.
 
         Raises:
-            ConfigError: the priority is no positive number, or MLflow keeps no runs at such a URI.
+            ConfigError: the runs cannot lie at such a URI, the priority is no positive number, or MLflow keeps no runs at
+                such a URI.
             ResourceError: Ray cannot be at such an address.
         """
         from tune_topkd.sweep.preflight import check_mlflow_uri
         from tune_topkd.tracking import sqlite_uri
 
         folder = runs_dir if runs_dir is not None else os.environ.get(RUNS_DIR_VARIABLE) or DEFAULT_RUNS
-        runs = Path(folder).expanduser().absolute()
+        remote = _remote(str(folder))
+        runs = Path(folder).expanduser().absolute() if remote is None else remote.runs
         uri = mlflow_uri
         if uri is None:
             uri = os.environ.get(MLFLOW_VARIABLE) or sqlite_uri(runs / "mlflow.db")
@@ -112,11 +133,25 @@ class Workspace:
         check_priority(priority)
         address = os.environ.get(RAY_VARIABLE) if address is None else address
         if address in (None, "", PRIVATE):
-            return cls(runs, uri)
+            return cls(runs, uri, remote=remote)
         from tune_topkd.execution import check_address
 
         check_address(address)
-        return cls(runs, uri, address, priority)
+        return cls(runs, uri, address, priority, remote)
+
+    @property
+    def place(self) -> str:
+        """Where the runs lie, as `--runs-dir` has it."""
+        return str(self.runs) if self.remote is None else self.remote.uri
+
+    def mirror(self, sweep: str) -> "Mirror | None":
+        """Of a sweep in a store: its ledger there, for the process that is to drive it.
+
+        Raises:
+            LedgerError: only this machine's copy has the sweep.
+            StoreError: the store cannot be read.
+        """
+        return None if self.remote is None else self.remote.mirror(sweep)
 
     def folder(self, sweep: str) -> Path:
         """A sweep's folder."""
@@ -128,7 +163,13 @@ class Workspace:
         return self.runs / TEACHERS
 
     def sweeps(self) -> list[str]:
-        """The names of the sweeps that have begun, oldest first; those that cannot be looked into are among them."""
+        """The names of the sweeps that have begun, oldest first; those that cannot be looked into are among them.
+
+        Raises:
+            StoreError: the store that they lie in cannot be read.
+        """
+        if self.remote is not None:
+            return sorted(self.remote.sweeps(), key=lambda name: (_begun_at(self.folder(name)), name))
         try:
             names = [path.name for path in self.runs.iterdir() if SWEEP_NAME.fullmatch(path.name)]
         except FileNotFoundError:
@@ -148,7 +189,13 @@ class Workspace:
             return 0.0
 
     def has_begun(self, sweep: str) -> bool:
-        """Whether the sweep's ledger has a line; a kill may have come between the file and its first one."""
+        """Whether the sweep's ledger has a line; a kill may have come between the file and its first one.
+
+        Raises:
+            StoreError: the store that it lies in cannot be read.
+        """
+        if self.remote is not None:
+            return self.remote.pull(sweep)
         try:
             with open(self.folder(sweep) / LEDGER_FILE, "rb") as ledger:
                 return ledger.readline().endswith(b"\n")
@@ -164,7 +211,7 @@ class Workspace:
         folder = self.folder(sweep)
         if not self.has_begun(sweep):
             known = self.sweeps()
-            rule = f"no such sweep in {self.runs}; " + (unknown_choice(sweep, known) if known else "there are none")
+            rule = f"no such sweep in {self.place}; " + (unknown_choice(sweep, known) if known else "there are none")
             raise ConfigError("SWEEP", [Problem(key=sweep, rule=rule)])
         return folder
 
@@ -194,6 +241,32 @@ class Workspace:
         raise ConfigError("--name", [Problem(key=name, rule=rule)])
 
 
+def _remote(place: str) -> "Remote | None":
+    """The store that a place of runs is the URI of; None for a folder.
+
+    Raises:
+        ConfigError: it is the URI of none.
+    """
+    if not is_uri(place):
+        if re.match(r"[a-z][a-z0-9+]+:/", place):
+            rule = "is no folder's name; a URI is given as a text, not as a `Path`, which drops a slash"
+            raise ConfigError("--runs-dir", [Problem(key=place, rule=rule)])
+        return None
+    from tune_topkd.sweep.remote import Remote
+
+    try:
+        return Remote.at(place)
+    except StoreNameError as error:
+        raise ConfigError("--runs-dir", [Problem(key="", rule=str(error))]) from error
+
+
+def _begun_at(folder: Path) -> float:
+    try:
+        return read_state(folder / LEDGER_FILE).started_at
+    except LedgerError:
+        return 0.0
+
+
 def may_begin_again(state: SweepState) -> bool:
     """Whether nothing is lost if a sweep is begun anew: it ended before its teacher was there."""
     return not state.is_prepared
@@ -202,9 +275,25 @@ def may_begin_again(state: SweepState) -> bool:
 def condition(folder: Path, state: SweepState) -> str:
     """`running`, or how it ended: `finished`, `failed`, `interrupted`, `out of time`, `out of GPU hours`,
     `out of CPU hours`, `stopped by trouble`, `killed`."""
-    if is_driven(folder / LEDGER_FILE):
+    if is_under_way(folder):
         return "running"
     return stopped_as(state)
+
+
+def is_under_way(folder: Path) -> bool:
+    """Whether a process drives the sweep: one of this machine, or, of runs in a store, one that was heard of lately."""
+    return is_driven(folder / LEDGER_FILE) or driver_elsewhere(folder) is not None
+
+
+def driver_elsewhere(folder: Path) -> str | None:
+    """Who has lately said that it drives a sweep whose runs are in a store, as this machine's copy has it."""
+    try:
+        said = json.loads((folder / DRIVER_FILE).read_bytes())
+        silence = time.time() - said["time"]
+        who = f"process {said['pid']} on {said['host']}"
+    except (OSError, ValueError, KeyError, TypeError):  # there is no such file, or nobody of ours has written it
+        return None
+    return f"{who}, heard of {max(silence, 0):.0f} s ago" if silence < LONGEST_SILENCE else None
 
 
 def stopped_as(state: SweepState) -> str:

@@ -1,7 +1,6 @@
 """Files that survive a crash: written whole or not at all, synced, locked, mapped and hashed.
 
-Only this module calls fsync, rename, replace, flock, lockf and mmap. Locks also work, as far as they can, where the file
-system has none.
+Locks also work, as far as they can, where the file system has none.
 """
 
 import contextlib
@@ -82,6 +81,30 @@ def write_text(path: Path, text: str) -> None:
     """
     content = text.encode()
     write_atomically(path, lambda stream: stream.write(content))
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Write a file that is not there, in one step, and return when it is on the disk.
+
+    Returns:
+        Whether this call made it: of several that try at once, one does.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    temporary = _beside(path)
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            sync_stream(stream)
+        os.link(temporary, path)  # not a rename: that would replace another's
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
 
 
 def sync(path: Path) -> None:
