@@ -14,7 +14,6 @@ from pathlib import Path
 import formulas
 import pytest
 
-from tune_topkd import storage
 from tune_topkd.config import TrialConfig
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.execution.worker import run_trial
@@ -28,6 +27,7 @@ from tune_topkd.storage import FileError
 from tune_topkd.storage import Lock
 from tune_topkd.storage import disk_trouble
 from tune_topkd.storage import file_hash
+from tune_topkd.storage import files
 from tune_topkd.storage import lock
 from tune_topkd.storage import lock_byte
 from tune_topkd.storage import map_file
@@ -54,7 +54,7 @@ def no_locks(request, monkeypatch):
         raise OSError(request.param, os.strerror(request.param))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    monkeypatch.setattr(storage, "_told", set())
+    monkeypatch.setattr(files, "_told", set())
 
 
 # --- written whole or not at all ------------------------------------------------------------------------------------

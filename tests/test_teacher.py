@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import tune_topkd.models as models
-from tune_topkd import storage
 from tune_topkd.config import ModelConfig
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import TrialConfig
@@ -24,6 +23,7 @@ from tune_topkd.evaluate import Evaluation
 from tune_topkd.evaluate import evaluate
 from tune_topkd.models import build_model
 from tune_topkd.models import save_weights
+from tune_topkd.storage import files
 from tune_topkd.storage import write_atomically
 from tune_topkd.teacher import ensure_teacher
 from tune_topkd.teacher import load_teacher
@@ -193,7 +193,7 @@ def test_a_training_that_was_killed_leaves_nothing_that_is_taken_for_a_teacher(t
 
         with monkeypatch.context() as patch:
             patch.setattr("tune_topkd.models.checkpoints.write_atomically", write)
-            patch.setattr(storage, "write_atomically", write)  # as `write_text` calls it
+            patch.setattr(files, "write_atomically", write)  # as `write_text` calls it
             with pytest.raises(KeyboardInterrupt):
                 ensure_teacher(sweep(), tmp_path, train)
         counting = CountingTrain()
