@@ -179,18 +179,43 @@ class PostgresServer:
 
 
 _S3 = """
-import signal, sys
+import contextlib, signal, socket, sys, threading
 from moto.server import ThreadedMotoServer
 
-server = None
+inside = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+inside.start()
+door, passing = None, set()
+
+def ended(end):
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+def copy(one, other):
+    with contextlib.suppress(OSError):
+        while data := one.recv(1 << 16):
+            other.sendall(data)
+    ended(one)
+    ended(other)
+
+def let_in(door):
+    with contextlib.suppress(OSError):
+        while True:
+            ends = door.accept()[0], socket.create_connection(inside.get_host_and_port())
+            passing.update(ends)
+            for pair in (ends, ends[::-1]):
+                threading.Thread(target=copy, args=pair, daemon=True).start()
 
 def on(*_):
-    global server
-    server = ThreadedMotoServer("127.0.0.1", int(sys.argv[1]), verbose=False)
-    server.start()
+    global door
+    door = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+    threading.Thread(target=let_in, args=(door,), daemon=True).start()
 
 def off(*_):
-    server.stop()
+    ended(door)
+    door.close()
+    for end in list(passing):
+        ended(end)
+    passing.clear()
 
 signal.signal(signal.SIGUSR1, off)
 signal.signal(signal.SIGUSR2, on)
@@ -202,7 +227,7 @@ while True:
 
 @contextlib.contextmanager
 def s3_server():
-    """moto's S3 on a loopback port, with nothing in it."""
+    """moto's S3 behind a loopback port, with nothing in it."""
     server = S3Server()
     try:
         wait_for(server.answers, server.process)
@@ -237,7 +262,7 @@ class S3Server:
         return True
 
     def go(self):
-        """Its port is closed."""
+        """Its port is closed, and so are all connections."""
         self.process.send_signal(signal.SIGUSR1)
         wait_for(lambda: not self.answers(), self.process)
 

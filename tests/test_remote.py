@@ -641,11 +641,13 @@ def test_a_driver_that_is_killed_and_loses_its_disk_loses_nothing(patient, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
 def test_a_second_driver_ends_the_first_with_one_line(patient, tmp_path):
     uri = "s3://runs/second"
-    first, second = Driven(uri, tmp_path / "a", patient, pause=0.5), Driven(uri, tmp_path / "b", patient, pause=0.05)
+    slow = Driven(uri, tmp_path / "a", patient, pause=10)  # it must not come to its end before the second has begun
+    first, second = slow, Driven(uri, tmp_path / "b", patient, pause=0.05)
     for driven in (first, second):
         driven.folder.mkdir()
     first.start()
@@ -664,6 +666,7 @@ def test_a_second_driver_ends_the_first_with_one_line(patient, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
 def test_a_bucket_that_goes_mid_sweep_stops_it_with_one_line_and_it_goes_on_later(patient, tmp_path):
