@@ -1039,7 +1039,8 @@ COMMANDS = {
     "report": "--format --output -o --runs-dir",
     "compare": "--format --output -o --runs-dir",
     "status": "--json --campaign --watch --every --runs-dir",
-    "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --priority --set",
+    "submit": "--name --trials --epochs --seed --time-budget --runs-dir --mlflow-uri --address --priority --set "
+    "--cpus-per-trial --gpus-per-trial",
     "jobs": "--json --address",
     "logs": "--follow -f --address",
     "stop": "--address",
