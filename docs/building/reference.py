@@ -48,6 +48,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "teacher": (),
     "execution": ("tune_topkd.execution.simulated.simulate",),
     "tracking": (),
+    "storage": (),
 }
 """The packages, those that a user's code needs most first, and what the docs name besides their exports."""
 
