@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -239,6 +240,13 @@ def test_a_confirmed_sweep_has_the_verdict_on_top_and_every_figure(whole, page):
     assert "export t --format python -o tuned.py" in words
     assert "eight by eight" in words
     assert "One seed" not in words
+
+
+def test_the_command_that_verifies_says_where_the_files_are(whole):
+    config = whole.config.model_copy(update={"data": whole.config.data.model_copy(update={"root": "/my photos"})})
+    found = findings_from(config, whole.state, Path("runs/t"), "finished", lambda *words: shlex.join(words))
+    (line,) = (each.text for each in found.commands if each.text.startswith("verify "))
+    assert line == "verify runs/t/tuned.yaml --set 'data.root=/my photos'"
 
 
 def test_the_trials_of_all_arms_are_in_the_page(whole, page):

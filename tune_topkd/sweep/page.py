@@ -344,7 +344,8 @@ def _commands(
         text = command("export", name, "--format", "python", "-o", "tuned.py")
         yield Command("Use the answer elsewhere: one file with the loss and its values", text)
     if verdict_of_answer(state) is not None:
-        given = config.teacher and config.teacher.checkpoint
-        text = command("verify", str(folder / TUNED_FILE), *(["--set", f"teacher.checkpoint={given}"] if given else []))
+        places = {"teacher.checkpoint": config.teacher and config.teacher.checkpoint, "data.root": config.data.root}
+        given = [word for key, path in places.items() if path for word in ("--set", f"{key}={path}")]
+        text = command("verify", str(folder / TUNED_FILE), *given)
         yield Command("Train the answer again and see whether its figure holds", text)
     yield Command("Write this page again", command("report", name, "--format", "html"))
