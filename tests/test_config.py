@@ -593,6 +593,14 @@ def test_an_override_makes_the_sections_it_needs(tmp_path, start, text, of):
     assert of(load_config(written(tmp_path, changed(start)), [parse_set(text)]))
 
 
+def test_null_on_the_command_line_takes_an_entry_away(tmp_path):
+    start = {"space.k": [1, 2], "space.lr": [0.1, 0.2], "loss": {"alpha": 0.5}}
+    overrides = [parse_set(text) for text in ("loss.k=3", "space.k=null", "loss.alpha=null", "loss.beta=null")]
+    config = load_config(written(tmp_path, changed(start)), overrides)
+    assert list(config.space) == ["lr"]
+    assert config.loss == {"k": 3}
+
+
 @pytest.mark.parametrize(
     ("start", "text", "told"),
     [

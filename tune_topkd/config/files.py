@@ -53,7 +53,7 @@ def load_config(path: Path | str, overrides: Sequence[Override] = ()) -> SweepCo
 
     Args:
         path: the file.
-        overrides: values that replace those of the file, applied in order.
+        overrides: values that replace those of the file, applied in order; None takes an entry of `space` or `loss` away.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a key or value breaks a rule; all such problems at once.
@@ -315,4 +315,7 @@ def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
             key = ".".join(parents[:depth])
             raise ConfigError(source, [Problem(key=override.came_from, rule=f"{key} is a value, not a section")])
         target = section
-    target[last] = override.value
+    if override.value is None and override.key.startswith(_TAKE_AWAY) and len(parents) == 1:
+        target.pop(last, None)
+    else:
+        target[last] = override.value
