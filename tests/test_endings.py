@@ -343,6 +343,14 @@ def test_a_plateau_is_told_with_the_result(tmp_path):
     assert f"  {result.state.plateau.sentence}" in console.lines
 
 
+@pytest.mark.parametrize(("level", "lines"), [(9.0, 1), (80.0, 0)])
+def test_a_student_at_chance_is_told_with_the_result(tmp_path, level, lines):
+    sweep, console = created(tmp_path, trials=4), Printed()
+    result = sweep.run(executor=SimulatedExecutor(lambda trial, epoch: {"val_top1": level, "epoch_seconds": 1.0}))
+    tell_result(result, sweep.workspace, console)
+    assert sum("top-1 is at chance" in line for line in console.lines) == lines
+
+
 def test_a_trial_that_was_at_work_as_the_run_ended_is_not_called_running(tmp_path):
     sweep, console = created(tmp_path, trials=4), Printed()
     result = sweep.run(executor=SimulatedExecutor(by_rate))

@@ -53,8 +53,11 @@ from tune_topkd.space import Space
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import request
+from tune_topkd.sweep.documents import description
 from tune_topkd.sweep.page import findings_from
 from tune_topkd.verdict import Interval
+from tune_topkd.verdict import guessing
+from tune_topkd.verdict import verdict_of_answer
 
 searched, confirmed = test_confirm.searched, test_confirm.confirmed  # fixtures
 
@@ -247,6 +250,29 @@ def test_the_command_that_verifies_says_where_the_files_are(whole):
     found = findings_from(config, whole.state, Path("runs/t"), "finished", lambda *words: shlex.join(words))
     (line,) = (each.text for each in found.commands if each.text.startswith("verify "))
     assert line == "verify runs/t/tuned.yaml --set 'data.root=/my photos'"
+
+
+AT_CHANCE = "op-1 is at chance (10 % with 10 classes): the student has learnt nothing"
+
+
+@pytest.mark.parametrize(("level", "is_told"), [(10.5, True), (14.0, True), (30.0, False)])
+def test_a_student_that_has_learnt_nothing_is_said_to_be_at_chance(level, is_told):
+    config = FULL
+    done = list(trial(0, [level] * config.recipe.epochs, TrialStatus.COMPLETED))
+    found = told(config, of_events(config, done))
+    assert any(AT_CHANCE in note.text for note in found.notes) == is_told
+    assert bool(guessing(found.state)) == is_told
+
+
+def test_the_verdict_of_a_student_at_chance_says_so(tmp_path, whole):
+    def guesses(trial, epoch):
+        return {name: 10.0 + 0.1 * (trial.config.seed % 3) for name in by_k(trial, epoch) if "top1" in name}
+
+    config = formulas.sweep_config(sweep={"trials": 4})
+    state = swept(tmp_path / "ledger.jsonl", config, guesses, Plan(1, 4))
+    assert AT_CHANCE in verdict_of_answer(state).sentence
+    assert AT_CHANCE not in whole.sentence
+    assert AT_CHANCE in description(told(config, state))
 
 
 def test_the_trials_of_all_arms_are_in_the_page(whole, page):

@@ -24,9 +24,11 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import apart_by_seed
 from tune_topkd.ledger import finalist_of
+from tune_topkd.ledger import is_near_chance
 from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import measured
 from tune_topkd.ledger import measured_done
+from tune_topkd.ledger import winner_of
 
 LEVEL = 0.95
 """Of the intervals that are told."""
@@ -198,6 +200,8 @@ class Verdict:
     """How many have ended, and of how many."""
     effort: str
     """How much each was searched for, in a sentence."""
+    classes: int | None = None
+    """Of the dataset; None where it is not known."""
 
     @property
     def is_done(self) -> bool:
@@ -238,7 +242,8 @@ class Verdict:
             else ""
         )
         broken = "".join(f" Seed {seed} {how}." for seed, how in self.answer.finalist.broken.items())
-        return f"{'; '.join(parts)}. {self.advice}{broken} {self.effort}{again}"
+        guesses = f" {_capital(told)}." if (told := _guessing(self.answer.values, self.classes)) else ""
+        return f"{'; '.join(parts)}. {self.advice}{broken}{guesses} {self.effort}{again}"
 
 
 def advice(answer: str, gains: Mapping[str, tuple[float, Interval | None]]) -> str:
@@ -273,6 +278,33 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def guessing(state: SweepState) -> str:
+    """That the answer is no better than guessing, and what to do; empty where it is better, or it cannot be told.
+
+    It is told of the newest figure: of the test set, of fresh seeds, or of one seed. Chance is that of classes of one size.
+    """
+    winner, verdict = winner_of(state), verdict_of_answer(state)
+    if winner is None:
+        return ""
+    values = verdict.answer.values if verdict is not None else []
+    if not values:
+        values = [winner.value] if winner.finalist is None else list(winner.finalist.values.values())
+    return _guessing(values, state.header.num_classes)
+
+
+def _guessing(values: Sequence[float], classes: int | None) -> str:
+    """The same of a top-1 on some seeds, in percent."""
+    if not values or not classes or not is_near_chance(statistics.fmean(values), classes):
+        return ""
+    chance, interval = 100 / classes, mean_interval(values)
+    if interval is not None and interval.low > chance:
+        return ""
+    return (
+        f"top-1 is at chance ({chance:.3g} % with {classes} classes): the student has learnt nothing; train longer, or "
+        "try another learning rate"
+    )
+
+
 def verdict_of(state: SweepState) -> Verdict | None:
     """What the newest look at a sweep's test set says; None if there was none."""
     found, done = measured(state), measured_done(state)
@@ -280,7 +312,8 @@ def verdict_of(state: SweepState) -> Verdict | None:
         return None
     names = [f"tuned {state.header.method}", *(baseline_name(finalist.record) for finalist in found[1:])]
     arms = [Measured(n, f, finalist_of(state, f.record)) for n, f in zip(names, found, strict=True)]
-    return Verdict(state.looks[-1].look, arms[0], arms[1:], done, _effort(state, arms[1:]))
+    effort = _effort(state, arms[1:])
+    return Verdict(state.looks[-1].look, arms[0], arms[1:], done, effort, state.header.num_classes)
 
 
 def verdict_of_answer(state: SweepState) -> Verdict | None:

@@ -55,6 +55,8 @@ from tune_topkd.terminal import Console
 from tune_topkd.verdict import LEVEL
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import Verdict
+from tune_topkd.verdict import guessing
+from tune_topkd.verdict import verdict_of_answer
 
 SECONDS_PER_FRAME = 0.5
 SECONDS_PER_LOOK = 2.0
@@ -156,6 +158,8 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
                 console.print(f"  {images.sentence(verdict)}", soft_wrap=True)
         elif advice := result.advice():
             console.print(f"  {advice}", soft_wrap=True)
+        if verdict_of_answer(state) is None and (told := guessing(state)):  # else its sentence says it
+            console.print(f"  {told}", style="yellow", soft_wrap=True)
         ended = "" if state.plateau is None else state.plateau.sentence
         for told in filter(
             None, (ended, *(rung.sentence() for rung in result.rung_ranks()), result.spend().sentence())

@@ -16,6 +16,7 @@ from tune_topkd.ledger.endings import Hours
 from tune_topkd.ledger.endings import HoursSpent
 from tune_topkd.ledger.endings import due_plateau
 from tune_topkd.ledger.endings import has_collapsed
+from tune_topkd.ledger.endings import is_near_chance
 from tune_topkd.ledger.events import FELL_APART
 from tune_topkd.ledger.events import LEDGER_VERSION
 from tune_topkd.ledger.events import REPEAT
@@ -155,6 +156,7 @@ __all__ = [
     "header_of",
     "is_confirmed",
     "is_driven",
+    "is_near_chance",
     "is_of_the_answer",
     "largest_seed",
     "measured",

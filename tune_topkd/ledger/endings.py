@@ -137,8 +137,12 @@ def has_collapsed(
     newest = config.sweep.collapse_epochs
     if newest is None or not num_classes or epoch - newest < config.recipe.warmup_epochs:
         return False
+    values = [record.reports.get(e, {}).get(OBJECTIVE, math.inf) for e in range(epoch - newest + 1, epoch)]
+    return all(is_near_chance(value, num_classes) for value in [*values, metrics.get(OBJECTIVE, math.inf)])
+
+
+def is_near_chance(value: float, num_classes: int) -> bool:
+    """Whether a top-1 in percent is hardly above that of guessing among classes of one size."""
     chance = 100 / num_classes
     factor, share = _ABOVE_CHANCE
-    most = min(factor * chance, chance + share * (100 - chance))
-    values = [record.reports.get(e, {}).get(OBJECTIVE, math.inf) for e in range(epoch - newest + 1, epoch)]
-    return all(value <= most for value in [*values, metrics.get(OBJECTIVE, math.inf)])
+    return value <= min(factor * chance, chance + share * (100 - chance))

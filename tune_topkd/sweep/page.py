@@ -42,6 +42,7 @@ from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.verdict import advice
+from tune_topkd.verdict import guessing
 from tune_topkd.verdict import verdict_of
 from tune_topkd.verdict import verdict_of_answer
 
@@ -212,6 +213,8 @@ def _how_it_was_measured(state: SweepState, row: Row) -> Iterator[Note]:
         text = f"The test set was read for trial {verdict.answer.record.key.number}, which is not the answer any more."
         yield Note("The answer has changed since the test set was read", text)
     broken = winner.finalist.broken if winner.finalist is not None else {}
+    if told := guessing(state):
+        yield Note("The student has learnt nothing", f"{_capital(told)}.")
     if broken:
         text = "; ".join(f"seed {seed} {how}" for seed, how in broken.items())
         yield Note("The answer fell apart on a fresh seed", f"{text[0].upper()}{text[1:]}.")
