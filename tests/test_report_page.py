@@ -252,6 +252,15 @@ def test_the_command_that_verifies_says_where_the_files_are(whole):
     assert line == "verify runs/t/tuned.yaml --set 'data.root=/my photos'"
 
 
+def test_a_page_that_is_written_during_the_confirmation_says_so(whole, tmp_path):
+    found = told(whole.config, whole.state, "running")
+    assert found.notes[0].title == "The answer is being confirmed"
+    assert "trainings on fresh seeds have ended, and " in found.notes[0].text
+    searched = told(FULL, swept(tmp_path / "ledger.jsonl", FULL), "running")
+    assert searched.notes[0].title == "The sweep is running"
+    assert "confirm t" in [command.text.removeprefix("tune-topkd ") for command in searched.commands]
+
+
 AT_CHANCE = "op-1 is at chance (10 % with 10 classes): the student has learnt nothing"
 
 

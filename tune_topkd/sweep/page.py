@@ -23,6 +23,8 @@ from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import finalists_done
+from tune_topkd.ledger import has_looked
 from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
@@ -177,8 +179,11 @@ def _notes(
 def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
     done, target = sum(record.status.is_end for record in state.arm(SEARCH)), state.target
     trials = f"{done:,} of {_trials(target)} have ended"
-    if how == "running":
-        yield Note("The sweep is running", f"{trials}. This page shows it as it was when the page was written.")
+    as_written = "This page shows it as it was when the page was written."
+    if how == "running" and state.confirm is not None and done >= target:
+        yield Note("The answer is being confirmed", f"{_confirmed_so_far(state)}. {as_written}")
+    elif how == "running":
+        yield Note("The sweep is running", f"{trials}. {as_written}")
     elif how != "finished":
         why = f" ({state.stop_error})" if state.stop_error else ""
         yield Note(f"The sweep is not finished: {how}", f"{trials}{why}. `resume` goes on with it.")
@@ -186,6 +191,14 @@ def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
     if how == "finished" and 0 < full < FEW_TRIALS:
         text = "With so few trials another seed of the search may give quite another answer."
         yield Note(f"Only {counted(full, 'trial')} reached the full budget", text)
+
+
+def _confirmed_so_far(state: SweepState) -> str:
+    ended, total = finalists_done(state) or (0, 0)
+    told = f"{ended} of {total} trainings on fresh seeds have ended"
+    if (of_the_test := measured_done(state)) is not None and has_looked(state):
+        told += ", and {} of {} for the test set".format(*of_the_test)
+    return told
 
 
 def _how_it_was_measured(state: SweepState, row: Row) -> Iterator[Note]:
@@ -341,7 +354,8 @@ def _commands(
         yield Command("Then confirm it as this one was", command("confirm", again, *words))
     if how not in ("finished", "running"):
         yield Command("Go on with this sweep", command("resume", name))
-    if how == "finished" and plan is None and state.ranked():
+    is_searched = sum(record.status.is_end for record in state.arm(SEARCH)) >= state.target
+    if plan is None and state.ranked() and (how == "finished" or (how == "running" and is_searched)):
         yield Command("Confirm this answer on fresh seeds and on the test set", command("confirm", name))
     if state.ranked():
         text = command("export", name, "--format", "python", "-o", "tuned.py")
