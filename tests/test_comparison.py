@@ -1,6 +1,7 @@
 """Sweeps side by side: the config keys that differ, what each found, and whether one answer is better."""
 
 import csv
+import dataclasses
 import io
 import json
 import statistics
@@ -104,6 +105,15 @@ def test_what_cannot_be_compared_is_said_with_the_reason(runs, names, why):
     assert difference.points is None
     assert difference.sentence == f"{names[1]} and {names[0]} cannot be compared: {why}"
     assert f"- {difference.sentence}" in FORMATS["markdown"](comparison).splitlines()
+
+
+def test_of_two_that_are_not_confirmed_both_are_named(runs):
+    first, other = (Sweep.open("searched", runs_dir=runs, mlflow_uri="").searched() for _ in range(2))
+    other.state.header = dataclasses.replace(other.state.header, sweep="also")
+    (difference,) = compare([first, other]).differences
+    assert difference.why_not == (
+        "the answers of also and searched are not measured on the test set; `confirm also` and `confirm searched` do it"
+    )
 
 
 def test_data_of_other_content_is_another_test_set(runs):

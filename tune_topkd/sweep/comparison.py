@@ -113,10 +113,13 @@ def _differing(contents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def _difference(first: Searched, other: Searched, together: int) -> Difference:
     names = (other.state.header.sweep, first.state.header.sweep)
     verdicts = [verdict_of_answer(each.state) for each in (other, first)]
-    for name, verdict in zip(names, verdicts, strict=True):
-        if verdict is None or not verdict.answer.values:
-            told = f"the answer of {name} is not measured on the test set; `confirm {name}` does it"
-            return Difference(*names, why_not=told)
+    unmeasured = [n for n, v in zip(names, verdicts, strict=True) if v is None or not v.answer.values]
+    if unmeasured:
+        answers = "the answer of {} is" if len(unmeasured) == 1 else "the answers of {} and {} are"
+        commands = " and ".join(f"`confirm {name}`" for name in unmeasured)
+        do = "does" if len(unmeasured) == 1 else "do"
+        told = f"{answers.format(*unmeasured)} not measured on the test set; {commands} {do} it"
+        return Difference(*names, why_not=told)
     if why_not := _other_test_set(first, other):
         return Difference(*names, why_not=why_not)
     one, base = (verdict.answer.values for verdict in verdicts if verdict is not None)
