@@ -136,14 +136,15 @@ def test_a_file_of_another_origin_is_not_replaced_and_nothing_is_written(tmp_pat
     with pytest.raises(ConfigError) as refused:
         write_files(tmp_path, {"a.py": "A = 1\n", "b.py": "B = 1\n"})
     assert str(refused.value) == (
-        f"-o: {tmp_path / 'b.py'}: is not of an export, so it is not replaced: move it away, or name another folder"
+        f"-o: {tmp_path / 'b.py'}: is not of an export to a folder (its first line does not say so), so it is not replaced: "
+        "move it away, or name another folder"
     )
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("b.py", mine)]
 
 
 def test_a_folder_of_the_name_of_a_file_is_not_replaced(tmp_path):
     (tmp_path / "a.py").mkdir()
-    with pytest.raises(ConfigError, match="is not of an export"):
+    with pytest.raises(ConfigError, match="is not of an export to a folder"):
         write_files(tmp_path, {"a.py": "A = 1\n"})
 
 

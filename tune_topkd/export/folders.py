@@ -29,7 +29,10 @@ def write_files(folder: Path, texts: Mapping[str, str]) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise ConfigError("-o", [_problem(folder, "is not a folder, and this format is several files; name a folder")])
     paths = {folder / name: text for name, text in texts.items()}
-    rule = "is not of an export, so it is not replaced: move it away, or name another folder"
+    rule = (
+        "is not of an export to a folder (its first line does not say so), so it is not replaced: move it away, or name "
+        "another folder"
+    )
     if foreign := [_problem(path, rule) for path in paths if path.exists() and not _is_ours(path)]:
         raise ConfigError("-o", foreign)
     folder.mkdir(parents=True, exist_ok=True)
