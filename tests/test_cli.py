@@ -306,7 +306,7 @@ def test_a_format_of_several_files_is_written_into_a_folder_that_is_named(finish
     (folder / "tuned.py").write_text("mine")
     refused = inside(*export, "-o", folder)
     assert refused.returncode == 2
-    assert f"{folder / 'tuned.py'}: is not of an export to a folder (its first line does not say so), so it is not replaced" in refused.stderr
+    assert f"{folder / 'tuned.py'}: is not of an export to a folder" in refused.stderr
 
 
 def test_the_teacher_is_trained_once_and_its_path_printed(finished, space, runs, inside):
