@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from tune_topkd.config import METHODS
 from tune_topkd.config import ConfigError
@@ -257,6 +258,16 @@ def test_a_result_writes_each_format(tmp_path, swept):
         TuneTopKDError, match=r"no 'torchdistil'; did you mean 'torchdistill'\? known: checkpoint, json, "
     ):
         result.export(tmp_path / "x", "torchdistil")
+
+
+def test_a_bundle_of_a_sweep_knows_the_data_where_it_lies(tmp_path, swept):
+    for name in "abcdefghijkl":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (24, 20)).save(tmp_path / "data" / name / "0.png")
+    data = CONFIG.data.model_copy(update={"name": "image_folder", "root": str(tmp_path / "data")})
+    result = Result("digits", tmp_path, CONFIG.model_copy(update={"data": data}), swept, "finished")
+    result.export(tmp_path / "out", "pytorch")
+    assert "\nCLASSES = 12\n" in (tmp_path / "out" / "tuned_train.py").read_text()
 
 
 def test_the_writers_are_the_formats_of_export():

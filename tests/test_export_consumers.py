@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
@@ -26,6 +27,7 @@ from tune_topkd.export.folders import MARK
 from tune_topkd.loss import build_loss
 from tune_topkd.loss import loss_parameters
 from tune_topkd.models import build_model
+from tune_topkd.sweep.result import export_bundle
 
 CHANGED = {"k": 3, "temperature": 2.5, "beta": 3.0, "ce_weight": 0.7, "base_temperature": 3.5}
 """What a sweep found, for the methods that have it."""
@@ -803,6 +805,24 @@ def ran(folder, *options):
     command = [sys.executable, "-W", "error", "tuned_train.py", *map(str, options)]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+
+
+def test_the_script_has_the_classes_of_a_folder_of_images_and_not_its_place(tmp_path):
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (24, 20)).save(tmp_path / "photos" / name / "0.png")
+    tuned = answer(data={"name": "image_folder"})
+    for root, line in ((None, "CLASSES = 10  # FILL IN"), (str(tmp_path / "photos"), "CLASSES = 3")):
+        files = export_bundle(tuned, "pytorch", tmp_path / "out", root)
+        assert line in files[0].read_text().splitlines()
+        assert not any(str(tmp_path) in path.read_text() for path in files)
+
+
+def test_the_script_says_how_code_of_the_users_is_found():
+    told = BUNDLES["pytorch"](answer(**MANY["own"]))["tuned_train.py"].partition('"""\n\n')[0]
+    assert "(my.networks)" in told
+    assert "PYTHONPATH=FOLDER python tuned_train.py" in told
+    assert "PYTHONPATH" not in BUNDLES["pytorch"](answer())["tuned_train.py"]
 
 
 DRY_FIRST = "plain"

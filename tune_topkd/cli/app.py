@@ -796,14 +796,14 @@ def export(
         found.export(output, format_.value)
         Console().print(f"written: {output}", soft_wrap=True)
     else:
-        _export_config(tuned, format_, output)
+        _export_config(tuned, format_, output, found.searched().config.data.root)
 
 
-def _export_config(tuned: TunedConfig, format_: Format, output: Path | None) -> None:
-    """Write a tuned config, as a text or as several files."""
+def _export_config(tuned: TunedConfig, format_: Format, output: Path | None, root: str | None = None) -> None:
+    """Write a tuned config, as a text or as several files; its dataset lies in `root`, if that is known."""
     console = Console()
     if format_.value in BUNDLES:
-        for path in export_bundle(tuned, format_.value, output):
+        for path in export_bundle(tuned, format_.value, output, root):
             console.print(f"written: {path}", soft_wrap=True)
     else:
         _give(WRITERS[format_.value](tuned), output, console)

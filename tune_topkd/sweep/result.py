@@ -115,7 +115,7 @@ class Result:
         elif format in STUDENT_WRITERS:
             write_student(Path(path), format, self.config, self.state, self.folder, self.answer)
         elif format in BUNDLES:
-            export_bundle(self.answer, format, Path(path))
+            export_bundle(self.answer, format, Path(path), self.config.data.root)
         else:
             write_text(Path(path), in_format(self.answer, format))
 
@@ -265,13 +265,14 @@ def in_format(tuned: TunedConfig, name: str) -> str:
     return WRITERS[name](tuned)
 
 
-def export_bundle(tuned: TunedConfig, name: str, folder: Path | None) -> list[Path]:
+def export_bundle(tuned: TunedConfig, name: str, folder: Path | None, root: str | None = None) -> list[Path]:
     """Write a tuned config in a format of several files, and return the files.
 
     Args:
         tuned: the tuned config.
         name: one of `BUNDLES`.
         folder: where to.
+        root: where the dataset lies, by which its classes and the size of its images are known; None where nobody knows.
 
     Raises:
         ConfigError: no folder is named, it is none, or a file in it that would be replaced is not of such an export.
@@ -280,4 +281,5 @@ def export_bundle(tuned: TunedConfig, name: str, folder: Path | None) -> list[Pa
     if folder is None:
         rule = "is several files, so it needs a folder: add -o FOLDER"
         raise ConfigError("--format", [Problem(key=name, rule=rule)])
-    return write_files(folder, BUNDLES[name](tuned))
+    here = tuned.model_copy(update={"data": tuned.data.model_copy(update={"root": root})})
+    return write_files(folder, BUNDLES[name](here))

@@ -93,10 +93,23 @@ def _script(tuned: TunedConfig, data: KnownDataset) -> str:
     to_fill_in = [f"the network of {role}(), or --{role}" for role, config in roles.items() if not is_known(config, {})]
     to_fill_in += ["loaders()"] if data.train is None else []
     opened = opening(tuned, "a training script", _USE, to_fill_in)
+    if users := _users_modules(tuned):
+        text = (
+            f"Code of your own has to be importable ({', '.join(users)}): unless it is installed or lies beside this file, "
+            f"type PYTHONPATH=FOLDER python {MODULE}.py, with the folder that it lies in."
+        )
+        opened += "\n" + "\n".join(textwrap.wrap(text, 115))
     if lacking := _lacking(tuned, data):
         opened += "\n" + "\n".join(textwrap.wrap("Not here, and in the sweep: " + "; ".join(lacking) + ".", 115))
     text = "\n\n\n".join(parts)
     return f'r"""{opened}\n"""\n\n{sorted_imports(imports)}\n\n{text}\n'
+
+
+def _users_modules(tuned: TunedConfig) -> list[str]:
+    """The modules of the user's that the script or its loss imports."""
+    names = [tuned.method, tuned.student.name, *([tuned.teacher.name] if tuned.teacher else [])]
+    modules = {name.partition(":")[0] for name in names if ":" in name}
+    return sorted(modules - {"torchvision", "timm"})
 
 
 def _lacking(tuned: TunedConfig, data: KnownDataset) -> list[str]:
