@@ -179,7 +179,7 @@ class PostgresServer:
 
 
 _S3 = """
-import contextlib, signal, socket, sys, threading
+import contextlib, socket, sys, threading
 from moto.server import ThreadedMotoServer
 
 inside = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
@@ -205,23 +205,21 @@ def let_in(door):
             for pair in (ends, ends[::-1]):
                 threading.Thread(target=copy, args=pair, daemon=True).start()
 
-def on(*_):
+def on():
     global door
     door = socket.create_server(("127.0.0.1", int(sys.argv[1])))
     threading.Thread(target=let_in, args=(door,), daemon=True).start()
 
-def off(*_):
+def off():
     ended(door)
     door.close()
     for end in list(passing):
         ended(end)
     passing.clear()
 
-signal.signal(signal.SIGUSR1, off)
-signal.signal(signal.SIGUSR2, on)
 on()
-while True:
-    signal.pause()
+for word in sys.stdin:
+    off() if word.strip() == "off" else on()
 """
 
 
@@ -234,7 +232,7 @@ def s3_server():
         yield server
     finally:
         server.process.kill()
-        server.process.wait()
+        server.process.communicate()
 
 
 class S3Server:
@@ -244,7 +242,8 @@ class S3Server:
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         command = [sys.executable, "-c", _S3, str(self._port)]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1, **quiet)
         self.environment = {
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": "tester",
@@ -263,12 +262,12 @@ class S3Server:
 
     def go(self):
         """Its port is closed, and so are all connections."""
-        self.process.send_signal(signal.SIGUSR1)
+        self.process.stdin.write("off\n")
         wait_for(lambda: not self.answers(), self.process)
 
     def come_back(self):
         """Its port is open again."""
-        self.process.send_signal(signal.SIGUSR2)
+        self.process.stdin.write("on\n")
         wait_for(self.answers, self.process)
 
     def make_bucket(self, name):

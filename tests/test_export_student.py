@@ -16,6 +16,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from tune_topkd.cli.app import main
@@ -679,6 +680,7 @@ def test_the_page_is_true(swept, tmp_path, monkeypatch, capsys):
     dataset = load_dataset(swept.config.data)
     images = all_images(dataset)
     torch.save(images, "images.pt")
+    Image.new("RGB", (4, 3), (255, 0, 7)).save("photo.png")
     mdistiller = ModuleType("mdistiller.models")  # stands for the project's, whose networks give features too
     networks = {"resnet8x4": (lambda num_classes: build_configured(swept.config.student, num_classes=10), None)}
     mdistiller.cifar_model_dict = networks
@@ -687,6 +689,9 @@ def test_the_page_is_true(swept, tmp_path, monkeypatch, capsys):
     names = {}
     for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
         exec(block, names)
+        if "photo.png" in block:
+            assert (names["images"].shape, names["images"].dtype) == ((1, 3, 3, 4), np.uint8)
+            assert names["images"][0, :, 0, 0].tolist() == [255, 0, 7]
     expected = networks_logits(swept.config.student, newest(swept)["model"], dataset)
     assert torch.equal(names["labels"], expected.argmax(1))
     assert np.abs(names["logits"] - expected.numpy()).max() < 1e-4

@@ -71,6 +71,13 @@ ROUNDED = {
 }
 
 
+@pytest.fixture
+def left():
+    """The processes that this one has begun since the test did and that are still there."""
+    before = set(psutil.Process().children())
+    return lambda: [process for process in psutil.Process().children() if process not in before]
+
+
 @pytest.fixture(scope="module")
 def configs(teacher):
     return {name: make(teacher) for name, make in (CASES | ROUNDED).items()}
@@ -158,7 +165,7 @@ def test_a_loss_of_each_ranks_own_part_would_be_another(configs):
     assert abs(whole["train_loss"] / parts["train_loss"] - 1) > 0.01
 
 
-def test_a_training_goes_on_in_two_ranks_from_the_checkpoint_of_one_process(configs, alone, tmp_path):
+def test_a_training_goes_on_in_two_ranks_from_the_checkpoint_of_one_process(configs, alone, tmp_path, left):
     config = configs["topkd"].model_copy(update={"ranks": 2})
     told = Recorder(tmp_path, save_at=[4])
     before = torch.get_rng_state()
@@ -172,7 +179,7 @@ def test_a_training_goes_on_in_two_ranks_from_the_checkpoint_of_one_process(conf
     assert not result.model.training
     saved = checkpoint(tmp_path / "4")
     torch.testing.assert_close(saved["model"], one["model"], **EXACT)
-    assert psutil.Process().children() == []
+    assert left() == []
 
 
 @pytest.mark.slow
@@ -266,7 +273,7 @@ LIGHT_ENDS = {
 
 
 @pytest.mark.parametrize("case", LIGHT_ENDS)
-def test_a_rank_that_is_gone_is_named_and_the_others_are_ended(light, case, tmp_path):
+def test_a_rank_that_is_gone_is_named_and_the_others_are_ended(light, case, tmp_path, left):
     end, told = LIGHT_ENDS[case]
     first = tmp_path / "first"
     light(
@@ -277,7 +284,7 @@ def test_a_rank_that_is_gone_is_named_and_the_others_are_ended(light, case, tmp_
         train(exactly("ce", ranks=2))
     assert f"of 2 {told}" in str(lost.value)
     assert len(str(lost.value).splitlines()) == 1
-    assert psutil.Process().children() == []
+    assert left() == []
     message = worker._failure(lost.value, tmp_path)
     assert (message["kind"], message["reason"]) == ("lost", "crash")
 
@@ -330,7 +337,7 @@ class Unpicklable(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fate", ["killed", pytest.param("exits", marks=pytest.mark.long), "raises"])
-def test_a_rank_that_ends_in_the_middle_ends_the_attempt_with_one_line(teacher, tmp_path, fate):
+def test_a_rank_that_ends_in_the_middle_ends_the_attempt_with_one_line(teacher, tmp_path, fate, left):
     """The other rank raises too, as its neighbour does not answer any more: what is told is the cause."""
     told = Recorder(tmp_path / "saved", save_at=[2])
     with pytest.raises((ProcessLostError, OSError)) as raised:
@@ -342,7 +349,7 @@ def test_a_rank_that_ends_in_the_middle_ends_the_attempt_with_one_line(teacher, 
     }
     assert str(raised.value) == lines[fate]
     assert told.epochs == [1, 2]
-    assert psutil.Process().children() == []
+    assert left() == []
     if fate == "raises":
         assert "in _meet" in worker._failure(raised.value, tmp_path)["traceback"]
     train(fateful(tmp_path, fate, **teacher), told, resume_from=tmp_path / "saved" / "2")
@@ -350,15 +357,15 @@ def test_a_rank_that_ends_in_the_middle_ends_the_attempt_with_one_line(teacher, 
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_written_is_the_disks_trouble(tmp_path):
+def test_a_checkpoint_that_cannot_be_written_is_the_disks_trouble(tmp_path, left):
     (tmp_path / "1").write_text("a file where the folder is to be")
     with pytest.raises(FileExistsError):
         train(exactly("ce", ranks=2), Recorder(tmp_path, save_at=[1]))
-    assert psutil.Process().children() == []
+    assert left() == []
 
 
 @pytest.mark.slow
-def test_who_listens_may_stop_the_training(tmp_path):
+def test_who_listens_may_stop_the_training(tmp_path, left):
     class StoppedError(Exception):
         pass
 
@@ -367,7 +374,7 @@ def test_who_listens_may_stop_the_training(tmp_path):
 
     with pytest.raises(StoppedError):
         train(exactly("ce", ranks=2), report)
-    assert psutil.Process().children() == []
+    assert left() == []
 
 
 # --- what a config may say ------------------------------------------------------------------------------------------

@@ -626,7 +626,8 @@ def test_what_the_docs_show_works(tmp_path, monkeypatch):
     names = {}
     exec(code, names)  # the docs' own
     is_whole(names["text"])
-    (commands,) = re.findall(r"```bash\n(.*?)```", docs, re.S)
+    commands, of_the_notebooks = re.findall(r"```bash\n(.*?)```", docs, re.S)
+    assert "jupyter nbconvert --execute" in of_the_notebooks
     assert all(line.startswith("python launch.py report ") for line in commands.splitlines())
 
 
