@@ -167,6 +167,7 @@ def there():
     cluster._read_credentials()
 
 
+@pytest.mark.long
 def test_sweeps_share_by_priority_and_a_third_comes_in(there):
     two_sweeps(there)
     began = time.time()
@@ -193,6 +194,7 @@ def test_sweeps_share_by_priority_and_a_third_comes_in(there):
     assert audit(there, "c") == []
 
 
+@pytest.mark.long
 def test_after_a_driver_s_kill_the_other_sweep_has_all_places(there):
     two_sweeps(there)
     there.drivers["a"].kill()

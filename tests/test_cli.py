@@ -340,6 +340,7 @@ def test_a_space_without_a_bank_says_why(finished, space, runs, inside):
         assert "has no bank for this space" in refused.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_spaces_end_in_a_table_of_all_and_begin_with_the_best_of_another_sweep(finished, runs, tmp_path):
     for name, student in (("first", "digits_linear"), ("second", "digits_cnn_tiny")):

@@ -754,6 +754,7 @@ finally:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
