@@ -378,16 +378,21 @@ finally:
 def on_nodes(folder, program):
     """Run a program that has a sweep of twelve trials and a cluster whose head takes none: the lines it printed."""
     begun(folder, sweep={"trials": 12, "asha": None})[1].close()
+    return printed(NODES, folder, program, environment=os.environ | {"PYTHONPATH": str(HERE)}, timeout=280)
+
+
+def printed(program, *arguments, environment, timeout):
+    """Run a program to its good end, with nothing that it started left: the lines it printed."""
     process = subprocess.Popen(
-        [sys.executable, "-c", NODES, str(folder), program],
-        env=os.environ | {"PYTHONPATH": str(HERE)},
+        [sys.executable, "-c", program, *arguments],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=timeout)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,6 +1,5 @@
 """Sweeps whose runs lie in a store: what survives, who drives, whose checkpoints count."""
 
-import contextlib
 import json
 import os
 import random
@@ -16,9 +15,10 @@ import formulas
 import pytest
 import stored
 import test_cli
+import test_faults
+import test_stores
 import test_sweep
 import torture
-from servers import s3_server
 
 from tune_topkd.config import TrialConfig
 from tune_topkd.execution import RemoteSweep
@@ -56,6 +56,8 @@ pytestmark = [
     *test_sweep.pytestmark[1:],
 ]
 inside = test_cli.inside
+server = test_stores.server
+patient = test_stores.s3
 
 SPACE = stored.SPACE | {"recipe": {"epochs": 3, "lr": 0.1}, "sweep": {"trials": 3, "asha": None}}
 HERE = Path(__file__).parent
@@ -63,19 +65,11 @@ KILLS = 4
 """Of the driver of one sweep; it may be done before the last."""
 
 
-@pytest.fixture(scope="module")
-def server():
-    with s3_server() as server:
-        server.make_bucket("runs")
-        yield server
-
-
 @pytest.fixture
-def s3(server, monkeypatch):
+def s3(patient, monkeypatch):
     """The environment of the server's users, who lose no time when it is gone."""
-    for name, value in {**server.environment, "AWS_MAX_ATTEMPTS": "2"}.items():
-        monkeypatch.setenv(name, value)
-    return server
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    return patient
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -564,6 +558,12 @@ class Driven:
             start_new_session=True,
         )
 
+    def wait_for_reports(self, count):
+        give_up = time.monotonic() + 300
+        while sum(line["event"] == "report" for line in store_lines(self.uri)) < count:
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+
     def kill(self):
         """SIGKILL, with all that it has started in its group; the disk is lost."""
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -588,14 +588,6 @@ def store_lines(uri):
     """The lines of the ledger in the store."""
     store = open_store(uri)
     return [json.loads(line) for name in store.list("s/ledger/") for line in store.get(name).splitlines()]
-
-
-@pytest.fixture
-def patient(server, monkeypatch):
-    """The environment of the server's users, as they have it."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return server
 
 
 @pytest.mark.slow
@@ -651,10 +643,7 @@ def test_a_second_driver_ends_the_first_with_one_line(patient, tmp_path):
     for driven in (first, second):
         driven.folder.mkdir()
     first.start()
-    give_up = time.monotonic() + 300
-    while sum(line["event"] == "report" for line in store_lines(uri)) < 3:
-        assert time.monotonic() < give_up
-        time.sleep(0.2)
+    first.wait_for_reports(3)
     second.start()
     code, said = first.ends()
     assert code == 2
@@ -673,10 +662,7 @@ def test_a_bucket_that_goes_mid_sweep_stops_it_with_one_line_and_it_goes_on_late
     uri = "s3://runs/away"
     driven = Driven(uri, tmp_path, patient, pause=0.3)
     driven.start()
-    give_up = time.monotonic() + 300
-    while sum(line["event"] == "report" for line in store_lines(uri)) < 3:
-        assert time.monotonic() < give_up
-        time.sleep(0.2)
+    driven.wait_for_reports(3)
     patient.go()
     try:
         code, said = driven.ends()
@@ -763,21 +749,8 @@ def test_nodes_that_share_nothing_but_the_uri_run_a_sweep_while_one_dies_and_one
         pytest.skip("no namespaces here")
     uri = "s3://runs/nodes"
     driven = Driven(uri, tmp_path, patient)
-    process = subprocess.Popen(
-        [sys.executable, "-c", NODES, uri, driven.log],
-        env=driven.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=900)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, err[-4000:]
-    assert out.splitlines()[-1] == "finished", out
+    printed = test_faults.printed(NODES, uri, driven.log, environment=driven.environment, timeout=900)
+    assert printed[-1] == "finished", printed
     elsewhere()
     workspace = Workspace.at(uri, "", "local")
     assert audit("s", workspace, with_mlflow=False) == []

@@ -17,7 +17,6 @@ from tune_topkd.config import SweepConfig
 from tune_topkd.config import dump_config
 from tune_topkd.config import load_config
 from tune_topkd.config import value_at
-from tune_topkd.storage import StoreNameError
 from tune_topkd.storage import check_uri
 from tune_topkd.storage import is_uri
 from tune_topkd.storage import write_text
@@ -25,6 +24,7 @@ from tune_topkd.sweep.spaces import space_path
 from tune_topkd.sweep.workspace import MLFLOW_VARIABLE
 from tune_topkd.sweep.workspace import PLACES
 from tune_topkd.sweep.workspace import check_priority
+from tune_topkd.sweep.workspace import naming_runs
 
 if TYPE_CHECKING:
     from tune_topkd.execution.jobs import Job as Job
@@ -71,10 +71,8 @@ class Submission:
         """
         check_priority(priority)
         if is_uri(runs):
-            try:
+            with naming_runs():
                 check_uri(runs)
-            except StoreNameError as error:
-                raise ConfigError("--runs-dir", [Problem(key="", rule=str(error))]) from error
         elif not os.path.isabs(runs):
             rule = "must be an absolute path, of a folder that all of the cluster's nodes share, or s3://BUCKET/PREFIX"
             raise ConfigError("--runs-dir", [Problem(key=runs, rule=rule)])

@@ -177,7 +177,7 @@ def _notes(
 
 
 def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
-    done, target = sum(record.status.is_end for record in state.arm(SEARCH)), state.target
+    done, target = _ended(state), state.target
     trials = f"{done:,} of {_trials(target)} have ended"
     as_written = "This page shows it as it was when the page was written."
     if how == "running" and state.confirm is not None and done >= target:
@@ -191,6 +191,11 @@ def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
     if how == "finished" and 0 < full < FEW_TRIALS:
         text = "With so few trials another seed of the search may give quite another answer."
         yield Note(f"Only {counted(full, 'trial')} reached the full budget", text)
+
+
+def _ended(state: SweepState) -> int:
+    """Trials of the search that have ended."""
+    return sum(record.status.is_end for record in state.arm(SEARCH))
 
 
 def _confirmed_so_far(state: SweepState) -> str:
@@ -354,8 +359,8 @@ def _commands(
         yield Command("Then confirm it as this one was", command("confirm", again, *words))
     if how not in ("finished", "running"):
         yield Command("Go on with this sweep", command("resume", name))
-    is_searched = sum(record.status.is_end for record in state.arm(SEARCH)) >= state.target
-    if plan is None and state.ranked() and (how == "finished" or (how == "running" and is_searched)):
+    is_over = how == "finished" or (how == "running" and _ended(state) >= state.target)
+    if plan is None and state.ranked() and is_over:
         yield Command("Confirm this answer on fresh seeds and on the test set", command("confirm", name))
     if state.ranked():
         text = command("export", name, "--format", "python", "-o", "tuned.py")

@@ -157,10 +157,8 @@ class Remote:
         mirror, give_up = Mirror(self.store, sweep), time.monotonic() + _PATIENCE_WITH_READERS
         while True:
             mirror.pull(self.runs / sweep / LEDGER_FILE)
-            if (
-                mirror.is_pulled or time.monotonic() > give_up
-            ):  # a driver of this machine is told as the ledger is opened
-                return mirror
+            if mirror.is_pulled or time.monotonic() > give_up:
+                return mirror  # not pulled: a process of this machine drives it, and opening the ledger says so
             time.sleep(0.1)
 
     def put_config(self, sweep: str, digest: str, text: str) -> None:

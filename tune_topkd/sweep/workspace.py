@@ -1,10 +1,12 @@
 """A runs folder: the names and files in it, the frozen configs, and whether a sweep can have a name."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -254,8 +256,19 @@ def _remote(place: str) -> "Remote | None":
         return None
     from tune_topkd.sweep.remote import Remote
 
-    try:
+    with naming_runs():
         return Remote.at(place)
+
+
+@contextlib.contextmanager
+def naming_runs() -> Iterator[None]:
+    """Make of a URI that names no store an error of the option that names the runs.
+
+    Raises:
+        ConfigError: it is the URI of none.
+    """
+    try:
+        yield
     except StoreNameError as error:
         raise ConfigError("--runs-dir", [Problem(key="", rule=str(error))]) from error
 
