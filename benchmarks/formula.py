@@ -1,6 +1,7 @@
 """The trials of benchmarks that train nothing: a formula, also for plain Ray Tune. The workers import it."""
 
 import math
+import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +28,11 @@ MORE_AXES = {
 """Ranges that the formula does not look at, with which a space is as large as a real one."""
 
 
-def train(
-    config: TrialConfig, report: Callable[[int, Mapping[str, float], Callable[[Path], None]], None], resume_from: Any
-) -> None:
+Report = Callable[[int, Mapping[str, float], Callable[[Path], None]], None]
+Train = Callable[[TrialConfig, Report, Any], None]
+
+
+def train(config: TrialConfig, report: Report, resume_from: Any) -> None:
     """The trial as the project's train function."""
     for epoch in range(1, EPOCHS + 1):
         report(epoch, metrics(config.loss["k"], config.recipe.lr, epoch), _save)
@@ -43,6 +46,27 @@ def trainable(config: Mapping[str, Any]) -> None:
         tune.report(metrics(config["k"], config["lr"], epoch))
 
 
+class Paced:
+    """A trial as the project's train function that reports every so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, config: TrialConfig, report: Report, resume_from: Any) -> None:
+        """Sleep and report, as many times as the trial has epochs."""
+        for epoch in range(1, config.recipe.epochs + 1):
+            time.sleep(self.seconds)
+            report(epoch, metrics(config.loss["k"], config.recipe.lr, epoch), _save)
+
+
+def trainable_of_a_second(config: Mapping[str, Any]) -> None:
+    """A trial of one report as Ray Tune's function."""
+    from ray import tune  # only a worker needs it
+
+    time.sleep(1.0)
+    tune.report(metrics(config["k"], config["lr"], 1))
+
+
 def simulated(trial: "SimulatedTrial", epoch: int) -> dict[str, float]:
     """The trial's epoch as `simulate` asks for it."""
     return metrics(trial.config.loss["k"], trial.config.recipe.lr, epoch)
@@ -54,14 +78,14 @@ def metrics(k: Any, lr: float, epoch: int) -> dict[str, float]:
     return {OBJECTIVE: accuracy, "train_loss": 1 / epoch, "epoch_seconds": 0.0}
 
 
-def sweep_config(trials: int, more: Mapping[str, Any], **sweep: Any) -> SweepConfig:
+def sweep_config(trials: int, more: Mapping[str, Any], *, epochs: int = EPOCHS, **sweep: Any) -> SweepConfig:
     """A sweep of such trials: over k, lr and what `more` names, with these settings."""
     config = config_from(
         {
             "data": {"name": "digits"},
             "teacher": {"name": "digits_cnn", "recipe": {"epochs": 1}},
             "student": "digits_cnn_tiny",
-            "recipe": {"epochs": EPOCHS},
+            "recipe": {"epochs": epochs},
             "space": {"k": {"low": 1, "high": 10}, "lr": {"low": 0.01, "high": 1.0, "log": True}, **more},
             "sweep": {"trials": trials, **sweep},
             "baselines": None,

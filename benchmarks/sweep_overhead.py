@@ -159,7 +159,7 @@ def _plain(config: SweepConfig, folder: Path, *, is_tracked: bool) -> _Run:
             tune_config=tune.TuneConfig(
                 metric=formula.OBJECTIVE,
                 mode="max",
-                search_alg=OptunaSearch(_distributions(config), metric=formula.OBJECTIVE, mode="max", sampler=sampler),
+                search_alg=OptunaSearch(distributions(config), metric=formula.OBJECTIVE, mode="max", sampler=sampler),
                 scheduler=ASHAScheduler(
                     max_t=formula.EPOCHS,
                     grace_period=settings.asha.grace_epochs,
@@ -250,7 +250,7 @@ def _config(trials: int) -> SweepConfig:
     return formula.sweep_config(trials, formula.MORE_AXES, asha=asha, **settings)
 
 
-def _distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
+def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
     """What the project's sweep has Optuna propose, for the plain one."""
     return {axis.name: _distribution(axis) for axis in Space.of(config).axes()}
 

@@ -187,6 +187,21 @@ def test_the_parts_of_topkd_on_glyphs():
     assert re.search(r"^- 13 trainings of 2 epochs, \d+ at once: ", page, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_how_large_a_sweep_may_get():
+    page, lines = quick_page("scale")
+    table = {cells[0]: cells[1:] for cells in lines}
+    for name in ("this project", "plain Ray Tune, which tracks nothing"):
+        trials, floor, seconds, ratio = map(float, table[name][:4])
+        assert (trials, floor) == (8, 4), "eight seconds of trials on two slots"
+        assert ratio == pytest.approx(seconds / floor, abs=0.15)
+        assert ratio >= 1
+    assert "4 trials at once on 4 nodes." in page
+    assert 0 < float(table["8"][0]) <= 1.3 * 8, "no more reports can be taken than are sent"
+
+
 @pytest.fixture(scope="module")
 def replay():
     sys.path.insert(0, str(ROOT))

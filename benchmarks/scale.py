@@ -1,0 +1,229 @@
+"""`python -m benchmarks.scale [--trials N] [--slots N] [--concurrent N] [--quick] [--write]`: how large a sweep may get.
+
+**Many short trials.** Formula trials that sleep for one second and report once, on so many slots, here and with plain Ray
+Tune, one after the other on the same private Ray, with Optuna's TPE over the same axes in both. Here: ledger, a checkpoint
+of each trial, MLflow in SQLite caught up. Plain: `OptunaSearch`, actors reused, nothing that tracks. The floor is
+trials / slots seconds: what a scheduler that costs nothing would take from the first trial on.
+
+**Many trials at once.** Trials on four Ray nodes, all on this machine, that report as often as is asked of them. A driver
+that keeps up takes as many reports a second as are sent; the highest rate it took is what it saturates at. Its CPU seconds
+and memory are the driver's process alone; here it shares the machine's cores with all the workers.
+"""
+
+import argparse
+import io
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import optuna
+import psutil
+import ray.cluster_utils
+from ray import tune
+from ray.tune.search.optuna import OptunaSearch
+
+from benchmarks import formula
+from benchmarks.__main__ import cores
+from benchmarks.__main__ import machine
+from benchmarks.memory import peak_megabytes
+from benchmarks.pages import give
+from benchmarks.sweep_overhead import distributions
+from tune_topkd.config import SweepConfig
+from tune_topkd.execution import Cluster
+from tune_topkd.execution import run_sweep
+from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import Driver
+from tune_topkd.ledger import Header
+from tune_topkd.ledger import Ledger
+from tune_topkd.ledger import read_events
+from tune_topkd.search import Search
+from tune_topkd.tracking import MlflowTracker
+from tune_topkd.tracking import check_uri
+
+TRIALS, PLAIN, SLOTS = 10_000, 1_000, 16
+NODES, CONCURRENT = 4, 200
+RATES = (0.1, 0.2, 0.4, 0.8)
+"""Reports a second that each of many trials at once sends."""
+EPOCHS = 12
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep of formulas that has ended."""
+
+    first: float
+    """When the first trial began, in seconds since 1970."""
+    ended: float
+    reports: list[float]
+    """When the driver took each."""
+    cpu: float
+    """Seconds of the driver's process between the two."""
+    megabytes: float
+    """The most that the driver's process took."""
+
+
+def swept(config: SweepConfig, train: formula.Train, folder: Path, store: Path) -> Swept:
+    """Run a sweep on the Ray that this process is attached to, with a fresh MLflow."""
+    folder.mkdir()
+    shutil.copy(store, folder / "mlflow.db")
+    settings = config.sweep
+    header = Header(sweep="scale", id=folder.name, seed=settings.seed, trials=settings.trials)
+    cpu = time.process_time()
+    with peak_megabytes(psutil.Process(), 0.5) as megabytes:
+        with Ledger.create(folder / LEDGER_FILE, header) as ledger:
+            ledger.append(Driver.here(trials=settings.trials))
+            tracker = MlflowTracker(ledger.path, f"sqlite:///{folder / 'mlflow.db'}")
+            search = Search(config, ledger, [tracker])
+            run_sweep(search, cluster=Cluster.now(), folder=folder, train=train)
+            tracker.close()
+        ended = time.time()
+    assert tracker.is_caught_up, tracker.trouble
+    counts = search.state.counts()
+    assert counts["completed"] + counts["pruned"] == settings.trials, counts
+    events = read_events(folder / LEDGER_FILE)[0]
+    first = next(event.time for event in events if event.name == "start")
+    reports = [event.time for event in events if event.name == "report"]
+    return Swept(first, ended, reports, time.process_time() - cpu, megabytes[0])
+
+
+def plainly(config: SweepConfig, folder: Path) -> float:
+    """The same trials of one report by Ray Tune alone: seconds from the first one's start on."""
+    settings = config.sweep
+    sampler = optuna.samplers.TPESampler(
+        seed=settings.seed, n_startup_trials=settings.startup_trials, multivariate=True, constant_liar=True
+    )
+    starts = _Starts()
+    results = tune.Tuner(
+        tune.with_resources(formula.trainable_of_a_second, {"cpu": settings.cpus_per_trial}),
+        tune_config=tune.TuneConfig(
+            metric=formula.OBJECTIVE,
+            mode="max",
+            search_alg=OptunaSearch(distributions(config), metric=formula.OBJECTIVE, mode="max", sampler=sampler),
+            num_samples=settings.trials,
+            max_concurrent_trials=settings.max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="plain", storage_path=str(folder), verbose=0, callbacks=[starts]),
+    ).fit()
+    ended = time.time()
+    assert len(results) == settings.trials
+    assert not results.errors
+    return ended - starts.first
+
+
+class _Starts(tune.Callback):
+    """When the first trial began."""
+
+    first = 0.0
+
+    def on_trial_start(self, iteration: int, trials: object, trial: object, **info: object) -> None:
+        self.first = self.first or time.time()
+
+
+def many_short(folder: Path, store: Path, trials: int, plain: int, slots: int) -> Iterator[str]:
+    """The table of so many short trials here, and so many with plain Ray Tune."""
+    settings = {"asha": None, "startup_trials": 20, "max_concurrent": slots, "cpus_per_trial": float(cores()) / slots}
+
+    def row(name: str, trials: int, seconds: float, *cells: str) -> str:
+        floor = trials / slots
+        times = [f"{trials:,}", f"{floor:.0f}", f"{seconds:.0f}", f"{seconds / floor:.2f}", f"{trials / seconds:.1f}"]
+        print(name, *times, file=sys.stderr, flush=True)
+        return f"| {' | '.join([name, *times, *cells])} |"
+
+    yield f"{slots} slots; seconds from the first trial's start on."
+    yield ""
+    yield "| | trials | floor, s | seconds | × the floor | trials a second | driver's CPU ms a trial | its peak MB |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
+    with Cluster.attached(), redirect_stdout(io.StringIO()):  # Ray Tune prints
+        config = formula.sweep_config(trials, formula.MORE_AXES, epochs=1, **settings)
+        here = swept(config, formula.Paced(1.0), folder / "here", store)
+        cpu = f"{1e3 * here.cpu / trials:.0f}"
+        yield row("this project", trials, here.ended - here.first, cpu, f"{here.megabytes:.0f}")
+        if plain:
+            config = formula.sweep_config(plain, formula.MORE_AXES, epochs=1, **settings)
+            yield row("plain Ray Tune, which tracks nothing", plain, plainly(config, folder), "–", "–")
+
+
+@contextmanager
+def nodes(cpus: float) -> Iterator[None]:
+    """A Ray of several nodes on this machine, each with so many CPUs to give away, that this process is attached to."""
+    cluster = ray.cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    try:
+        for _ in range(NODES):
+            cluster.add_node(num_cpus=cpus)
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def many_at_once(folder: Path, store: Path, concurrent: int, rates: Sequence[float]) -> Iterator[str]:
+    """The table of many trials at once, a row for each rate at which they report."""
+    yield f"{concurrent} trials at once on {NODES} nodes."
+    yield ""
+    yield "| reports a second sent | taken | driver's CPU s a second | its peak MB |"
+    yield "|--:|--:|--:|--:|"
+    with nodes(concurrent // NODES):
+        for rate in rates:
+            config = formula.sweep_config(
+                concurrent, {}, asha=None, max_concurrent=concurrent, cpus_per_trial=1.0, epochs=EPOCHS
+            )
+            train = formula.Paced(1 / rate)
+            done = swept(config, train, folder / f"rate-{rate}", store)
+            at_full = _middle(done.reports)
+            seconds = at_full[-1] - at_full[0]
+            taken = len(at_full) / seconds
+            cpu = done.cpu / (done.ended - done.first)
+            cells = [f"{rate * concurrent:.0f}", f"{taken:.0f}", f"{cpu:.2f}", f"{done.megabytes:.0f}"]
+            yield f"| {' | '.join(map(str, cells))} |"
+            print(*cells, file=sys.stderr, flush=True)
+
+
+def _middle(reports: Sequence[float]) -> list[float]:
+    """The reports of the middle half: while the last trials start, and when the first have ended, fewer are sent."""
+    return sorted(reports)[len(reports) // 4 : len(reports) * 3 // 4]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="benchmarks.scale", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--trials", type=int, default=TRIALS, metavar="N", help="of one second; 0 leaves them out")
+    parser.add_argument("--plain", type=int, default=PLAIN, metavar="N", help="of these with plain Ray Tune")
+    parser.add_argument("--slots", type=int, default=SLOTS, metavar="N", help="for these")
+    parser.add_argument(
+        "--concurrent", type=int, default=CONCURRENT, metavar="N", help="trials at once; 0 leaves them out"
+    )
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=RATES, metavar="R", help="at which each of them reports"
+    )
+    parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
+    parser.add_argument("--write", action="store_true", help="keep the page in benchmarks/results")
+    args = parser.parse_args()
+    if args.quick:
+        args.trials, args.plain, args.slots, args.concurrent, args.rates = 8, 8, 2, 4, [2.0]
+    lines = [f"# How large a sweep may get, {date.today()}", "", *machine(), ""]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, store = Path(scratch), Path(scratch) / "empty.db"
+        check_uri(f"sqlite:///{store}")
+        if args.trials:
+            lines += ["## Many short trials", "", *many_short(folder, store, args.trials, args.plain, args.slots), ""]
+        if args.concurrent:
+            table = many_at_once(folder, store, args.concurrent, args.rates)
+            lines += ["## Many trials at once", "", *table, ""]
+    lines += (__doc__ or "").splitlines()[2:]
+    give(lines, f"scale-{cores()}-cores", args.write)
+
+
+if __name__ == "__main__":
+    main()
