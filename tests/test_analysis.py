@@ -157,9 +157,8 @@ def test_there_are_these():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [ANSWER, SEARCH, BEST_K, PROJECT]
 
 
-@pytest.mark.parametrize(
-    "name", [ANSWER, *(pytest.param(name, marks=pytest.mark.slow) for name in (SEARCH, BEST_K, PROJECT))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [ANSWER, SEARCH, BEST_K, PROJECT])
 def test_is_stored_without_outputs_and_says_nothing_but_its_results(executed, name):
     notebook = stored(name)
     nbformat.validate(notebook)

@@ -484,6 +484,7 @@ def run_and_tell(config, folder):
     torch.save(weights(result), folder / "weights.pt")
 
 
+@pytest.mark.slow
 def test_trials_beside_one_another_ask_of_each_view_once(teacher, tmp_path):
     config = trial(teacher, tmp_path)
     beside = [PROCESSES.Process(target=run_and_tell, args=(config, tmp_path / name)) for name in ("a", "b")]

@@ -594,6 +594,7 @@ def test_mdistiller_lets_single_values_be_changed_and_refuses_another_type(mdist
         plugged(mdistiller, tuned, "TUNED_TOPKD.K", "2.5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -685,6 +686,7 @@ def tasked(folder, tuned, script=TIMM):
     return outcome(script, folder, ours=["tuned_timm"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dkd+topkd", second_case("topkd"), second_case("ce")])
 def test_timm_trains_by_it(tmp_path, method):
     done = tasked(tmp_path, tuned := answer(method, milestones=[0.5], weight_decay=1e-3))

@@ -112,6 +112,7 @@ def notes(folder):
 # --- which is best ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_trains_the_most_images_together_comes_first(pack, tmp_path):
     tried = pack({1: 100.0, 2: 80.0}, {"cpus_per_trial": "auto", "max_concurrent": 2}, peak_bytes=30)
     assert at_once(tried) == [2, 1]
@@ -151,6 +152,7 @@ def test_the_cpus_of_a_trial_are_at_most_its_gpus_part(pack, tmp_path):
     assert [note["given"] for note in notes(tmp_path)[2]] == [{"CPU": 2.0, "GPU": 1.0}] * 2
 
 
+@pytest.mark.slow
 def test_a_trial_of_several_gpus_has_the_cpus_of_all_of_them(pack, tmp_path):
     tried = pack({1: 100.0}, {"cpus_per_trial": "auto", "gpus_per_trial": 2.0}, peak_bytes=300)
     assert [(packed.share, packed.at_once) for packed in tried] == [(Share(4.0, 2.0), 1)]
@@ -159,6 +161,7 @@ def test_a_trial_of_several_gpus_has_the_cpus_of_all_of_them(pack, tmp_path):
     assert (note["given"], note["gpus"], note["gpu_share"]) == ({"CPU": 4.0, "GPU": 2.0}, "0,1", 1.0)
 
 
+@pytest.mark.slow
 def test_more_gpus_than_a_node_has_are_refused(pack):
     with pytest.raises(ResourceError, match=r"sweep\.gpus_per_trial = 4.*the most are 2"):
         pack({}, {"cpus_per_trial": "auto", "gpus_per_trial": 4.0})
@@ -307,6 +310,7 @@ def test_the_shares_that_are_tried(settings, node, shares):
 # --- what goes wrong ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["at_start", "at_work"])
 def test_a_training_that_cannot_be_is_refused_with_its_cause(pack, node, when):
     with pytest.raises(ResourceError) as refused:
@@ -325,6 +329,7 @@ def test_a_training_that_dies_alone_is_refused(pack):
         pack({}, ends={1: ("dies", "at_work")})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "when"),
     [
@@ -375,6 +380,7 @@ def test_so_many_as_cannot_be_placed_are_not_to_be_had(pack, occupied, tmp_path,
     assert notes(tmp_path).keys() == {2}
 
 
+@pytest.mark.slow
 def test_where_not_even_one_can_be_placed_it_is_refused(pack, occupied, monkeypatch):
     occupied(4)
     monkeypatch.setattr(packing, "LONGEST_START_OF_A_WORKER", 0.5)

@@ -165,6 +165,7 @@ def test_a_loss_of_each_ranks_own_part_would_be_another(configs):
     assert abs(whole["train_loss"] / parts["train_loss"] - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_two_ranks_from_the_checkpoint_of_one_process(configs, alone, tmp_path, left):
     config = configs["topkd"].model_copy(update={"ranks": 2})
     told = Recorder(tmp_path, save_at=[4])

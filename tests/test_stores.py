@@ -86,6 +86,7 @@ def test_names_are_listed_by_their_beginning(store):
     assert len(store.list()) == 5
 
 
+@pytest.mark.slow
 def test_more_than_one_page_is_listed(store):
     names = [f"many/{number:04d}" for number in range(1005)]
     with ThreadPoolExecutor(4) as pool:

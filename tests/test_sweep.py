@@ -157,6 +157,7 @@ def _config(record):
     return type("Trial", (), {"loss": record.params, "recipe": recipe})
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_losers_are_dropped_and_of_the_others_kept(alike):
     ledger, state = alike[0]
     assert state.counts()["pruned"] >= 4
@@ -165,6 +166,7 @@ def test_checkpoints_of_the_losers_are_dropped_and_of_the_others_kept(alike):
         assert bool(kept) == (record.status is TrialStatus.COMPLETED), record
 
 
+@pytest.mark.slow
 def test_the_same_seed_one_at_a_time_gives_the_same_ledger(alike):
     first, second = (comparable(finished.ledger) for finished in alike)
     assert first == second
@@ -281,6 +283,7 @@ def test_a_train_function_that_breaks_its_contract_is_told_so(fates, train, erro
     assert error in record.error
 
 
+@pytest.mark.slow
 def test_a_time_budget_ends_the_run_and_a_resume_goes_on(sweep):
     state = sweep(formulas.slow, sweep={"trials": 6, "time_budget": 1.5, "asha": None})
     assert state.stop_reason == "time_budget"

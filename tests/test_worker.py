@@ -174,6 +174,7 @@ for changes in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_a_trial_killed_before_any_change_to_its_folder_leaves_in_the_end_its_last_two_checkpoints(tmp_path, config):
     config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"epochs": 4})})
     program = [sys.executable, "-c", KILLED_AT_EACH_CHANGE, tmp_path, config.model_dump_json()]
@@ -346,6 +347,7 @@ def test_a_trial_that_hangs_ends_itself_and_says_where(tmp_path, train):
     assert newest_checkpoint(tmp_path).name == "epoch-0002"
 
 
+@pytest.mark.slow
 def test_only_the_trainings_own_time_counts_and_nothing_ticks_after_the_end(tmp_path):
     """The driver takes longer than the timeout for each report, a save as well, and the process lives on for longer."""
     with process("saving_slowly", tmp_path, timeout=1.5, pause=1.7, after=2.0) as slow:
@@ -442,6 +444,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_a_network_that_finds_the_disk_full_is_the_disks_trouble(tmp_path):
     """The real torch on a real full disk, of which torch itself says nothing."""
     mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"', str(tmp_path)]
