@@ -26,6 +26,7 @@ from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.machine import Gpu
+from tune_topkd.machine import NodeGpus
 
 EPOCHS = formulas.EPOCHS
 SIZES = [(80, 24), (160, 50)]
@@ -217,6 +218,76 @@ def test_gpus_are_shown_with_their_memory_and_how_busy_they_are(sweep):
     busy = Gpu("NVIDIA H200", int(12.34 * 2**30), 140 * 2**30, 87)
     lines = sweep.lines(gpus=[busy, Gpu("A part of one", 0, 2**30, None)])
     assert lines[4:6] == ["gpu    NVIDIA H200: 12.3 of 140 GiB, 87 % busy", "gpu    A part of one: 0.0 of 1 GiB"]
+
+
+def node(name, *gpus, age=0.0):
+    """A node whose GPUs have so many GiB in use, of so many, and are so busy, as it said so many seconds ago."""
+    found = [Gpu("NVIDIA H100", int(used * 2**30), total * 2**30, busy) for used, total, busy in gpus]
+    return NodeGpus(name, 0.0 - age, tuple(found))
+
+
+def node_lines(sweep, *nodes, columns=80, height=24):
+    sweep.now, now = 0.0, sweep.now
+    try:
+        lines = sweep.lines(columns, height, nodes)
+    finally:
+        sweep.now = now
+    assert max(map(len, lines)) <= columns
+    assert len(lines) <= height
+    assert lines[-1].startswith("trials")
+    return [line for line in lines if line.startswith("gpu")]
+
+
+@pytest.mark.parametrize(("columns", "height"), SIZES)
+def test_each_node_of_a_cluster_has_a_line_in_which_its_gpus_are_told_together(sweep, columns, height):
+    told = node_lines(
+        sweep,
+        node("10.0.0.2", *[(40 + 3 * n, 80, 71 + n) for n in range(8)]),
+        node("gpu-1", (12.3, 140, 87)),
+        node("mixed", (1, 40, 5), (1, 80, 5), (1, 80, None)),
+        node("parts", (0, 20, None), (20, 20, None)),
+        columns=columns,
+        height=height,
+    )
+    assert told == [
+        "gpu    10.0.0.2: 8 GPUs, 71–78 % busy, 40–61 of 80 GiB",
+        "gpu    gpu-1: 1 GPU, 87 % busy, 12 of 140 GiB",
+        "gpu    mixed: 3 GPUs, 5 % busy, 1 of 40–80 GiB",
+        "gpu    parts: 2 GPUs, 0–20 of 20 GiB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "height", "shown"), [(80, 24, 6), (160, 50, 12), (80, 11, 2), (80, 10, 1), (80, 9, 0)]
+)
+def test_nodes_for_which_there_is_no_room_are_told_in_one_line(sweep, columns, height, shown):
+    for number in range(6, 60):
+        sweep.train(SEARCH, number, 50.0, 1)
+    told = node_lines(sweep, *[node(f"n{n:02}", (n, 80, n)) for n in range(40)], columns=columns, height=height)
+    assert len(told) == shown
+    assert told[:-1] == [f"gpu    n{n:02}: 1 GPU, {n} % busy, {n} of 80 GiB" for n in range(shown - 1)]
+    rest, more = max(shown - 1, 0), " more" if shown > 1 else ""
+    of_the_rest = f"gpu    {40 - rest}{more} nodes: {40 - rest} GPUs, {rest}–39 % busy, {rest}–39 of 80 GiB"
+    assert told[-1:] == ([of_the_rest] if shown else [])
+
+
+def test_as_many_nodes_as_there_is_room_for_have_a_line_each(sweep):
+    told = node_lines(sweep, *[node(f"n{n}", (1, 80, 1)) for n in range(6)])
+    assert told == [f"gpu    n{n}: 1 GPU, 1 % busy, 1 of 80 GiB" for n in range(6)]
+
+
+def test_of_a_long_name_the_end_stays_and_its_figures_do_too(sweep):
+    of_a_pod = "raycluster-topkd-worker-gpu-group-x7k2p"
+    (told,) = node_lines(sweep, node(of_a_pod, *[(n % 140, 80 + n % 61, n % 101) for n in range(140)]))
+    assert told == "gpu    …-worker-gpu-group-x7k2p: 140 GPUs, 0–100 % busy, 0–139 of 80–140 GiB"
+
+
+def test_of_figures_that_are_not_of_now_the_age_is_told(sweep):
+    assert node_lines(sweep, node("a", (1, 80, 1), age=19.0))[0].startswith("gpu    a: ")
+    told = node_lines(sweep, node("a", (1, 80, 1), age=30.0), node("b", (1, 80, 1)))
+    assert told[0] == "gpu    as the nodes' were 30 s ago:"
+    assert [line[7] for line in told[1:]] == ["a", "b"]
+    assert node_lines(sweep, node("a", (1, 80, 1), age=30.0), height=10) == [], "no figures without their age"
 
 
 class Nvml:

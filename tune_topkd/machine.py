@@ -113,6 +113,17 @@ class Gpu:
     """Percent of the last moments in which it computed; None where the driver does not say, as with MIG."""
 
 
+@dataclass(frozen=True)
+class NodeGpus:
+    """The NVIDIA GPUs of one of a cluster's nodes at a moment."""
+
+    name: str
+    """What the cluster calls the node; two may be called the same."""
+    at: float
+    """When it answered, in Unix seconds by the clock of who asked."""
+    gpus: tuple[Gpu, ...]
+
+
 class _Memory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 

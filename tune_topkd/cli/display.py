@@ -41,10 +41,12 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
 from tune_topkd.machine import Gpu
+from tune_topkd.machine import NodeGpus
 from tune_topkd.machine import gpus
 from tune_topkd.sweep import Callback
 from tune_topkd.sweep import Kind
 from tune_topkd.sweep import Result
+from tune_topkd.sweep.gpus import node_gpus
 from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import short
 from tune_topkd.sweep.wording import short_params
@@ -221,7 +223,7 @@ class ProgressDisplay:
             ledger: its ledger file.
             seen: the number of the last event before this driver's trials; what it and those before it tell is old.
             console: where to.
-            is_here: whether trials run on this machine, so that its GPUs are worth showing.
+            is_here: whether trials run on this machine, so that its GPUs are shown; else the cluster's nodes' are.
         """
         self._ledger = ledger
         self._seen = seen
@@ -229,7 +231,7 @@ class ProgressDisplay:
         self._picture = Picture(config, time.time())
         self._offset = 0
         self._is_here = is_here
-        self._gpus: list[Gpu] = []
+        self._gpus: Sequence[Gpu | NodeGpus] = ()
         self._looked_at = 0.0
         self._untold: Counter[str] = Counter()
         self._troubles = 0
@@ -319,8 +321,9 @@ class ProgressDisplay:
 
     def _frame(self) -> Group | Text:
         now = time.time()
-        if self._is_here and now - self._looked_at >= SECONDS_PER_LOOK:
-            self._gpus, self._looked_at = gpus(), now
+        if now - self._looked_at >= SECONDS_PER_LOOK:
+            self._gpus = gpus() if self._is_here else node_gpus(self._ledger.parent, now) or ()
+            self._looked_at = now
         return self._picture.frame(self._console.height, now, self._gpus)
 
     def _line(self, record: TrialRecord) -> str:

@@ -29,16 +29,23 @@ from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
 from tune_topkd.machine import Gpu
+from tune_topkd.machine import NodeGpus
 from tune_topkd.sweep.remaining import Pace
 from tune_topkd.sweep.remaining import epochs_ahead
 from tune_topkd.sweep.remaining import seconds_to_limit
 from tune_topkd.sweep.remaining import training_total
+from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
 from tune_topkd.sweep.wording import short_params
 
 STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 FEWEST_ENDED = 3
 """Trainings that this driver must have seen the end of before it tells how many an hour there are."""
+
+_AGE_OF_NOW = 20.0
+"""Seconds up to which what nodes have said is told as what is; of older figures the age is told."""
+_LONGEST_NAME = 24
+"""Characters of a node's name: beside the figures there is room for so many in 80 columns. Names of one kind end unlike."""
 
 
 class Picture:
@@ -89,20 +96,22 @@ class Picture:
                 self._hours.take(self.state.trials[key], metrics)
                 self._epochs += 1
 
-    def frame(self, height: int, now: float, gpus: Sequence[Gpu] = ()) -> Group | Text:
+    def frame(self, height: int, now: float, gpus: Sequence[Gpu | NodeGpus] = ()) -> Group | Text:
         """The sweep at a time.
 
         Args:
             height: lines of the terminal; trials at work that do not fit are counted.
             now: in Unix seconds.
-            gpus: of this machine.
+            gpus: of this machine, a line for each, or of the nodes of a cluster, a line for each node as far as a quarter of
+                the terminal has room, and one for the others.
         """
         if not self._has_started and not self.phase:
             passed = duration(max(now - self._began, 0.0))
             if not self.state.is_prepared:
                 return Text(f"preparing what trials share (the data, the teacher, its bank of logits): {passed}", "dim")
             return Text(f"starting Ray and its workers: {passed}", "dim")
-        above = [*self._about(now), *map(_of_gpu, gpus)][: max(height - 5, 1)]
+        about, most = list(self._about(now)), max(height - 5, 1)
+        above = [*about, *_of_gpus(gpus, now, min(height // 4, most - len(about)))][:most]
         below = [Text(f"{self.phase} …", "dim")] if self.phase else []
         room = max(height - len(above) - len(below) - 4, 1)
         return Group(*above, *self._running(room), self._bar(now), *below)
@@ -235,6 +244,39 @@ class Picture:
 
 def _labelled(label: str, text: str) -> Text:
     return Text.assemble((f"{label:<7}", "dim"), text)
+
+
+def _of_gpus(gpus: Sequence[Gpu | NodeGpus], now: float, most: int) -> Iterator[Text]:
+    """A line for each GPU of this machine; of a cluster's nodes as many lines as there is room for."""
+    yield from (_of_gpu(gpu) for gpu in gpus if isinstance(gpu, Gpu))
+    nodes = [node for node in gpus if isinstance(node, NodeGpus)]
+    if not nodes or most < 1:
+        return
+    if (age := now - min(node.at for node in nodes)) > _AGE_OF_NOW:
+        if most < 2:  # no figures without their age
+            return
+        yield _labelled("gpu", f"as the nodes' were {duration(age)} ago:")
+        most -= 1
+    alone = nodes if len(nodes) <= most else nodes[: most - 1]
+    for node in alone:
+        name = node.name if len(node.name) <= _LONGEST_NAME else f"…{node.name[1 - _LONGEST_NAME :]}"
+        yield _labelled("gpu", f"{name}: {_together(node.gpus)}")
+    if rest := nodes[len(alone) :]:
+        others = f"{len(rest)} more nodes" if alone else f"{len(rest)} nodes"
+        yield _labelled("gpu", f"{others}: {_together([gpu for node in rest for gpu in node.gpus])}")
+
+
+def _together(gpus: Sequence[Gpu]) -> str:
+    """What several GPUs are doing, each figure from the lowest to the highest."""
+    busy = [gpu.busy for gpu in gpus if gpu.busy is not None]
+    told = [counted(len(gpus), "GPU"), f"{_from_to(busy)} % busy" if busy else ""]
+    used, total = ([getattr(gpu, name) / 2**30 for gpu in gpus] for name in ("used", "total"))
+    return ", ".join(filter(None, [*told, f"{_from_to(used)} of {_from_to(total)} GiB"]))
+
+
+def _from_to(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low}–{high}"
 
 
 def _of_gpu(gpu: Gpu) -> Text:

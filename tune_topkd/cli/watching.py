@@ -3,6 +3,8 @@
 import socket
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from tune_topkd import terminal
 from tune_topkd.cli.picture import Picture
@@ -11,12 +13,16 @@ from tune_topkd.cli.standing import line_of
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
 from tune_topkd.ledger import LEDGER_FILE
+from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
+from tune_topkd.machine import Gpu
+from tune_topkd.machine import NodeGpus
 from tune_topkd.machine import gpus
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep.api import Status
 from tune_topkd.sweep.api import status_of
+from tune_topkd.sweep.gpus import node_gpus
 from tune_topkd.sweep.workspace import frozen_config
 from tune_topkd.sweep.workspace import is_under_way
 from tune_topkd.sweep.workspace import stopped_as
@@ -54,8 +60,8 @@ def watch(name: str, workspace: Workspace, every: float, console: Console) -> No
             if not is_driven or state.stop_reason:
                 break
             if is_live:
-                is_here = state.last_driver is not None and state.last_driver.host == socket.gethostname()
-                console.show(picture.frame(console.height, time.time(), gpus() if is_here else ()))
+                now = time.time()
+                console.show(picture.frame(console.height, now, _gpus_of(folder, state, now)))
             elif (found := status_of(name, folder, state)) and _told(found) != before:
                 before = _told(found)
                 terminal.result(f"{line_of(entry_of(found))}\n")
@@ -80,6 +86,14 @@ def running(workspace: Workspace) -> str:
         rule = f"must be one of {', '.join(found)}" if found else f"no sweep in {workspace.place} is under way"
         raise ConfigError("--watch", [Problem(key="SWEEP", rule=rule)])
     return found[0]
+
+
+def _gpus_of(folder: Path, state: SweepState, now: float) -> Sequence[Gpu | NodeGpus]:
+    """What the GPUs are doing: those of its nodes as the driver was last told, or this machine's, if it runs here."""
+    if (nodes := node_gpus(folder, now)) is not None:
+        return nodes
+    is_here = state.last_driver is not None and state.last_driver.host == socket.gethostname()
+    return gpus() if is_here else ()
 
 
 def _told(found: Status) -> tuple[object, ...]:

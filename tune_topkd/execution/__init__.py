@@ -2,8 +2,8 @@
 
 An `Executor` runs the trials of a search: `RayExecutor` on Ray, `SimulatedExecutor` as formulas. Inside: `worker` runs one
 trial where Ray put it, `checkpoints` keeps what it can go on from, `remote` is a sweep that lies in a store, `cluster` is
-the Ray there is, `nodes` which of its nodes trials may go to, `packing` measures how many to put there, `ray_tune` joins
-them to the search through Ray Tune.
+the Ray there is, `nodes` which of its nodes trials may go to, `gpus` what their GPUs are doing, `packing` measures how many
+trials to put there, `ray_tune` joins them to the search through Ray Tune.
 """
 
 from tune_topkd.execution.cluster import Cluster

@@ -29,6 +29,7 @@ from tune_topkd.execution.checkpoints import checkpoints
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import share_of
 from tune_topkd.execution.cluster import trial_part
+from tune_topkd.execution.gpus import GpuWatch
 from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
 from tune_topkd.execution.nodes import Nodes
 from tune_topkd.execution.nodes import is_node_loss
@@ -100,6 +101,7 @@ class Bridge:
         nodes: Nodes,
         broker: Client | None = None,
         remote: RemoteSweep | None = None,
+        gpus: GpuWatch | None = None,
     ) -> None:
         self.search = search
         self.trouble = ""
@@ -113,6 +115,7 @@ class Bridge:
         self._interruption = interruption
         self._nodes = nodes
         self._broker = broker
+        self._gpus = gpus
         self._is_idle = False
         """Whether there was no trial to start, and none has ended since."""
         self._remote = remote
@@ -282,6 +285,7 @@ class Bridge:
             return
         self._checked = now
         self._nodes.look()
+        self._look_at_gpus()
         cluster = self._nodes.cluster
         fitting = cluster.room_for(share_of(self.search.config))
         self._room = min(fitting, self.search.config.sweep.max_concurrent or fitting)
@@ -303,6 +307,16 @@ class Bridge:
                 _log.error("trial %s says nothing and did not end itself: its worker is killed", key)
                 self._at_work[key] = replace(place, is_hung=True)
                 kill_worker(*there)
+
+    def _look_at_gpus(self) -> None:
+        """Say on which nodes trials are at work. One that has not yet reported, as epochs may be long, is looked up."""
+        if self._gpus is None:
+            return
+        for key, place in self._at_work.items():
+            if not place.node and (there := whereabouts(place.actor)) is not None:
+                self._at_work[key] = replace(place, node=there[0])
+        nodes = {place.node for place in self._at_work.values() if place.node}
+        self._gpus.look_at({node: self._nodes.name(node) for node in nodes})
 
     @contextmanager
     def ends_the_sweep(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from tune_topkd.execution.packing import pack
 from tune_topkd.execution.ray_tune import run_sweep
 from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.worker import TrainFunction
+from tune_topkd.machine import NodeGpus
 from tune_topkd.search import Search
 
 
@@ -42,6 +44,9 @@ class Work:
     """What the trials of the arm `test` share."""
     remote: RemoteSweep | None = None
     """Where the sweep lies, if that is a store."""
+    on_gpus: Callable[[Sequence[NodeGpus]], None] | None = None
+    """Is told every few seconds, on another thread than the sweep's, what the GPUs are doing of a cluster's nodes on which
+    trials are at work; of a machine that the sweep has for itself the machine is to be asked."""
 
 
 class Executor(Protocol):
@@ -94,4 +99,5 @@ class RayExecutor:
                 note=work.note,
                 priority=self._priority,
                 remote=work.remote,
+                on_gpus=None if self._address is None else work.on_gpus,
             )

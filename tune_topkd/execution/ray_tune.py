@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +33,7 @@ from tune_topkd.execution.bridge import Interruption
 from tune_topkd.execution.broker import Client
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import share_of
+from tune_topkd.execution.gpus import GpuWatch
 from tune_topkd.execution.nodes import Nodes
 from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.scratch import scratch_folder
@@ -39,6 +41,7 @@ from tune_topkd.execution.worker import MESSAGE
 from tune_topkd.execution.worker import TrainFunction
 from tune_topkd.execution.worker import Worker
 from tune_topkd.ledger import LedgerError
+from tune_topkd.machine import NodeGpus
 from tune_topkd.search.search import Search
 
 _NO_SIGINT_HANDLER = "TUNE_DISABLE_SIGINT_HANDLER"
@@ -65,6 +68,7 @@ def run_sweep(
     note: Callable[[str], None] = _log.warning,
     priority: float | None = None,
     remote: RemoteSweep | None = None,
+    on_gpus: Callable[[Sequence[NodeGpus]], None] | None = None,
 ) -> str:
     """Run what is left of a sweep and return why it stopped: the reason of the ledger's `stop` event.
 
@@ -83,6 +87,8 @@ def run_sweep(
         note: is told of nodes that trials do not go to, and why, and of other sweeps on the cluster.
         priority: the sweep's among others on this cluster, above 0; None where there can be none.
         remote: where the sweep lies, if that is a store.
+        on_gpus: is told every few seconds, on another thread, what the GPUs are doing of the nodes on which trials are at
+            work, if trials have GPUs.
 
     Raises:
         TakenOverError: another process drives the sweep by now.
@@ -94,6 +100,7 @@ def run_sweep(
     share = share_of(search.config)
     nodes = Nodes(worker, folder, search.state.header.id, share, note, remote)
     broker = None if priority is None else Client(search.state.header.id, share, priority, note)
+    gpus = None if on_gpus is None or not share.gpus else GpuWatch(on_gpus)
 
     def trial(config: dict[str, Any]) -> None:
         worker(config)
@@ -105,9 +112,10 @@ def run_sweep(
     with contextlib.nullcontext() if broker is None else broker.reporting():  # it begins while the nodes are looked at
         nodes.wait_for_one()
         (folder / "trials").mkdir(exist_ok=True)
-        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker, remote)
+        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker, remote, gpus)
         with (
             contextlib.closing(bridge),
+            contextlib.nullcontext() if gpus is None else gpus.asking(),
             scratch_folder() as scratch,
             _listening(interruption),
             bridge.ends_the_sweep(),  # what ends Ray's loop is trouble of the sweep, not a trace in the user's terminal

@@ -45,12 +45,13 @@ class FileError(TuneTopKDError):
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], *, is_durable: bool = True) -> None:
     """Replace the file at `path` by what `write` writes: in one step, and only once it is on the disk.
 
     Args:
         path: the file; at any moment it is absent, the old one or the new one.
         write: called with the open stream of a temporary file beside it.
+        is_durable: whether to wait for the disk; what need not outlive a power cut does not.
 
     Raises:
         OSError: the disk refused, also where a library hides that in an error of its own; it names `path`, and what was
@@ -61,7 +62,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     try:
         with temporary.open("xb") as stream:
             write(stream)
-            sync_stream(stream)
+            if is_durable:
+                sync_stream(stream)
         temporary.replace(path)
     except Exception as error:
         if (refusal := next(_os_errors(error), None)) is not None:
@@ -72,7 +74,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, is_durable: bool = True) -> None:
     """Replace the file at `path` by a text in UTF-8, as `write_atomically` does.
 
     Raises:
@@ -80,7 +82,7 @@ def write_text(path: Path, text: str) -> None:
         UnicodeEncodeError: the text cannot be written in UTF-8; what was there still is.
     """
     content = text.encode()
-    write_atomically(path, lambda stream: stream.write(content))
+    write_atomically(path, lambda stream: stream.write(content), is_durable=is_durable)
 
 
 def write_new(path: Path, content: bytes) -> bool:

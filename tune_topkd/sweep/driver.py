@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ from tune_topkd.ledger import Stop
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TeacherFile
 from tune_topkd.ledger import is_confirmed
+from tune_topkd.machine import NodeGpus
 from tune_topkd.space import Space
 from tune_topkd.storage import file_hash
 from tune_topkd.storage import write_text
@@ -54,6 +56,7 @@ from tune_topkd.sweep.confirm import cost
 from tune_topkd.sweep.confirm import request
 from tune_topkd.sweep.documents import author_of
 from tune_topkd.sweep.documents import without_artifacts
+from tune_topkd.sweep.gpus import gpus_file
 from tune_topkd.sweep.preflight import Checked
 from tune_topkd.sweep.preflight import check_again
 from tune_topkd.sweep.preflight import first_proposals
@@ -333,6 +336,7 @@ class Turn:
         """Run the trials; why the sweep stopped, and what MLflow lacks."""
         folder, watchers = ledger.path.parent, self.watchers
         with (
+            gpus_file(folder, is_cluster=self.workspace.address is not None) as on_gpus,
             watchers.trials(config, folder, ledger.state),
             _mlflow(ledger.state.header.sweep, self.workspace, watchers) as mlflow,
             prepare.dataset_file(config, folder, watchers.note) as dataset_file,
@@ -343,7 +347,7 @@ class Turn:
                 of_test = prepare.dataset_file(test.config, folder, watchers.note, TEST_DATASET_FILE)
                 shared = test.files.model_copy(update={"dataset_file": stack.enter_context(of_test)})
                 test = dataclasses.replace(test, files=shared)
-            reason = self._search(config, files, test, ledger, executor, [*mlflow, watchers])
+            reason = self._search(config, files, test, ledger, executor, [*mlflow, watchers], on_gpus)
         return reason, "".join(tracker.trouble for tracker in mlflow)
 
     def _search(
@@ -354,6 +358,7 @@ class Turn:
         ledger: Ledger,
         executor: "Executor",
         trackers: Sequence[Any],
+        on_gpus: Callable[[Sequence[NodeGpus]], None],
     ) -> str:
         from tune_topkd.execution import Work
         from tune_topkd.search import Search
@@ -377,7 +382,8 @@ class Turn:
         hashes |= {} if test is None else test.hashes
         needed = [*hashes, *(f.dataset_file for f in (files, test_files) if f.dataset_file is not None)]
         remote = self._remote_sweep(ledger, needed)
-        return executor.run(search, Work(ledger.path.parent, train, files, hashes, note, give_up, test_files, remote))
+        work = Work(ledger.path.parent, train, files, hashes, note, give_up, test_files, remote, on_gpus)
+        return executor.run(search, work)
 
     def _remote_sweep(self, ledger: Ledger, needed: Sequence[str]) -> "RemoteSweep | None":
         """What workers are told of a sweep in a store; what they need is put there if some may be on other machines."""

@@ -4,7 +4,7 @@
     <sweep>/ledger/0000-0000000012.jsonl   the lines of one append, by the number of the first (`ledger.mirror`)
     <sweep>/config/<digest>.yaml    the frozen config, as it began and as it was prepared
     <sweep>/tuned.yaml              the answer
-    <sweep>/driver.json             which process drives it, put anew every few seconds
+    <sweep>/driver.json             which process drives it, and what its nodes' GPUs are doing, put anew every few seconds
     <sweep>/trials/…, files/…       checkpoints, and files that trials share (`execution.remote`)
     teachers/<key>/…                trained teachers
 
@@ -34,6 +34,7 @@ from tune_topkd.storage import check_store
 from tune_topkd.storage import copy_of
 from tune_topkd.storage import open_store
 from tune_topkd.storage import write_text
+from tune_topkd.sweep.gpus import gpus_content
 from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import DRIVER_FILE
 from tune_topkd.sweep.workspace import TEACHERS
@@ -120,7 +121,7 @@ class Remote:
 
     @contextlib.contextmanager
     def sign_of_life(self, sweep: str) -> Iterator[None]:
-        """Say in the store, as long as this lasts, that this process drives the sweep: others are told so.
+        """Say in the store, as long as this lasts, that this process drives the sweep, and what its nodes' GPUs are doing.
 
         Nothing is decided by it but what a person is told: two drivers are kept apart by the ledger.
         """
@@ -129,6 +130,7 @@ class Remote:
         def beat() -> None:
             while True:
                 content = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+                content |= gpus_content(self.runs / sweep)
                 with contextlib.suppress(StoreError):  # the ledger's next line tells of it
                     self.store.put(name, json.dumps(content).encode())
                 if over.wait(_SECONDS_BETWEEN_SIGNS):

@@ -53,6 +53,8 @@ CONFIG_FILE = "sweep.yaml"
 DATASET_FILE = "dataset.pt"
 TEST_DATASET_FILE = "test-dataset.pt"
 LOG_FILE = "sweep.log"
+GPUS_FILE = "gpus.json"
+"""While trials run on a cluster: what the GPUs of its nodes are doing."""
 DRIVER_FILE = "driver.json"
 """Of runs in a store: which process has said when that it drives the sweep."""
 LONGEST_SILENCE = 45.0
