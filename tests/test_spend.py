@@ -16,6 +16,8 @@ from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.sweep import api
+from tune_topkd.sweep import campaign
 from tune_topkd.sweep.spend import FEWEST
 from tune_topkd.sweep.spend import rung_ranks
 from tune_topkd.sweep.spend import rungs_of
@@ -74,6 +76,17 @@ def test_a_baseline_that_failed_is_among_the_failed_trainings():
 def test_what_was_not_reported_costs_nothing_and_is_not_told():
     found = spend(state_of((SEARCH, TrialStatus.PRUNED, [], None), (SEARCH, TrialStatus.RUNNING, [50.0], None)))
     assert (found.total, found.saved, found.sentence()) == (0.0, 0.0, "")
+
+
+def test_how_a_sweep_stands_is_told_by_adding_its_spend_once(tmp_path, monkeypatch):
+    added = []
+    for module in (api, campaign):
+        monkeypatch.setattr(module, "spend", lambda state: added.append(state) or spend(state))
+    state = state_of((SEARCH, TrialStatus.COMPLETED, [50.0] * EPOCHS, 400.0))
+    (tmp_path / "ledger.jsonl").touch()
+    found = api.status_of("s", tmp_path, state)
+    assert (found.spend.total, found.cpu_hours) == (3600.0, 1.0)
+    assert len(added) == 1, "a ledger may be long, and status --watch looks often"
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -411,7 +411,8 @@ def status_of(name: str, folder: Path, state: SweepState) -> Status:
     trials = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
     running = counts[TrialStatus.RUNNING]
     trials |= {"running": running} if how == "running" else {"running": 0, "interrupted": running}
-    winner, (cpu_hours, gpu_hours) = winner_of(state), hours_of(state)
+    winner, spent = winner_of(state), spend(state)
+    cpu_hours, gpu_hours = hours_of(state, spent)
     return Status(
         sweep=name,
         condition=how,
@@ -424,7 +425,7 @@ def status_of(name: str, folder: Path, state: SweepState) -> Status:
         winner=winner,
         finalists=finalists_done(state),
         verdict=verdict_of(state),
-        spend=spend(state),
+        spend=spent,
         description=_description(folder),
         begun=state.started_at,
         figures=figures_of(state),

@@ -26,6 +26,7 @@ from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
 from tune_topkd.sweep.recommending import Recommendation
 from tune_topkd.sweep.size import on_front
+from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import baseline_name
@@ -44,7 +45,7 @@ def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar
         state: its trials.
         complete: its parameters as the config has them, those that it searches at their defaults.
     """
-    cpu_hours, gpu_hours = hours_of(state)
+    cpu_hours, gpu_hours = hours_of(state, spend(state))
     about: dict[str, Any] = {
         "sweep": state.header.sweep,
         "dataset": config.data.name,
@@ -63,9 +64,9 @@ def row_of(config: SweepConfig, state: SweepState, complete: Mapping[str, Scalar
     return Row(**about, params={**complete, **winner.record.params}, equal_k=equal_k(state), **figures_of(state))
 
 
-def hours_of(state: SweepState) -> tuple[float, float]:
+def hours_of(state: SweepState, spent: Spend) -> tuple[float, float]:
     """What a sweep's trainings have cost, in hours of CPUs and of GPUs, with what a trial of it has of a node."""
-    hours = spend(state).total / 3600
+    hours = spent.total / 3600
     share = state.prepared.share if state.prepared else None
     return hours * (share.cpus if share else 1.0), hours * (share.gpus if share else 0.0)
 
