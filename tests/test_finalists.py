@@ -30,22 +30,27 @@ from tune_topkd.export import WRITERS
 from tune_topkd.export import as_yaml
 from tune_topkd.export import load_tuned_config
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
+from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import LedgerError
 from tune_topkd.ledger import Repeat
+from tune_topkd.ledger import Report
 from tune_topkd.ledger import Suggest
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import baseline_to_come
 from tune_topkd.ledger import difference
 from tune_topkd.ledger import events
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import finalists_to_repeat
+from tune_topkd.ledger import is_searched
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import unrepeated
@@ -66,6 +71,8 @@ from tune_topkd.terminal import Console
 from tune_topkd.terminal import Terminal
 from tune_topkd.tracking.projection import Batch
 from tune_topkd.tracking.projection import Projection
+from tune_topkd.verdict import capital
+from tune_topkd.verdict import listed
 
 RECORDED = Path(__file__).with_name("recorded") / "finalists.jsonl"
 SEED, TRIALS, EPOCHS = 5, 6, 2
@@ -795,3 +802,49 @@ def test_check_counts_their_trainings():
     assert f"at most {(6 + 1 + 8) * 2} epochs" in lines
     few = new_config({**SPACE, "baselines": None, "sweep": {**SPACE["sweep"], "trials": 2}}, "test", ())
     assert "then 4 runs of the finalists: the best 2 trials, on 2 fresh seeds each" in list(cost.describe(few))
+
+
+# --- when all that they are chosen from has ended ---------------------------------------------------------------------
+
+
+def test_all_is_searched_once_every_trial_and_every_baseline_has_ended_whatever_is_repeated():
+    config = formulas.sweep_config(sweep={"trials": 1}, baselines={"methods": ["ce", "kd"], "trials": 1, "match": True})
+    state = SweepState()
+    found = []
+
+    def take(*contents):
+        for content in contents:
+            state.apply(Event(state.last_seq + 1, 0.0, content))
+        found.append((baseline_to_come(config, state), is_searched(config, state)))
+
+    def end(arm):
+        epoch, status = formulas.EPOCHS, TrialStatus.COMPLETED
+        return End(key=TrialKey(arm, 0), epoch=epoch, status=status, reason="budget", value=50.0)
+
+    take(Header(sweep="s", id="i", seed=0, trials=1), Driver(host="h", pid=1, trials=1))
+    take(Suggest(key=TrialKey("search", 0), proposal={}, params={"k": 1}))
+    told = {"metrics": {"val_top1": 50.0}, "decision": Decision.CONTINUE}
+    reports = [Report(key=TrialKey("search", 0), epoch=epoch, **told) for epoch in range(1, formulas.EPOCHS + 1)]
+    take(*reports, end("search"))
+    take(Suggest(key=TrialKey("ce", 0), proposal={}, params={"lr": 0.1}), end("ce"))
+    take(Suggest(key=TrialKey("kd", 0), proposal={}, params={"lr": 0.1}))
+    take(end("kd"))
+    take(Repeat(key=TrialKey("repeat", 0), of_trial=TrialKey("search", 0), seed=1))
+    assert found == [
+        (("ce", 1), False),
+        (("ce", 1), False),
+        (("ce", 1), False),
+        (("kd", 1), False),
+        (None, False),
+        (None, True),
+        (None, True),
+    ]
+
+
+def test_what_a_sentence_is_made_of():
+    assert capital("tuned kd") == "Tuned kd"
+    assert [listed(names) for names in (["ce"], ["ce", "kd"], ["ce", "kd", "dkd"])] == [
+        "ce",
+        "ce and kd",
+        "ce, kd and dkd",
+    ]

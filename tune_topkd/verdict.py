@@ -233,7 +233,7 @@ class Verdict:
             return "the answer has no value on the test set: all of its trainings failed"
         within = "" if interval is None else " ({:.2f} to {:.2f})".format(*interval.of_top1)
         seeds = len(self.answer.values)
-        parts = [f"{_capital(self.answer.name)} has {mean:.2f} %{within} top-1 on the test set over {seeds} seeds"]
+        parts = [f"{capital(self.answer.name)} has {mean:.2f} %{within} top-1 on the test set over {seeds} seeds"]
         parts += [gain.sentence for gain in self.gains]
         parts += [f"{base.name} has no value" for base in self.baselines if not base.values]
         again = (
@@ -242,7 +242,7 @@ class Verdict:
             else ""
         )
         broken = "".join(f" Seed {seed} {how}." for seed, how in self.answer.finalist.broken.items())
-        guesses = f" {_capital(told)}." if (told := _guessing(self.answer.values, self.classes)) else ""
+        guesses = f" {capital(told)}." if (told := _guessing(self.answer.values, self.classes)) else ""
         return f"{'; '.join(parts)}. {self.advice}{broken}{guesses} {self.effort}{again}"
 
 
@@ -258,23 +258,25 @@ def advice(answer: str, gains: Mapping[str, tuple[float, Interval | None]]) -> s
     ahead = [name for name, mean in told.items() if mean > 0]
     equal = [name for name in gains if name not in told]
     if behind:
-        return f"{_capital(min(behind, key=behind.__getitem__))} is the better choice here."
+        return f"{capital(min(behind, key=behind.__getitem__))} is the better choice here."
     if not gains:
         return "There is no baseline to compare it with."
     if not equal:
-        return f"{_capital(answer)} is the best of these."
-    same = _listed(equal)
+        return f"{capital(answer)} is the best of these."
+    same = listed(equal)
     if ahead:
-        better = _listed(ahead)
-        return f"{_capital(answer)} is better than {better}; these seeds do not tell whether it is better than {same}."
+        better = listed(ahead)
+        return f"{capital(answer)} is better than {better}; these seeds do not tell whether it is better than {same}."
     return f"These seeds do not tell whether {answer} is better than {same}."
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """A text as a sentence begins."""
     return text[0].upper() + text[1:]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in words: `ce, kd and defaults`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
@@ -328,4 +330,4 @@ def _effort(state: SweepState, baselines: Sequence[Measured]) -> str:
     full = sum(record.epoch for record in search) / max(state.header.epochs or 1, 1)
     own = f"the search trained {len(search)} configs, as long as {full:.0f} in full"
     each = [f"{base.name} is the best of {state.size(base.record.key.arm)}" for base in baselines]
-    return _capital("; ".join([own, *each])) + "."
+    return capital("; ".join([own, *each])) + "."

@@ -9,6 +9,8 @@ file, `mirror` is the ledger in a store, `trackers` is who watches.
 """
 
 from tune_topkd.ledger.baselines import baseline_target
+from tune_topkd.ledger.baselines import baseline_to_come
+from tune_topkd.ledger.baselines import is_searched
 from tune_topkd.ledger.endings import CPU_HOURS
 from tune_topkd.ledger.endings import EPOCH_SECONDS
 from tune_topkd.ledger.endings import GPU_HOURS
@@ -138,6 +140,7 @@ __all__ = [
     "Winner",
     "apart_by_seed",
     "baseline_target",
+    "baseline_to_come",
     "baseline_trials",
     "candidates",
     "confirmation",
@@ -158,6 +161,7 @@ __all__ = [
     "is_driven",
     "is_near_chance",
     "is_of_the_answer",
+    "is_searched",
     "largest_seed",
     "measured",
     "measured_done",

@@ -1,4 +1,4 @@
-"""How many trials each baseline is to have, by the config and the ledger."""
+"""How many trials each baseline is to have, and when all that finalists are chosen from has ended, by config and ledger."""
 
 import math
 
@@ -22,3 +22,21 @@ def baseline_target(config: SweepConfig, state: SweepState, method: str) -> int 
     if len(search) < state.target or not all(record.status.is_end for record in search):
         return None
     return max(math.ceil(sum(record.epoch for record in search) / config.recipe.epochs), 1)
+
+
+def baseline_to_come(config: SweepConfig, state: SweepState) -> tuple[str, int | None] | None:
+    """The first baseline that lacks a trial, and how many it is to have, if that is known by now; None if none lacks any."""
+    later = None
+    for method in config.baselines.methods if config.baselines else ():
+        target = baseline_target(config, state, method)
+        if target is None:
+            later = later or (method, None)
+        elif state.size(method) < target:
+            return method, target
+    return later
+
+
+def is_searched(config: SweepConfig, state: SweepState) -> bool:
+    """Whether all that finalists are chosen from has ended: the search's trials and the baselines'."""
+    is_all_there = state.size() >= state.target and baseline_to_come(config, state) is None
+    return is_all_there and all(record.of_trial is not None for record in state.running())

@@ -43,11 +43,12 @@ from tune_topkd.ledger import Tracker
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
-from tune_topkd.ledger import baseline_target
+from tune_topkd.ledger import baseline_to_come
 from tune_topkd.ledger import due_look
 from tune_topkd.ledger import due_plateau
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import has_collapsed
+from tune_topkd.ledger import is_searched
 from tune_topkd.ledger import tell_all
 from tune_topkd.ledger import to_measure
 from tune_topkd.search.baselines import baseline_samplers
@@ -166,14 +167,8 @@ class Search:
     @property
     def is_finished(self) -> bool:
         """Whether every trial, every baseline, every training of a finalist and every one of the test has ended."""
-        is_idle = self._is_searched and not self.state.running()
+        is_idle = is_searched(self.config, self.state) and not self.state.running()
         return is_idle and due_look(self.state) is None and self._next_repeat() is None
-
-    @property
-    def _is_searched(self) -> bool:
-        """Whether all that finalists are chosen from has ended."""
-        is_all_there = self.state.size() >= self.state.target and self._baseline_to_come() is None
-        return is_all_there and all(record.of_trial is not None for record in self.state.running())
 
     def next_trial(self) -> TrialRecord | None:
         """The next trial to start: an interrupted one again, a new proposal, a baseline, or one of these on a fresh seed.
@@ -189,10 +184,10 @@ class Search:
         number = self.state.size()
         if number < self.state.target:
             return self._suggest(TrialKey(SEARCH, number), self._propose(number), self._space)
-        if (baseline := self._baseline_to_come()) is not None:
+        if (baseline := baseline_to_come(self.config, self.state)) is not None:
             method, target = baseline
             return None if target is None else self._suggest_baseline(method, target)
-        if not self._is_searched:
+        if not is_searched(self.config, self.state):
             return None
         if (look := due_look(self.state)) is not None:
             self._write(look)  # before any training that will read the test set
@@ -327,17 +322,6 @@ class Search:
         if number < len(first):
             return self.sampler.take(number, self._space.proposal(first[number]))
         return self.sampler.take(number, self.sampler.ask(number))
-
-    def _baseline_to_come(self) -> tuple[str, int | None] | None:
-        """The first baseline that lacks a trial, and how many it is to have, if that is known by now."""
-        later = None
-        for method in self.config.baselines.methods if self.config.baselines else ():
-            target = baseline_target(self.config, self.state, method)
-            if target is None:
-                later = later or (method, None)
-            elif self.state.size(method) < target:
-                return method, target
-        return later
 
     def _suggest_baseline(self, method: str, target: int) -> TrialRecord:
         """The next trial of a baseline: of a lattice over the recipe's part of the space, or its own sampler's proposal."""

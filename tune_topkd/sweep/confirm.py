@@ -20,10 +20,10 @@ from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import different
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import has_looked
+from tune_topkd.ledger import is_searched
 from tune_topkd.ledger import largest_seed
 from tune_topkd.ledger import to_measure
 from tune_topkd.ledger import unrepeated
-from tune_topkd.sweep.remaining import is_searched
 from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
 

@@ -44,7 +44,9 @@ from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.verdict import advice
+from tune_topkd.verdict import capital
 from tune_topkd.verdict import guessing
+from tune_topkd.verdict import listed
 from tune_topkd.verdict import verdict_of
 from tune_topkd.verdict import verdict_of_answer
 
@@ -130,9 +132,9 @@ def _answer(config: SweepConfig, state: SweepState, row: Row, how: str) -> tuple
     far = " so far" if how == "running" else ""
     lead = f"On one seed the best of {_trials(state.size())}{far} is {what}: {winner.figure}."
     over = [f"{mean:+.2f} points against {name}" for name, (mean, _) in gains.items()]
-    beside = f"That is {_listed(over)}, each on one seed." if over else ""
+    beside = f"That is {listed(over)}, each on one seed." if over else ""
     told = "" if how == "running" else finalists_sentence(state)
-    return lead, " ".join(filter(None, [beside, f"{_capital(told)}." if told else ""]))
+    return lead, " ".join(filter(None, [beside, f"{capital(told)}." if told else ""]))
 
 
 def _no_answer(state: SweepState, how: str) -> str:
@@ -166,8 +168,8 @@ def _notes(
     yield from _failures(state)
     weak = [rung for rung in rungs if rung.rank_correlation is not None and rung.rank_correlation < WEAK]
     if weak:
-        which = _listed([str(rung.epoch) for rung in weak])
-        ranks = _listed([f"{rung.rank_correlation:.2f}" for rung in weak])
+        which = listed([str(rung.epoch) for rung in weak])
+        ranks = listed([f"{rung.rank_correlation:.2f}" for rung in weak])
         subject = f"rung at epoch {which}" if len(weak) == 1 else f"rungs at epochs {which}"
         text = (
             f"The rank correlation with the end is {ranks}, over {weak[0].trials} trials: trials were stopped nearly "
@@ -232,10 +234,10 @@ def _how_it_was_measured(state: SweepState, row: Row) -> Iterator[Note]:
         yield Note("The answer has changed since the test set was read", text)
     broken = winner.finalist.broken if winner.finalist is not None else {}
     if told := guessing(state):
-        yield Note("The student has learnt nothing", f"{_capital(told)}.")
+        yield Note("The student has learnt nothing", f"{capital(told)}.")
     if broken:
         text = "; ".join(f"seed {seed} {how}" for seed, how in broken.items())
-        yield Note("The answer fell apart on a fresh seed", f"{text[0].upper()}{text[1:]}.")
+        yield Note("The answer fell apart on a fresh seed", f"{capital(text)}.")
 
 
 def _beside_the_baselines(config: SweepConfig, row: Row) -> Iterator[Note]:
@@ -245,21 +247,21 @@ def _beside_the_baselines(config: SweepConfig, row: Row) -> Iterator[Note]:
     for name, gain in sorted(told.items(), key=lambda item: item[1].mean):
         if gain.mean < 0:
             text = f"It is {-gain.mean:.2f} points above {tuned} {where}."
-            yield Note(f"{_capital(name)} is the better choice here", text)
+            yield Note(f"{capital(name)} is the better choice here", text)
     seeds = "one seed does" if on == "one seed" else "these seeds do"
     higher = {name: gain for name, gain in row.gains.items() if gain.mean < 0 and name not in told}
     if higher:
         points = [f"{name} is {-gain.mean:.2f} points above {tuned}" for name, gain in higher.items()]
         verb = "has the higher mean" if len(higher) == 1 else "have the higher mean"
-        text = f"{_capital(_listed(points))} {where}. Which is better {seeds} not tell."
-        yield Note(f"{_capital(_listed(list(higher)))} {verb}", text)
+        text = f"{capital(listed(points))} {where}. Which is better {seeds} not tell."
+        yield Note(f"{capital(listed(list(higher)))} {verb}", text)
     equal = {
         n: g.interval.of_gain for n, g in row.gains.items() if g.mean >= 0 and g.interval is not None and n not in told
     }
     if equal:
         spans = [f"{low:+.2f} to {high:+.2f} over {name}" for name, (low, high) in equal.items()]
-        text = f"The gain {where} may lie anywhere from {_listed(spans)}."
-        yield Note(f"Not told apart from {_listed(list(equal))}", text)
+        text = f"The gain {where} may lie anywhere from {listed(spans)}."
+        yield Note(f"Not told apart from {listed(list(equal))}", text)
     if not row.gains:
         text = "None has a value yet" if config.baselines is not None else "This sweep has none"
         yield Note("No baseline", f"{text}: what {tuned} is worth cannot be told.")
@@ -272,14 +274,14 @@ def _what_k_did(row: Row, found: Sequence[Importance]) -> Iterator[Note]:
         by = sorted({each.measure.partition(",")[0] for _, each in shares})
         range_ = f"{high:.0f} %" if round(low) == round(high) else f"{low:.0f}–{high:.0f} %"
         most = max(each.trials for _, each in shares)
-        text = f"{range_} of the variation in top-1 goes with it, by {_listed(by)} over up to {most} trials."
+        text = f"{range_} of the variation in top-1 goes with it, by {listed(by)} over up to {most} trials."
         yield Note("K hardly mattered", text, is_warning=False)
     equal = row.equal_k
     others = [] if equal is None else [k for k in equal.values if k != row.params.get("k")]
     if equal is not None and others:
         values = "another value" if len(others) == 1 else f"{len(others)} other values"
         text = f"K = {ranges(others)} cannot be told from the answer's, K = {row.params['k']}, by {equal.how}."
-        yield Note(f"{_capital(values)} of K may be as good", text, is_warning=False)
+        yield Note(f"{capital(values)} of K may be as good", text, is_warning=False)
 
 
 def _at_the_end_of_a_range(config: SweepConfig, row: Row) -> Iterator[Note]:
@@ -323,14 +325,6 @@ def _cause(record: TrialRecord) -> str:
 
 def _trials(number: int) -> str:
     return f"{number:,} trial{'' if number == 1 else 's'}"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

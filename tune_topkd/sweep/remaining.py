@@ -17,6 +17,7 @@ from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import has_looked
+from tune_topkd.ledger import is_searched
 from tune_topkd.ledger import to_measure
 
 _WEIGHT_OF_THE_EXPECTED = 4
@@ -91,13 +92,6 @@ def _baselines_ahead(config: SweepConfig, state: SweepState) -> int:
     alike = math.ceil(state.target * mean_epochs(config, state) / config.recipe.epochs)
     wanted = {method: alike if target is None else target for method, target in known.items()}
     return sum(max(target - state.size(method), 0) for method, target in wanted.items())
-
-
-def is_searched(config: SweepConfig, state: SweepState) -> bool:
-    """Whether all that finalists are chosen from has ended."""
-    searched = [record for record in state.trials.values() if record.of_trial is None]
-    is_all_there = state.size() >= state.target and not _baselines_ahead(config, state)
-    return is_all_there and all(record.status.is_end for record in searched)
 
 
 def _repeats_ahead(config: SweepConfig, state: SweepState) -> int:
