@@ -595,10 +595,25 @@ def test_an_override_makes_the_sections_it_needs(tmp_path, start, text, of):
 
 def test_null_on_the_command_line_takes_an_entry_away(tmp_path):
     start = {"space.k": [1, 2], "space.lr": [0.1, 0.2], "loss": {"alpha": 0.5}}
-    overrides = [parse_set(text) for text in ("loss.k=3", "space.k=null", "loss.alpha=null", "loss.beta=null")]
+    overrides = [parse_set(text) for text in ("loss.k=3", "space.k=null", "loss.alpha=null")]
     config = load_config(written(tmp_path, changed(start)), overrides)
     assert list(config.space) == ["lr"]
     assert config.loss == {"k": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "space.scale_tpo=null",
+            "space has no entry 'scale_tpo' to take away; did you mean 'scale_top'? known: lr, scale_top",
+        ),
+        ("loss.beta=null", "loss has no entry 'beta' to take away; known: none"),
+    ],
+)
+def test_null_takes_nothing_away_that_is_not_there(tmp_path, text, told):
+    path = written(tmp_path, changed({"space": {"scale_top": [1.0, 2.0], "lr": [0.1, 0.2]}}))
+    assert refusal(path, [parse_set(text)]) == f"--set {text}: {told}"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from tune_topkd.config.errors import ConfigError
 from tune_topkd.config.errors import Override
 from tune_topkd.config.errors import Problem
+from tune_topkd.config.errors import unknown_choice
 from tune_topkd.config.sections import PairConfig
 from tune_topkd.config.sections import SweepConfig
 from tune_topkd.config.validation import validated_pair
@@ -53,7 +54,8 @@ def load_config(path: Path | str, overrides: Sequence[Override] = ()) -> SweepCo
 
     Args:
         path: the file.
-        overrides: values that replace those of the file, applied in order; None takes an entry of `space` or `loss` away.
+        overrides: values that replace those of the file, applied in order; None takes an entry of `space` or `loss` away,
+            which must be there.
 
     Raises:
         ConfigError: the file is missing or no YAML, or a key or value breaks a rule; all such problems at once.
@@ -316,6 +318,9 @@ def _apply(raw: dict[str, Any], override: Override, source: str) -> None:
             raise ConfigError(source, [Problem(key=override.came_from, rule=f"{key} is a value, not a section")])
         target = section
     if override.value is None and override.key.startswith(_TAKE_AWAY) and len(parents) == 1:
-        target.pop(last, None)
+        if last not in target:
+            rule = f"{parents[0]} has no entry {last!r} to take away; {unknown_choice(last, target)}"
+            raise ConfigError(source, [Problem(key=override.came_from, rule=rule)])
+        del target[last]
     else:
         target[last] = override.value
