@@ -255,9 +255,11 @@ def test_the_command_that_verifies_says_where_the_files_are(whole):
 def test_a_page_that_is_written_during_the_confirmation_says_so(whole, tmp_path):
     found = told(whole.config, whole.state, "running")
     assert found.notes[0].title == "The answer is being confirmed"
+    assert '<span class="state busy">confirming</span>' in sweep_page(found)
     assert "trainings on fresh seeds have ended, and " in found.notes[0].text
     searched = told(FULL, swept(tmp_path / "ledger.jsonl", FULL), "running")
     assert searched.notes[0].title == "The sweep is running"
+    assert searched.condition == "running"
     assert "confirm t" in [command.text.removeprefix("tune-topkd ") for command in searched.commands]
 
 

@@ -15,6 +15,8 @@ from tune_topkd.verdict import Interval
 
 NONE = "–"
 """What stands where there is no value."""
+CONFIRMING = "confirming"
+"""The condition of a sweep whose search is over and whose answer is being confirmed."""
 
 
 def text_of(value: Scalar | None) -> str:
@@ -198,7 +200,7 @@ class Findings:
     """The frozen one."""
     state: SweepState
     condition: str
-    """`running`, `finished`, or how else its last driver let go."""
+    """`running`, `confirming`, `finished`, or how else its last driver let go."""
     row: Row
     lead: str
     """The answer in one sentence."""

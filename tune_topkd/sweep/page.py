@@ -11,6 +11,7 @@ from pathlib import Path
 from tune_topkd.config import ParameterRange
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
+from tune_topkd.findings import CONFIRMING
 from tune_topkd.findings import Command
 from tune_topkd.findings import Findings
 from tune_topkd.findings import Importance
@@ -81,7 +82,7 @@ def findings_from(config: SweepConfig, state: SweepState, folder: Path, how: str
     return Findings(
         config=config,
         state=state,
-        condition=how,
+        condition=CONFIRMING if _is_being_confirmed(state, how) else how,
         row=row,
         lead=lead,
         sentence=sentence,
@@ -182,7 +183,7 @@ def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
     done, target = _ended(state), state.target
     trials = f"{done:,} of {_trials(target)} have ended"
     as_written = "This page shows it as it was when the page was written."
-    if how == "running" and state.confirm is not None and done >= target:
+    if _is_being_confirmed(state, how):
         yield Note("The answer is being confirmed", f"{_confirmed_so_far(state)}. {as_written}")
     elif how == "running":
         yield Note("The sweep is running", f"{trials}. {as_written}")
@@ -193,6 +194,10 @@ def _how_it_stands(state: SweepState, how: str) -> Iterator[Note]:
     if how == "finished" and 0 < full < FEW_TRIALS:
         text = "With so few trials another seed of the search may give quite another answer."
         yield Note(f"Only {counted(full, 'trial')} reached the full budget", text)
+
+
+def _is_being_confirmed(state: SweepState, how: str) -> bool:
+    return how == "running" and state.confirm is not None and _ended(state) >= state.target
 
 
 def _ended(state: SweepState) -> int:

@@ -16,6 +16,7 @@ import markupsafe
 import vl_convert
 
 from tune_topkd import __version__
+from tune_topkd.findings import CONFIRMING
 from tune_topkd.findings import NONE
 from tune_topkd.findings import Findings
 from tune_topkd.findings import ForAll
@@ -40,7 +41,7 @@ MOST_POINTS_OF_A_SWEEP, MOST_POINTS = 400, 6000
 """Trials that a campaign's page draws of a sweep, and of all."""
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]")
 _VEGA_LITE = ".".join(alt.VEGALITE_VERSION.split(".")[:2])
-_STATE_CLASSES = {"finished": "good", "running": "busy", "failed": "bad"}
+_STATE_CLASSES = {"finished": "good", "running": "busy", CONFIRMING: "busy", "failed": "bad"}
 
 
 class _Drawn:
