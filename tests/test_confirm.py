@@ -18,6 +18,7 @@ from scipy import stats
 from tune_topkd import verdict as verdicts
 from tune_topkd.cli.app import main
 from tune_topkd.cli.display import ConsoleCallback
+from tune_topkd.cli.display import result_table
 from tune_topkd.cli.standing import line_of
 from tune_topkd.cli.standing import standing
 from tune_topkd.config import ConfigError
@@ -45,9 +46,13 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import candidates
 from tune_topkd.ledger import confirmation
+from tune_topkd.ledger import finalists
+from tune_topkd.ledger import former_finalists
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import winner_of
 from tune_topkd.ledger.events import encode
+from tune_topkd.report.page.evidence_figures import finalists_figure
+from tune_topkd.report.page.tables import finalists_table
 from tune_topkd.search import Search
 from tune_topkd.search import audit_decisions
 from tune_topkd.storage import file_hash
@@ -58,6 +63,7 @@ from tune_topkd.sweep import images
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import cost
 from tune_topkd.sweep.confirm import request
+from tune_topkd.sweep.page import findings_from
 from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.student import student_trial
 from tune_topkd.terminal import Console
@@ -255,6 +261,30 @@ def test_the_cost_says_the_wall_time_by_the_sweeps_own_trainings(searched):
     told = "24 trainings to choose among the finalists; then, after one of the teacher, 16 on all images but the test set's"
     assert told in found.sentence()
     assert found.sentence().endswith("; about 3 min, going by the sweep's own trainings")
+
+
+def test_a_trial_that_is_no_finalist_any_more_keeps_its_fresh_seeds_in_the_tables(tmp_path, searched):
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(searched.read_bytes())
+    before = drive(path, config(), plan=Plan(3, 2))
+    assert former_finalists(before) == []
+    (luckiest,) = [finalist for finalist in finalists(before) if finalist.record.key == TrialKey("search", 2)]
+    state = drive(path, config(), plan=Plan(2, 4, again=True))
+    of_search = [finalist.record.key.number for finalist in finalists(state) if finalist.record.key.arm == "search"]
+    assert of_search == [3, 1]
+    (former,) = former_finalists(state)
+    assert (former.record.key, former.values) == (luckiest.record.key, luckiest.values)
+    columns = result_table(config(), state).columns
+    assert [column.header for column in columns][:4] == ["trial", "3", "1", "2"]
+    answer, second, third = ([*column.cells][1] for column in columns[1:4])
+    assert third == f"{luckiest.figure.removesuffix(' %')} (2 seeds)"
+    assert "±" in answer
+    assert "±" in second
+    found = findings_from(config(), state, tmp_path, "finished", lambda *words: " ".join(words))
+    table = finalists_table(found)
+    assert [line.cells[0] for line in table.rows if line.cells[1] == "search"] == ["0003", "0001", "0002"]
+    assert table.notes[-1] == "Of an earlier choice, and not among the finalists now: 0002."
+    assert "Trials of an earlier choice" in finalists_figure(found).caption
 
 
 # --- who the finalists are ---------------------------------------------------------------------------------------------

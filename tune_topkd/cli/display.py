@@ -31,12 +31,14 @@ from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import End
 from tune_topkd.ledger import Event
+from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import Retry
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import Winner
 from tune_topkd.ledger import finalists
+from tune_topkd.ledger import former_finalists
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
@@ -344,8 +346,10 @@ class ProgressDisplay:
 
 def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     """The best configs, and the baselines they are measured against: a column each."""
-    fresh = {finalist.record.key: finalist for finalist in finalists(state)}
+    former = former_finalists(state)
+    fresh = {finalist.record.key: finalist for finalist in (*finalists(state), *former)}
     first = [finalist.record for finalist in standings(state)]
+    first += [finalist.record for finalist in former if first and finalist.record.key.arm == SEARCH]
     ranked = [*first, *(record for record in state.ranked() if record not in first)][: max(top, len(first))]
     bases = [(m, state.best(m)) for m in (config.baselines.methods if config.baselines else ())]
     shown = [(str(r.key.number), r) for r in ranked] + [(method, r) for method, r in bases if r is not None]
@@ -356,11 +360,17 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
         table.add_column(heading, justify="right", style="bold" if number == 0 else "")
     table.add_row("val top-1 %", *(f"{record.value:.2f}" for _, record in shown), end_section=not fresh)
     if fresh:
-        means = [fresh[r.key].figure.removesuffix(" %") if r.key in fresh else "" for _, r in shown]
+        means = [_fresh_figure(fresh[r.key]) if r.key in fresh else "" for _, r in shown]
         table.add_row("fresh seeds %", *means, end_section=True)
     for name in names:
         table.add_row(name, *(short(record.params[name]) if name in record.params else "" for _, record in shown))
     return table
+
+
+def _fresh_figure(finalist: Finalist) -> str:
+    """A mean over fresh seeds; over how many, if the finalists are to have more."""
+    of = "" if len(finalist.values) == len(finalist.seeds) else f" ({counted(len(finalist.values), 'seed')})"
+    return f"{finalist.figure.removesuffix(' %')}{of}"
 
 
 def verdict_table(verdict: Verdict) -> Table:

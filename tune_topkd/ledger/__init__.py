@@ -61,6 +61,7 @@ from tune_topkd.ledger.finalists import finalist_trials
 from tune_topkd.ledger.finalists import finalists
 from tune_topkd.ledger.finalists import finalists_done
 from tune_topkd.ledger.finalists import finalists_to_repeat
+from tune_topkd.ledger.finalists import former_finalists
 from tune_topkd.ledger.finalists import fresh_seeds
 from tune_topkd.ledger.finalists import repeats_of
 from tune_topkd.ledger.finalists import standings
@@ -153,6 +154,7 @@ __all__ = [
     "finalists",
     "finalists_done",
     "finalists_to_repeat",
+    "former_finalists",
     "fresh_seeds",
     "has_collapsed",
     "has_looked",

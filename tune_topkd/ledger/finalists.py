@@ -176,6 +176,18 @@ def finalists(state: SweepState) -> list[Finalist]:
     return [finalist_of(state, record) for record in finalist_trials(state)]
 
 
+def former_finalists(state: SweepState) -> list[Finalist]:
+    """Trials that are no finalists any more and have been repeated, with what their seeds gave, best first by own values.
+
+    A confirmation may have fewer finalists than the search had: what the others' trainings gave stays known.
+    """
+    now = [(record.key.arm, record.params) for record in finalist_trials(state)]
+    origins = {repeat.of_trial: state.trials[repeat.of_trial] for repeat in state.arm(REPEAT) if repeat.of_trial}
+    others = [record for record in origins.values() if (record.key.arm, record.params) not in now]
+    found = [finalist_of(state, record) for record in others]
+    return sorted((f for f in found if f.values), key=lambda f: (-(f.record.value or 0.0), f.record.key))
+
+
 def finalist_of(
     state: SweepState, record: TrialRecord, seeds: Sequence[int] | None = None, arm: str = REPEAT
 ) -> Finalist:

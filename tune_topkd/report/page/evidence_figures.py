@@ -9,6 +9,7 @@ from tune_topkd.findings import Findings
 from tune_topkd.findings import Row
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import finalists
+from tune_topkd.ledger import former_finalists
 from tune_topkd.ledger import winner_of
 from tune_topkd.report.page.data import Rows
 from tune_topkd.report.page.data import ends
@@ -77,12 +78,15 @@ def gains_figure(row: Row) -> Figure | None:
 
 def finalists_figure(found: Findings) -> Figure | None:
     """The finalists on fresh seeds."""
-    each = finalists(found.state)
+    former = former_finalists(found.state)
+    each = [*finalists(found.state), *former]
     named_ = {_finalist_name(finalist): finalist for finalist in each if finalist.values}
     caption = (
         "Points are trainings on seeds that took no part in the search, all on the same ones; the tick is the mean, "
         "the bar its 95 % interval, the cross the value that it was found by: what that has above the mean is luck."
     )
+    if former:
+        caption += " Trials of an earlier choice, which are no finalists now, are shown with the seeds that they had."
     winner = winner_of(found.state)
     answer = "" if winner is None or winner.finalist is None else _finalist_name(winner.finalist)
     return _seeds("finalists", "Finalists on fresh seeds", caption, named_, answer, "validation top-1 (%)", owns=True)

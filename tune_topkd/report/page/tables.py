@@ -14,9 +14,11 @@ from tune_topkd.findings import range_text
 from tune_topkd.findings import text_of
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import finalists
+from tune_topkd.ledger import former_finalists
 from tune_topkd.ledger import winner_of
 from tune_topkd.report.page.data import interval_of
 from tune_topkd.verdict import baseline_name
+from tune_topkd.verdict import listed
 from tune_topkd.verdict import verdict_of
 
 
@@ -76,7 +78,8 @@ def parameter_table(found: Findings) -> Table | None:
 
 def finalists_table(found: Findings) -> Table | None:
     """The finalists and what their fresh seeds gave; none where none were trained again."""
-    each, winner = finalists(found.state), winner_of(found.state)
+    former, winner = former_finalists(found.state), winner_of(found.state)
+    each = [*finalists(found.state), *former]
     seeds = sorted({seed for finalist in each for seed in finalist.values})
     if not seeds:
         return None
@@ -103,6 +106,9 @@ def finalists_table(found: Findings) -> Table | None:
     columns = [Column("trial"), Column("of"), Column("K", True), Column("mean", True), Column("95 % interval", True)]
     columns += [Column("found by", True), Column("luck", True), *(Column(f"seed {seed}", True) for seed in seeds)]
     notes = ["Validation top-1 in percent; luck is what the value that a trial was found by has above its mean."]
+    if former:
+        which = listed([str(finalist.record.key) for finalist in former])
+        notes.append(f"Of an earlier choice, and not among the finalists now: {which}.")
     return Table("Values on fresh seeds", columns, lines, notes=notes)
 
 
