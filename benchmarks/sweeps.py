@@ -175,7 +175,9 @@ def main() -> None:
         for seed in range(0, 100 * args.old, 100):
             old[seed] = old_search(runs, seed, args.seeds, quick)
             print("\n".join(section(all_found, old)), file=sys.stderr, flush=True)
-    lines = [f"# {args.sweeps} sweeps of glyphs, {args.old} of the old search", "", *machine()[:2], ""]
+    counts = {"sweeps of glyphs": args.sweeps, "sweeps of glyphs by the old search": args.old}
+    title = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    lines = [f"# {title}", "", *machine()[:2], ""]
     lines += [*(__doc__ or "").splitlines()[2:], ""]
     page = "sweeps-glyphs" if args.sweeps else "sweeps-glyphs-old"
     give([*lines, *section(all_found, old)], f"{page}-{cores()}-cores", args.write)
