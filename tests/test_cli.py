@@ -179,7 +179,9 @@ def test_status_tells_people_and_programs(finished, runs, inside):
     assert found["trials"]["running"] == 0
     assert set(found["best"]) == {"number", "val_top1", "params"}
     text = inside("status", "small", "--runs-dir", runs).stdout
-    assert re.match(r"small: finished, .* of 6; best \d+\.\d\d % \(trial \d, K = \d\).*; \d+\.\d\d CPU h\n", text)
+    assert re.match(
+        r"small: finished, .* of 6 trials; best \d+\.\d\d % \(trial \d, K = \d\).*; \d+\.\d\d CPU h\n", text
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -598,14 +600,14 @@ def test_status_tells_how_a_sweep_ended(tmp_path, inside, reason, shown):
     error = "OSError: [/mnt/x]" if reason in ("failed", "trouble") else ""
     begun(tmp_path / "s", *([Stop(reason=reason, error=error)] if reason else []))
     told = inside("status", "s", "--runs-dir", tmp_path).stdout
-    assert told == f"s: {shown}, no trials of 4{f'; {error}' if error else ''}\n"
+    assert told == f"s: {shown}, none of 4 trials{f'; {error}' if error else ''}\n"
     found = json.loads(inside("status", "s", "--json", "--runs-dir", tmp_path).stdout)
     assert (found["state"], found["error"]) == (shown, error)
 
 
 def test_what_once_stopped_a_sweep_is_not_told_of_it_when_it_has_gone_on(tmp_path, inside):
     begun(tmp_path / "s", Stop(reason="trouble", error="OSError: [/mnt/x]"), Driver(host="h", pid=2, trials=4))
-    assert inside("status", "s", "--runs-dir", tmp_path).stdout == "s: killed, no trials of 4\n"
+    assert inside("status", "s", "--runs-dir", tmp_path).stdout == "s: killed, none of 4 trials\n"
 
 
 def flipped(ledger):

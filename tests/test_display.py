@@ -101,11 +101,11 @@ def test_a_terminal_shows_the_bar_the_running_trials_and_the_time_left_and_then_
     lines = pty.wait_for(lambda lines: "1/60" in lines[-1] or "1/64" in lines[-1])
     columns, rows = pty.screen.columns, pty.screen.lines
     assert len(lines) < rows
-    assert lines[0] == "1 failed  39 running"
+    assert lines[0] == "trials 1 failed  39 running  of 60"
     assert lines[1] == "rungs  epoch 1: 40 of 40 went on"
     assert lines[2].startswith("  0001  epoch 2/9  val_top1 51.00 %  k=5 scale_top=2")
     assert max(map(len, lines)) == columns - 1, "the whole width is used but for a column"
-    assert lines[-1].startswith(("trials ━", "trials ╸"))
+    assert lines[-1].startswith(("trainings ━", "trainings ╸"))
     assert lines[-1].endswith(" left")
     at_work = sum("epoch 2/9" in line for line in lines)
     assert at_work == 39 or f"  and {39 - at_work} more" in lines
@@ -118,7 +118,7 @@ def test_a_terminal_shows_the_bar_the_running_trials_and_the_time_left_and_then_
 def test_the_display_follows_the_size_of_its_terminal(ledger, pty):
     shown, console = shown_on(pty.slave, ledger)
     ledger.append(suggest(0), start(0))
-    pty.wait_for(lambda lines: lines[-1].startswith("trials") and len(lines[-1]) == 79)
+    pty.wait_for(lambda lines: lines[-1].startswith("trainings") and len(lines[-1]) == 79)
     for columns, lines in ((50, 20), (120, 40)):
         pty.resize(columns, lines)
         shown_lines = pty.wait_for(lambda lines, columns=columns: len(lines[-1]) == columns - 1)
@@ -152,7 +152,9 @@ def test_a_pipe_gets_a_line_per_trial_that_ends_from_now_on_with_texts_as_they_a
     console.terminal.close()
     os.set_blocking(reading, False)
     told = os.read(reading, 65536).decode()
-    assert told.startswith("[2/64] trial 0001 failed at epoch 1: OSError: [/mnt/x] [bold]gone  k=5 scale_top=2")
+    assert told.startswith(
+        "[2/64 trainings] trial 0001 failed at epoch 1: OSError: [/mnt/x] [bold]gone  k=5 scale_top=2"
+    )
     assert told.count("\n") == 1
     os.close(reading)
 
@@ -183,11 +185,11 @@ def test_a_large_sweep_has_some_hundred_lines_that_count_every_trial(tmp_path, t
         console.terminal.close()
     lines = (tmp_path / "out").read_text().splitlines()
     assert len(lines) < 250
-    assert lines[-1].startswith(f"[{trials}/{trials}] ")
+    assert lines[-1].startswith(f"[{trials}/{trials} trainings] ")
     told = sum(
         int(count) for line in lines for count in re.findall(r"(\d+) (?:completed|pruned|failed)[,;]", line + ";")
     )
-    singles = sum(bool(re.match(r"\[\d+/\d+\] trial", line)) for line in lines)
+    singles = sum(bool(re.match(r"\[\d+/\d+ trainings\] trial", line)) for line in lines)
     assert told + singles == trials
     bests = {n for n in range(0, trials, 200) if not troubles or n % troubles}
     assert bests <= {int(n) for n in re.findall(r"trial (\d+) completed", "\n".join(lines))}
@@ -205,7 +207,7 @@ def test_a_reader_that_is_asleep_does_not_slow_the_sweep_and_misses_nothing(ledg
     os.set_blocking(reading, True)
 
     def read():
-        while not found or b"[60/64]" not in found[-1]:
+        while not found or b"[60/64 trainings]" not in found[-1]:
             found.append(os.read(reading, 1 << 20))
 
     reader = threading.Thread(target=read, daemon=True)

@@ -307,7 +307,7 @@ def test_a_sweep_that_ended_at_a_plateau_says_so_in_its_status(tmp_path):
     assert (result.reason, status.condition, status.target) == ("finished", "finished", 24)
     assert status.plateau.startswith("the search ended at a plateau, with 24 trials: the newest 20 brought ")
     told = line_of(standing("s", sweep.workspace))
-    assert told.startswith("s: finished, 24 completed of 24; best ")
+    assert told.startswith("s: finished, 24 completed of 24 trials; best ")
     assert f"; {status.plateau}; " in told
     assert TrialKey("search", 23) in result.state.trials
 

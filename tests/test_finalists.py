@@ -768,8 +768,8 @@ def test_the_console_tells_each_training_and_what_the_finalists_gave(tmp_path, m
     console.terminal.close()
     told = os.read(reading, 1 << 16).decode()
     os.close(reading)
-    assert "[9/15] trial 0003 on seed 6 completed at epoch 2: val_top1 76.00 %" in told
-    assert "[15/15] baseline ce-0000 on seed 7 completed" in told
+    assert "[9/15 trainings] trial 0003 on seed 6 completed at epoch 2: val_top1 76.00 %" in told
+    assert "[15/15 trainings] baseline ce-0000 on seed 7 completed" in told
     assert told.count("; best 80.00 % (trial 2)\n") > told.count("; best 76.50 ± 0.50 % (trial 3)\n") == 1
     answer = "76.50 ± 0.50 % over 2 fresh seeds; the search's own value 78.00 %, 1.50 of it luck"
     assert f"\n  trial 3: {answer}\n  +2.50 ± 0.50 points over cross-entropy" in told

@@ -336,7 +336,9 @@ def test_the_driver_s_display_and_status_watch_show_each_node_without_flicker(tm
                 assert screen.screen.unknown == []
         trials.tell([])
         for screen in screens:
-            screen.wait_for(lambda found: found[-1].startswith("trials") and not any("gpu" in line for line in found))
+            screen.wait_for(
+                lambda found: found[-1].startswith("trainings") and not any("gpu" in line for line in found)
+            )
         trials.go_on(1000)
         thread.join(60)
         assert other.wait(60) == 0

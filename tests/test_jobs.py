@@ -327,7 +327,7 @@ def test_a_job_is_followed_to_its_end_and_the_same_submission_finds_it_finished(
     head.submit("short", 3)
     done = head.said("logs", "-f", "short", "--address", f"127.0.0.1:{head.port}")  # the head knows its dashboard
     assert f"Ray: the cluster at 127.0.0.1:{head.port}" in done.stdout or "as RAY_ADDRESS says" in done.stdout
-    assert "[3/3] trial" in done.stdout
+    assert "[3/3 trainings] trial" in done.stdout
     assert "short, succeeded after" in done.stderr
     ended = head.ended("short")
     assert sorted(ended) == [0, 1, 2]

@@ -103,7 +103,7 @@ def test_before_the_first_trial_it_is_told_what_is_done():
     drawn.take(Suggest(key=TrialKey(SEARCH, 0), proposal={}, params=formulas.DEFAULTS))
     drawn.take(Start(key=TrialKey(SEARCH, 0), attempt=1))
     lines = drawn.lines()
-    assert (lines[0], lines[1].split()[:2]) == ("1 running", ["0000", "starts"])
+    assert (lines[0], lines[1].split()[:2]) == ("trials 1 running  of 20", ["0000", "starts"])
     assert lines[-1].endswith(" 0/24 5 s so far"), "nothing is foreseen before anything was reported"
     assert not any(line.startswith(("rungs", "best", "pace")) for line in lines)
 
@@ -120,12 +120,12 @@ def test_the_next_driver_begins_anew(sweep):
 @pytest.mark.parametrize(("columns", "height"), SIZES)
 def test_the_rungs_the_best_its_gains_and_the_cost_are_shown(sweep, columns, height):
     lines = sweep.lines(columns, height)
-    assert lines[0] == "2 completed  3 pruned  1 running  baselines 2"
+    assert lines[0] == "trials 2 completed  3 pruned  1 running  of 20  baselines 2"
     assert lines[1] == "rungs  epoch 1: 4 of 6 went on   epoch 3: 2 of 3 went on"
     assert lines[2] == "best   82.50 % (trial 3, K = 5)  +4.50 over ce, -0.50 over kd"
     assert lines[3].startswith("pace   59 trainings an hour   0.12 CPU h spent, about 0.")
     assert lines[4].startswith("  0005  epoch 2/9  val_top1 71.00 %  k=5 scale_top=2")
-    assert lines[5].startswith("trials ━")
+    assert lines[5].startswith("trainings ━")
     assert lines[5].endswith(" left")
     assert max(map(len, lines)) <= columns
 
@@ -188,7 +188,7 @@ def test_many_trials_at_work_do_not_leave_the_screen(sweep, columns, height):
     lines = sweep.lines(columns, height, gpus)
     assert max(map(len, lines)) <= columns
     assert len(lines) <= height
-    assert lines[-1].startswith("trials")
+    assert lines[-1].startswith("trainings")
     shown = sum(line.startswith("  00") for line in lines)
     assert f"  and {55 - shown} more" in lines
 
@@ -207,7 +207,7 @@ def test_at_the_end_nothing_is_left():
 def test_what_is_done_after_the_trials_stands_below(sweep):
     sweep.picture.phase = "writing what is left into MLflow"
     lines = sweep.lines()
-    assert lines[-2].startswith("trials")
+    assert lines[-2].startswith("trainings")
     assert lines[-1] == "writing what is left into MLflow …"
 
 
@@ -234,7 +234,7 @@ def node_lines(sweep, *nodes, columns=80, height=24):
         sweep.now = now
     assert max(map(len, lines)) <= columns
     assert len(lines) <= height
-    assert lines[-1].startswith("trials")
+    assert lines[-1].startswith("trainings")
     return [line for line in lines if line.startswith("gpu")]
 
 

@@ -69,13 +69,13 @@ def test_on_a_terminal_the_picture_is_drawn_anew_until_the_sweep_ends(driven, co
         executor.go_on(5)
         shown = pty.wait_for(lambda found: any("2 completed  1 running" in line for line in found))
         assert any(line.startswith("best   ") for line in shown)
-        assert any(line.startswith(("trials ━", "trials ╸")) for line in shown)
+        assert any(line.startswith(("trainings ━", "trainings ╸")) for line in shown)
         assert "\x1b[2J" not in pty.written, "a screen that is wiped flickers"
         executor.go_on(1000)
         thread.join(60)
         assert process.wait(60) == 0
         shown = pty.wait_for(lambda found: found[-1] == "" and any(line.startswith("s: finished") for line in found))
-        assert not any("running" in line or line.startswith("trials") for line in shown), "the picture is taken away"
+        assert not any("running" in line or line.startswith("trainings") for line in shown), "the picture is taken away"
         assert pty.screen.unknown == []
     finally:
         process.kill()
@@ -120,7 +120,7 @@ def test_elsewhere_there_is_a_line_when_something_has_changed(driven, monkeypatc
     feeder.join()
     lines = out.splitlines()
     assert code == 0
-    assert lines[-1].startswith("s: finished, 6 completed of 6; best ")
+    assert lines[-1].startswith("s: finished, 6 completed of 6 trials; best ")
     assert all(line.startswith("s: running") for line in lines[:-1])
     assert 3 <= len(lines) <= 12, "one for a change, none for a look"
     assert len(set(lines)) == len(lines)

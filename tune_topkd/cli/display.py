@@ -337,7 +337,7 @@ class ProgressDisplay:
 
     def _place(self) -> str:
         self._total = self._picture.total()
-        return f"[{self._picture.ended()}/{self._total}]"
+        return f"[{self._picture.ended()}/{self._total} trainings]"
 
     def _tail(self) -> str:
         best = winner_of(self._picture.state)

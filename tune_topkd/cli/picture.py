@@ -137,9 +137,10 @@ class Picture:
 
     def _counts(self) -> Text:
         counts = self.state.counts()
-        text = Text.assemble(
-            *((f"{counts[status]} {status}  ", style) for status, style in STATUS_STYLES.items() if counts[status])
-        )
+        text = _labelled("trials", "")
+        for status, style in STATUS_STYLES.items():
+            text.append(f"{counts[status]} {status}  " if counts[status] else "", style)
+        text.append(f"of {self.state.target}  ", "dim")
         baselines = sum(self.state.size(method) for method in self.state.baseline_methods())
         if baselines:
             text.append(f"baselines {baselines}  ", "dim")
@@ -238,7 +239,7 @@ class Picture:
         bar.add_column(ratio=1)
         bar.add_column(no_wrap=True)
         bar.add_column(no_wrap=True)
-        bar.add_row("trials", ProgressBar(max(total, 1), ended), f"{ended}/{total}", self.time_left(now))
+        bar.add_row("trainings", ProgressBar(max(total, 1), ended), f"{ended}/{total}", self.time_left(now))
         return bar
 
 

@@ -13,6 +13,7 @@ from tune_topkd.errors import TuneTopKDError
 from tune_topkd.sweep import Status
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
+from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
 from tune_topkd.verdict import baseline_name
 
@@ -67,7 +68,7 @@ def line_of(entry: dict[str, Any]) -> str:
     tail += f"; gain over {gains_in_short(entry['gains'])}" if entry["gains"] else ""
     spent = [f"{entry[f'{kind}_hours']:.2f} {kind.upper()} h" for kind in ("cpu", "gpu") if entry[f"{kind}_hours"]]
     tail += f"; {', '.join(spent)}" if spent else ""
-    return f"{entry['sweep']}: {entry['state']}, {counts or 'no trials'} of {entry['target']}{tail}{why}"
+    return f"{entry['sweep']}: {entry['state']}, {counts or 'none'} of {counted(entry['target'], 'trial')}{tail}{why}"
 
 
 def table_of(entries: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
