@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SEARCH := $(VENV)/.search
 RUNS ?= $(or $(TUNE_TOPKD_RUNS_DIR),runs)
 SWEEP ?= digits
 
 .PHONY: sweep test test-slow test-lowest coverage torture check format bench analysis docs clean
 
-sweep: $(STAMP)  ## search the digits space, or go on with an interrupted search
+sweep: $(SEARCH)  ## search the digits space, or go on with an interrupted search
 	@if [ -f $(RUNS)/digits/ledger.jsonl ]; then $(BIN)/python launch.py resume digits --runs-dir $(RUNS); \
 	  else $(BIN)/python launch.py run --runs-dir $(RUNS); fi
 
@@ -59,10 +60,15 @@ clean:  ## remove what can be made again, but never the sweeps in runs/
 	rm -rf $(VENV) .venv-lowest .coverage build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+$(SEARCH): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	@echo "Installing into $(VENV) (once; some minutes, about 6 GB)"
+	@echo "Installing what a search needs into $(VENV) (once; some minutes, about 6 GB)"
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep]'
+	@touch $@
+
+$(STAMP): $(SEARCH)
+	@echo "Installing what the tests, the notebooks and the docs need besides (once)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[sweep,cluster,dev,consumers,docs]'
 	@touch $@
