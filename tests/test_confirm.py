@@ -31,6 +31,7 @@ from tune_topkd.export import SCHEMA_FILE
 from tune_topkd.export import as_yaml
 from tune_topkd.export import json_schema
 from tune_topkd.export import load_tuned_config
+from tune_topkd.export.writers import figures
 from tune_topkd.ledger import TEST
 from tune_topkd.ledger import Confirm
 from tune_topkd.ledger import Driver
@@ -761,6 +762,8 @@ def test_a_sweep_is_confirmed_exported_and_shown(tmp_path, monkeypatch, capfd):
     gain = tuned.evidence.baselines["ce"].gain
     assert (gain.is_told_apart, gain.points) == (True, pytest.approx(last.verdict.gains[0].mean))
     assert "on the test set " in as_yaml(tuned).splitlines()[0]
+    wide = test.model_copy(update={"interval": [-17.8, 158.1]})
+    assert " % (0.00 to 100.00) over 3 fresh seeds" in figures(tuned.evidence.model_copy(update={"test": wide}))
     shown = standing("s", place)
     assert json.loads(json.dumps(shown))["test"]["gains"]["ce"]["is_told_apart"] is True
     assert f"; test set {test.test_top1:.2f} % (" in line_of(shown)

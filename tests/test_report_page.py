@@ -44,6 +44,7 @@ from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.page import campaign_page
 from tune_topkd.report.page import sweep_page
 from tune_topkd.report.page.assembly import campaign_lead
+from tune_topkd.report.page.course_figures import curves_figure
 from tune_topkd.report.page.data import MOST_CURVES
 from tune_topkd.report.page.data import ends
 from tune_topkd.report.page.data import parameters_of
@@ -133,6 +134,16 @@ def trial(number, values, status, params=None, reason="", error=""):
     if status.is_end:
         value = values[-1] if values and status is not TrialStatus.FAILED else None
         yield End(key=key, epoch=len(values), status=status, reason=reason, error=error, value=value)
+
+
+def test_a_training_that_fell_has_its_highest_epoch_on_the_axis():
+    config = formulas.sweep_config()
+    fell = trial(0, [20.0, 60.0, 90.0, *[40.0] * (formulas.EPOCHS - 3)], TrialStatus.COMPLETED)
+    found = told(config, of_events(config, [*fell, *trial(1, [39.0] * formulas.EPOCHS, TrialStatus.COMPLETED)]))
+    (spec,) = curves_figure(found).specs()
+    scaled = [layer["encoding"]["y"] for layer in spec["layer"] if "scale" in layer["encoding"].get("y", {})]
+    low, high = scaled[0]["scale"]["domain"]
+    assert low < 40 < 90 < high
 
 
 FULL = formulas.sweep_config(description="eight by eight & more")

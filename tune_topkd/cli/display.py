@@ -381,7 +381,7 @@ def verdict_table(verdict: Verdict) -> Table:
     for column in (
         "trial",
         "test top-1 %",
-        "± over seeds",
+        "sd over seeds",
         f"{LEVEL:.0%} interval",
         "tuned is above by",
         "interval of that",

@@ -12,6 +12,7 @@ from tune_topkd.export.standalone import standalone
 from tune_topkd.export.tuned import TUNED_FILE
 from tune_topkd.export.tuned import Evidence
 from tune_topkd.export.tuned import TunedConfig
+from tune_topkd.verdict import Interval
 
 
 def as_yaml(tuned: TunedConfig) -> str:
@@ -123,7 +124,7 @@ def figures(evidence: Evidence) -> str:
     """Its value in words; that of fresh seeds first, where there are any."""
     own, fresh, test = f"{evidence.val_top1:.2f} %", evidence.fresh, evidence.test
     if test is not None:
-        within = "" if test.interval is None else f" ({test.interval[0]:.2f} to {test.interval[1]:.2f})"
+        within = "" if test.interval is None else " ({:.2f} to {:.2f})".format(*Interval(*test.interval).of_top1)
         look = "" if test.look == 1 else f", look {test.look} at it"
         seeds = sum(value is not None for value in test.values)
         return f"{own} in the search; on the test set {test.test_top1:.2f} %{within} over {seeds} fresh seeds{look}"

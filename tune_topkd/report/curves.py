@@ -64,7 +64,9 @@ def draw_curves(ax: Axes, curves: pd.DataFrame, trials: pd.DataFrame, rungs: Seq
     epochs = int(points["epoch"].max()) if len(points) else 1
     # The steep first tenth of the curves may leave the axis below.
     telling = pd.concat([ends[ends["status"] != TrialStatus.FAILED], points[points["epoch"] == -(-epochs // 10)]])
-    low, high = limits(floats((points if (ends["status"] == TrialStatus.FAILED).all() else telling)["val_top1"]))
+    shown = floats((points if (ends["status"] == TrialStatus.FAILED).all() else telling)["val_top1"])
+    highest = [float(points["val_top1"].max())] if len(points) else []  # a training may have fallen since
+    low, high = limits(shown, highest)
     set_top1_axis(ax, low, high, ticks_from=low)
     ax.set_xlim(0.5, epochs + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True) if len(points) else NullLocator())

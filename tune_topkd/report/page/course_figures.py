@@ -29,7 +29,8 @@ def curves_figure(found: Findings) -> Figure | None:
     first = min((rung.epoch for rung in found.rungs), default=0)
     early = [row["top1"] for row in rows if row["epoch"] == max(epochs // 10, first, 1)]
     ends = [row["top1"] for row in last.values() if row["status"] != "failed"] or [row["top1"] for row in rows]
-    axis = axis_of([*ends, *early])
+    highest = max(row["top1"] for row in rows)  # a training may have fallen since
+    axis = axis_of([*ends, *early], [highest])
     present = {row["status"] for row in rows}
     domain = [status for status in STATUS_COLOURS if status in present]
     colour = alt.Color(
