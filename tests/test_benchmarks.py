@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -185,6 +186,43 @@ def test_the_parts_of_topkd_on_glyphs():
     assert sum(name.startswith("– ") for name in table) == 4
     assert {"1", "20"} <= table.keys(), "the table of K"
     assert re.search(r"^- 13 trainings of 2 epochs, \d+ at once: ", page, re.MULTILINE)
+
+
+def test_ways_to_hold_the_gradient_are_the_loss_where_they_hold_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.bounded import by_term
+    from benchmarks.bounded import floored
+    from tune_topkd.loss import TopKDLoss
+
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(8, 20, generator=draw, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(20, (8,), generator=draw)
+
+    def gradient(loss, scale=1.0):
+        logits = (student * scale).requires_grad_()
+        value = loss(logits, teacher, labels)
+        value.backward()
+        return value.detach(), logits.grad
+
+    whole, of_whole = gradient(TopKDLoss())
+    value, held = gradient(lambda *batch: floored(*batch, floor=1e-9))
+    assert torch.allclose(value, whole)
+    assert torch.allclose(held, of_whole)
+    assert torch.allclose(gradient(by_term)[0], whole), "only the gradient is held"
+    assert gradient(TopKDLoss(), 1e-3)[1].norm(dim=1).max() > 100, "the smaller the logits, the longer"
+    for loss in (by_term, lambda *batch: floored(*batch, floor=10.0)):
+        assert gradient(loss, 1e-3)[1].norm(dim=1).max() < 3 * math.sqrt(2) / len(student)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_ways_to_hold_the_gradient_side_by_side():
+    page, lines = quick_page("bounded")
+    ends = {cells[0]: float(cells[-1]) for cells in lines if len(cells) == 3 and cells[0] and set(cells[0]) != {"-"}}
+    assert list(ends) == ["as it is", "clipped at 1.0", "a floor of 3", "a floor of 10", "warm-up", "by term"]
+    assert all(0 <= end <= 100 for end in ends.values())
+    assert "- 6 trainings of 4 epochs, " in page
 
 
 @pytest.mark.slow
