@@ -479,21 +479,51 @@ def check(
     epochs: Epochs = None,
     set_: Sets = None,
     show: Annotated[bool, typer.Option("--show", help="Print the complete config on stdout.")] = False,
+    cpus_per_trial: CpusPerTrial = None,
+    gpus_per_trial: GpusPerTrial = None,
+    runs_dir: RunsDir = DEFAULT_RUNS,
+    address: Address = None,
 ) -> None:
-    """Validate search spaces, print what would run and about how long on this machine's CPU; start nothing."""
+    """Validate search spaces, print what would run and about how long on this machine's CPU; start nothing.
+
+    With --address it asks the cluster's nodes what trials would lack there, times a step on each, and prints how many
+    trials fit and about how long it takes on them; exit 2 if none can run. --runs-dir is what nodes are to share.
+    """
+    from tune_topkd.cli.display import progress_of
+    from tune_topkd.sweep.capacity import capacities
     from tune_topkd.sweep.cost import describe
 
     console = Console()
-    overrides = _overrides(set_, trials=trials, epochs=epochs)
+    overrides = _overrides(
+        set_,
+        trials=trials,
+        epochs=epochs,
+        cpus_per_trial=_number(cpus_per_trial),
+        gpus_per_trial=_number(gpus_per_trial),
+    )
     checks = [functools.partial(preflight.load_checked, source, overrides) for source in spaces]
-    for checked in all_of(checks):
+    found = all_of(checks)
+    cluster = _cluster_of(address)
+    for checked in found:
         console.print(f"{checked.source}: valid", style="bold green")
-        for line in describe(checked.config):
+        for line in describe(checked.config, with_time=cluster is None):
             console.print(f"  {line}", soft_wrap=True)
         for warning in checked.warnings:
             console.print(f"  note: {warning}", style="yellow", soft_wrap=True)
         if show:
             terminal.result(dump_config(checked.config) + "\n", is_document=True)
+    if cluster is None:
+        return
+    workspace = Workspace.at(runs_dir, NO_MLFLOW, cluster)
+    told = capacities(workspace, found, progress_of(console))
+    for checked, capacity in zip(found, told, strict=True):
+        console.print(f"{checked.source} on the cluster at {cluster}:", style="bold", soft_wrap=True)
+        for line in capacity.lines:
+            console.print(f"  {line}", soft_wrap=True)
+        if capacity.error:
+            console.print(f"  error: {capacity.error}", style="red", soft_wrap=True)
+    if any(capacity.error for capacity in told):
+        raise typer.Exit(USER_ERROR)
 
 
 @app.command()

@@ -33,6 +33,7 @@ from tune_topkd.data.datasets import needs_files
 from tune_topkd.data.datasets import read_as
 from tune_topkd.data.errors import DataError
 from tune_topkd.data.errors import DatasetNameError
+from tune_topkd.data.saving import is_in_memory
 from tune_topkd.data.saving import load_saved
 from tune_topkd.data.saving import save_dataset
 from tune_topkd.data.sources import Constants
@@ -72,6 +73,7 @@ __all__ = [
     "epoch_order",
     "eval_batches",
     "fingerprint",
+    "is_in_memory",
     "load_dataset",
     "load_saved",
     "missing_data",

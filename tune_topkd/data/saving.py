@@ -19,6 +19,11 @@ _SPLITS = ("train", "val", "test")
 _KEYS = {"config", "splits", "num_classes", "constants", "selection"}
 
 
+def is_in_memory(dataset: Dataset) -> bool:
+    """Whether a dataset's images are in memory, so that `save_dataset` writes them; else each is read from its own file."""
+    return all(isinstance(getattr(dataset, name), Split) for name in _SPLITS)
+
+
 def save_dataset(config: DataConfig, dataset: Dataset, path: Path) -> bool:
     """Write a dataset whose images are in memory; the file is replaced in one step.
 
@@ -33,9 +38,9 @@ def save_dataset(config: DataConfig, dataset: Dataset, path: Path) -> bool:
     Raises:
         OSError: the disk is full, or the file cannot be made.
     """
-    splits = {name: getattr(dataset, name) for name in _SPLITS}
-    if not all(isinstance(split, Split) for split in splits.values()):
+    if not is_in_memory(dataset):
         return False
+    splits = {name: getattr(dataset, name) for name in _SPLITS}
     content = {
         "config": read_as(config),
         "splits": {

@@ -269,7 +269,8 @@ def _running(address: str | None) -> Iterator[None]:
 
 
 def in_one_line(error: BaseException) -> str:
-    """An exception of Ray's as a person can be told of it."""
+    """An exception of Ray's as a person can be told of it; of one that a task raised, the task's."""
+    error = getattr(error, "cause", None) or error
     return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 

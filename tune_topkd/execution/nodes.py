@@ -186,14 +186,9 @@ class Nodes:
         pause = _SECONDS_BETWEEN_LOOKS
         try:
             why = str(ray.get(answer, timeout=0))
-        except ray.exceptions.RuntimeEnvSetupError as error:
-            why = f"Ray cannot set up the workers' runtime environment: {' '.join(str(error).split())[:300]}"
-        except ray.exceptions.GetTimeoutError:
-            why = f"{_NO_WORKER}: none was there after {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
-            pause = _SECONDS_BEFORE_ANOTHER_TRY
         except (ray.exceptions.RayError, TimeoutError) as error:
-            why = f"{_NO_WORKER}: {' '.join(str(error).split())[:300]}"
-            pause = _SECONDS_BEFORE_ANOTHER_TRY
+            why = why_no_answer(error)
+            pause = _SECONDS_BEFORE_ANOTHER_TRY if why.startswith(_NO_WORKER) else pause
         if not why:
             self._ready.add(node)
             if self._not_ready.pop(node, None) is not None:
@@ -235,6 +230,15 @@ class _Blame:
         if nodes:
             self.common.add(kind)
         return nodes
+
+
+def why_no_answer(error: Exception) -> str:
+    """What a person is told of a node whose worker was asked and gave no answer, by what Ray raised."""
+    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+        return f"Ray cannot set up the workers' runtime environment: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return f"{_NO_WORKER}: none was there after {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
+    return f"{_NO_WORKER}: {' '.join(str(error).split())[:300]}"
 
 
 def _without_numbers(error: str) -> str:

@@ -6,8 +6,10 @@ per second over all of them.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from typing import Protocol
@@ -20,6 +22,7 @@ from tune_topkd.config import SweepSettings
 from tune_topkd.config import TrialConfig
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import fitting
+from tune_topkd.execution.cluster import in_one_line
 from tune_topkd.execution.cluster import resources
 from tune_topkd.execution.cluster import trial_part
 from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
@@ -33,7 +36,7 @@ WORTH_IT = 1.03
 """More trials at once must bring so much more, or ASHA decides on less for nothing."""
 MEMORY_USED = 0.9
 """Of all there is, at most: what is measured in seconds may grow in hours."""
-NO_NODE = Share(0.0, 0.0), ""
+NO_NODE = Share(0.0, 0.0)
 
 _log = logging.getLogger(__name__)
 
@@ -85,32 +88,55 @@ def pack(config: SweepConfig, trial: TrialConfig, probe: Probe) -> list[Packed]:
     Raises:
         ResourceError: no node has a GPU, or not even one trial can be run.
     """
-    settings = config.sweep
-    nodes = [(resources(node), node["NodeID"]) for node in ray.nodes() if node["Alive"]]
-    node, node_id = max(nodes, key=lambda n: (n[0].gpus if settings.gpus_per_trial else 0, n[0].cpus), default=NO_NODE)
+    nodes = {node["NodeID"]: resources(node) for node in ray.nodes() if node["Alive"]}
+    node = _largest(config.sweep, list(nodes.values()))
+    node_id = next(node_id for node_id, its in nodes.items() if its == node)
+    tried: list[Packed] = []
+    for share in shares(config.sweep, list(nodes.values())):
+        at_once = fitting(node, share)
+        try:
+            tried.append(_tried(share, at_once, trial, probe, node_id))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            if tried:
+                _log.warning("%d trials at once cannot be run: %s", at_once, in_one_line(error))
+                break
+            raise ResourceError(f"no trial can be run to see how many fit: {in_one_line(error)}") from error
+        if _is_enough(tried):
+            break
+    most = max(packed.images_per_second for packed in tried)
+    best = next(packed for packed in tried if packed.images_per_second * WORTH_IT >= most)
+    return [best, *(packed for packed in tried if packed is not best)]
+
+
+def shares(settings: SweepSettings, nodes: Sequence[Share]) -> list[Share]:
+    """The shares that are tried where a sweep says `auto`, one after the other: of a node less and less for a trial.
+
+    Args:
+        settings: the sweep's; `cpus_per_trial`, `gpus_per_trial` or both are `auto`.
+        nodes: what each node of the cluster has.
+
+    Raises:
+        ResourceError: no node has a GPU where one is asked for, or a CPU.
+    """
+    node = _largest(settings, nodes)
+    most = settings.max_concurrent or math.inf
+    return [share for number, share in enumerate(_shares(settings, node)) if not number or fitting(node, share) <= most]
+
+
+def _largest(settings: SweepSettings, nodes: Sequence[Share]) -> Share:
+    """Of the nodes the one with the most of what trials need.
+
+    Raises:
+        ResourceError: as `shares`.
+    """
+    node = max(nodes, key=lambda n: (n.gpus if settings.gpus_per_trial else 0, n.cpus), default=NO_NODE)
     needed = 1.0 if isinstance(settings.gpus_per_trial, str) else settings.gpus_per_trial
     if node.gpus < needed:
         rule = f"no node has as many GPUs; the most are {node.gpus:g}, and 0 trains on the CPU"
         raise ResourceError(f"sweep.gpus_per_trial = {settings.gpus_per_trial}: {rule}")
     if node.cpus < 1:
         raise ResourceError(f"sweep.cpus_per_trial = {settings.cpus_per_trial}: no node has a CPU")
-    tried: list[Packed] = []
-    for share in _shares(settings, node):
-        at_once = fitting(node, share)
-        if tried and at_once > (settings.max_concurrent or at_once):
-            break
-        try:
-            tried.append(_tried(share, at_once, trial, probe, node_id))
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            if tried:
-                _log.warning("%d trials at once cannot be run: %s", at_once, _in_short(error))
-                break
-            raise ResourceError(f"no trial can be run to see how many fit: {_in_short(error)}") from error
-        if _is_enough(tried):
-            break
-    most = max(packed.images_per_second for packed in tried)
-    best = next(packed for packed in tried if packed.images_per_second * WORTH_IT >= most)
-    return [best, *(packed for packed in tried if packed is not best)]
+    return node
 
 
 def _is_enough(tried: list[Packed]) -> bool:
@@ -157,8 +183,3 @@ def _tried(share: Share, at_once: int, trial: TrialConfig, probe: Probe, node_id
     rates, peaks, totals = zip(*results, strict=True)
     share_memory = min(share.gpus, 1.0) or 1 / at_once
     return Packed(share, at_once, sum(rates), max(peaks) / min(totals) / share_memory)
-
-
-def _in_short(error: Exception) -> str:
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"

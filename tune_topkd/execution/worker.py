@@ -55,6 +55,7 @@ PATIENCE_WITH_ANOTHER_WORKER = 15.0
 """Seconds after which a worker on the same machine that holds the folder is killed: Ray may have forgotten it."""
 
 _LOCK_FILE = ".worker"
+_SHARED = "--runs-dir must be on storage that all nodes share"
 
 
 class Reporter(Protocol):
@@ -138,16 +139,26 @@ def folder_trouble(folder: Path, sweep_id: str) -> str:
         folder: the sweep's, with its ledger in it.
         sweep_id: what the ledger must say.
     """
-    shared = "--runs-dir must be on storage that all nodes share"
     try:
         found = read_header(folder / LEDGER_FILE).id
     except FileNotFoundError:
-        return f"{folder} is not there: {shared}"
+        return f"{folder} is not there: {_SHARED}"
     except (OSError, LedgerError) as error:
-        return f"{folder} cannot be read: {error}: {shared}"
+        return f"{folder} cannot be read: {error}: {_SHARED}"
     if found != sweep_id:
-        return f"{folder} is another sweep's there: {shared}"
+        return f"{folder} is another sweep's there: {_SHARED}"
     return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to"
+
+
+def place_trouble(mark: Path) -> str:
+    """What is wrong with the place where sweeps are to lie as this node sees it, before there is one; empty if nothing is.
+
+    Args:
+        mark: a file that was just put there from elsewhere.
+    """
+    if not os.path.exists(mark):  # also where a folder above cannot be looked into
+        return f"{mark.parent} is not there, or another folder: {_SHARED}"
+    return "" if os.access(mark.parent, os.W_OK) else f"{mark.parent} cannot be written to"
 
 
 def _check_unchanged(hashes: Mapping[str, str]) -> None:

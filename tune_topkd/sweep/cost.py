@@ -1,12 +1,19 @@
 """What a sweep would run and roughly what it would cost, without starting it."""
 
+import heapq
 import math
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from tune_topkd.config import SweepConfig
+from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import Finalists
+from tune_topkd.ledger import Share
 from tune_topkd.space import Space
 from tune_topkd.sweep.preflight import usable_parameters
 from tune_topkd.sweep.remaining import baseline_total
@@ -14,10 +21,16 @@ from tune_topkd.sweep.remaining import expected_epochs
 from tune_topkd.sweep.remaining import finalist_total
 from tune_topkd.sweep.wording import duration
 
+if TYPE_CHECKING:
+    import torch
+
+COUNTED = "the start of Ray and its workers counted, a teacher's training not"
+"""What is in the time of a sweep."""
+
 _TIMED_STEPS = 10
 _TIMED_SECONDS = 5.0
 _TIMED_VALUES = 2**19
-"""Values of the images in a timed step: of a large batch a part is timed."""
+"""Values of the images in a timed step on the CPU: of a large batch a part is timed."""
 
 
 _SHARE_OF_FORWARD = 1 / 3
@@ -30,6 +43,19 @@ _TRAINING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "tiny_imagenet": 100_
 """Of the datasets whose size is known without their files; a part of them is held back for validation."""
 
 
+class NoDeviceError(TuneTopKDError):
+    """A step cannot be timed: torch does not see the device that trials are to have."""
+
+
+class Step(NamedTuple):
+    """Seconds that a batch takes."""
+
+    student: float
+    """Forward and backward, its loss with it."""
+    teacher: float
+    """Forward; 0 without one."""
+
+
 def _earlier_ends(config: SweepConfig) -> Iterator[str]:
     """What may end the sweep, or its search, before that."""
     for what, hours in (("GPU", config.sweep.gpu_hours), ("CPU", config.sweep.cpu_hours)):
@@ -39,8 +65,13 @@ def _earlier_ends(config: SweepConfig) -> Iterator[str]:
         yield f"the search ends when its newest {plateau.newest} trials bring less than {plateau.points:g} points of top-1"
 
 
-def describe(config: SweepConfig) -> Iterator[str]:
-    """Lines that say what would run: the pair, the space, the trials, the epochs, the time of an epoch here."""
+def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
+    """Lines that say what would run: the pair, the space, the trials, the epochs, the time on this machine's CPU.
+
+    Args:
+        config: the sweep's, checked.
+        with_time: measure a step here, and tell how long the sweep would take.
+    """
     from tune_topkd.data import dataset_info
     from tune_topkd.data import load_dataset
     from tune_topkd.data import missing_data
@@ -67,12 +98,9 @@ def describe(config: SweepConfig) -> Iterator[str]:
         bases = " and the best of each baseline" if baselines else ""
         best = f"the best {min(finalists.count, trials)} trials{bases}, on {finalists.seeds} fresh seeds each"
         yield f"then {repeats} runs of the finalists: {best}"
-    most = (trials + baselines + repeats) * epochs
-    asha = config.sweep.asha
-    likely = most if asha is None else round(trials * _expected_epochs(config)) + (baselines + repeats) * epochs
+    most, likely = (trials + baselines + repeats) * epochs, round(sum(map(sum, _trainings(config))))
     yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
     yield from _earlier_ends(config)
-    step, asking = _seconds_per_step(config)
     if not missing_data(config.data):
         dataset = load_dataset(config.data)
         bank = bank_size(config.data, config.recipe, dataset) if _has_bank(config) else None
@@ -81,31 +109,89 @@ def describe(config: SweepConfig) -> Iterator[str]:
             yield f"teacher logits: {rows}, {_size(bank.bytes)} on the disk, asked for once by all trials"
         elif config.teacher:
             yield "teacher logits: asked for every batch of every trial"
-        images = len(dataset.train), len(dataset.val)
-    elif config.data.name in _TRAINING_IMAGES:
-        held_back = round(_TRAINING_IMAGES[config.data.name] * config.data.val_fraction)
-        images = _TRAINING_IMAGES[config.data.name] - held_back, held_back
-    else:
-        yield f"about {step:.2g} s per step of {config.recipe.batch_size} images on this machine"
-        return
-    yield _time(config, likely, step, asking, images)
+    if with_time:
+        yield _time_here(config)
 
 
-def _time(config: SweepConfig, epochs: int, step: float, asking: float, images: tuple[int, int]) -> str:
-    """About how long the epochs of a sweep take, by the seconds per batch of student and teacher."""
+def _time_here(config: SweepConfig) -> str:
+    """About how long the sweep takes on this machine's CPU."""
+    cpus = config.sweep.cpus_per_trial
+    step = step_here(config, Share(1.0 if isinstance(cpus, str) else cpus, 0.0))
+    if (images := image_counts(config)) is None:
+        return f"about {step.student:.2g} s per step of {config.recipe.batch_size} images on this machine"
+    return (
+        f"about {epoch_seconds(config, images, step):.2g} s per epoch on this machine, with its evaluation and "
+        f"checkpoint; about {duration(sweep_seconds(config, images, [step]))} one trial at a time, {COUNTED}"
+    )
+
+
+def image_counts(config: SweepConfig) -> tuple[int, int] | None:
+    """The images that are trained on and evaluated in an epoch; None if that is not known without the files."""
+    from tune_topkd.data import load_dataset
+    from tune_topkd.data import missing_data
+
+    if not missing_data(config.data):
+        dataset = load_dataset(config.data)
+        return len(dataset.train), len(dataset.val)
+    if (known := _TRAINING_IMAGES.get(config.data.name)) is None:
+        return None
+    held_back = round(known * config.data.val_fraction)
+    return known - held_back, held_back
+
+
+def epoch_seconds(config: SweepConfig, images: tuple[int, int], step: Step) -> float:
+    """Of a trial's epoch, with its evaluation, report and checkpoint; without what the teacher is asked for."""
+    steps, evaluated = _batches(config, images)
+    return steps * step.student + evaluated * step.student * _SHARE_OF_FORWARD + _SECONDS_AROUND_AN_EPOCH
+
+
+def sweep_seconds(config: SweepConfig, images: tuple[int, int], places: Sequence[Step]) -> float:
+    """About how long a sweep takes that nothing ends early.
+
+    Args:
+        config: the sweep's.
+        images: that are trained on, and evaluated.
+        places: for each trial that there is room for at once, what a batch takes there.
+    """
     from tune_topkd.data import view_count
 
-    steps, evaluated = (max(count / config.recipe.batch_size, 1) for count in images)
-    views = view_count(config.data.augment)
+    search, repeats = _trainings(config)
+    epochs, steps = sum(search) + sum(repeats), _batches(config, images)[0]
     finalists = config.sweep.finalists
     seeds = 1 if finalists is None else 1 + finalists.seeds  # all trainings of one seed are shown the same views
+    views = view_count(config.data.augment)
     asked = min(config.recipe.epochs * seeds, views or math.inf) if _has_bank(config) else epochs
-    epoch = steps * step + evaluated * step * _SHARE_OF_FORWARD + _SECONDS_AROUND_AN_EPOCH
-    seconds = _SECONDS_OF_THE_START + epochs * epoch + asked * steps * asking
-    return (
-        f"about {epoch:.2g} s per epoch on this machine, with its evaluation and checkpoint; about {duration(seconds)} "
-        "one trial at a time, the start of Ray and its workers counted, a teacher's training not"
-    )
+    speeds = [epoch_seconds(config, images, step) + asked / epochs * steps * step.teacher for step in places]
+    longest = config.recipe.epochs * min(speeds)  # some trial is trained to its end, however many there are at once
+    return _SECONDS_OF_THE_START + sum(max(_makespan(stage, speeds), longest) for stage in (search, repeats) if stage)
+
+
+def _trainings(config: SweepConfig) -> tuple[list[float], list[float]]:
+    """The epochs that each training is expected to have: of the search with its baselines, and then of the finalists."""
+    epochs, trials, asha = float(config.recipe.epochs), config.sweep.trials, config.sweep.asha
+    of_one = epochs if asha is None else _expected_epochs(config)
+    repeats = finalist_total(config, Finalists.configured(config.sweep.finalists), trials)
+    return [of_one] * trials + [epochs] * baseline_total(config), [epochs] * repeats
+
+
+def _makespan(trainings: Sequence[float], speeds: Sequence[float]) -> float:
+    """Seconds until all have ended, if each is begun in the place that is free first.
+
+    Args:
+        trainings: the epochs of each.
+        speeds: seconds per epoch in each place.
+    """
+    free = [(0.0, seconds) for seconds in sorted(speeds)]
+    for epochs in trainings:
+        at, seconds = free[0]
+        heapq.heapreplace(free, (at + epochs * seconds, seconds))
+    return max(at for at, _ in free)
+
+
+def _batches(config: SweepConfig, images: tuple[int, int]) -> tuple[float, float]:
+    """Of an epoch's training, and of its evaluation."""
+    steps, evaluated = (max(count / config.recipe.batch_size, 1) for count in images)
+    return steps, evaluated
 
 
 def _has_bank(config: SweepConfig) -> bool:
@@ -122,8 +208,14 @@ def _expected_epochs(config: SweepConfig) -> float:
     return expected_epochs(config.sweep.asha, config.recipe.epochs)
 
 
-def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:
-    """Of the student, and of the teacher: a few steps on noise of the dataset's shape, not the making of views."""
+def step_here(config: SweepConfig, share: Share) -> Step:
+    """Time a few steps on noise of the dataset's shape, on what a trial of this share would have of this machine.
+
+    The making of views is not in it, nor what several GPUs of a trial tell one another.
+
+    Raises:
+        NoDeviceError: the share has a GPU, and torch sees none.
+    """
     import torch
 
     from tune_topkd.data import dataset_info
@@ -131,34 +223,55 @@ def _seconds_per_step(config: SweepConfig) -> tuple[float, float]:
     from tune_topkd.models import build_configured
     from tune_topkd.models import freeze_backbone
 
+    if share.gpus and not torch.cuda.is_available():
+        raise NoDeviceError(f"torch {torch.__version__} sees no CUDA device")
+    device = torch.device("cuda" if share.gpus else "cpu")
     info = dataset_info(config.data)
-    batch = max(min(config.recipe.batch_size, _TIMED_VALUES // math.prod(info.image_shape)), 2)
-    student = build_configured(config.student, num_classes=info.num_classes)
+    most = math.ceil(config.recipe.batch_size / max(share.gpus, 1))  # each GPU has its part of a batch
+    batch = max(most if share.gpus else min(most, _TIMED_VALUES // math.prod(info.image_shape)), 2)
+    student = build_configured(config.student, num_classes=info.num_classes).to(device)
     if config.student.linear_probe:
         freeze_backbone(student)
     parameters = usable_parameters(config)
     assert parameters is not None, "the config has been checked"
-    loss = build_loss(config.method, parameters)
-    images, labels = torch.randn(batch, *info.image_shape), torch.arange(batch) % info.num_classes
-    teacher_logits = torch.randn(batch, info.num_classes)
-    cpus = config.sweep.cpus_per_trial
-    torch.set_num_threads(1 if isinstance(cpus, str) else max(int(cpus), 1))
-    whole = config.recipe.batch_size / batch
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.recipe.precision == "bfloat16"):
-        step = whole * _least_seconds(lambda: loss(student(images), teacher_logits, labels).backward())
-    if config.teacher is None:
-        return step, 0.0
-    teacher = build_configured(config.teacher.model, num_classes=info.num_classes).eval()
-    with torch.no_grad():
-        return step, whole * _least_seconds(lambda: teacher(images))
+    loss = build_loss(config.method, parameters).to(device)
+    images = torch.randn(batch, *info.image_shape, device=device)
+    labels = torch.arange(batch, device=device) % info.num_classes
+    teacher_logits = torch.randn(batch, info.num_classes, device=device)
+    whole = most / batch
+    with _threads(max(int(share.cpus), 1)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.recipe.precision == "bfloat16"):
+            step = whole * _least_seconds(lambda: loss(student(images), teacher_logits, labels).backward(), device)
+        if config.teacher is None:
+            return Step(step, 0.0)
+        teacher = build_configured(config.teacher.model, num_classes=info.num_classes).to(device).eval()
+        with torch.no_grad():
+            return Step(step, whole * _least_seconds(lambda: teacher(images), device))
 
 
-def _least_seconds(call: Callable[[], object]) -> float:
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many of torch's threads; then as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _least_seconds(call: Callable[[], object], device: "torch.device") -> float:
     """Of a call, the least disturbed of a few."""
+    import torch
+
     seconds: list[float] = []
     while len(seconds) < _TIMED_STEPS and sum(seconds) < _TIMED_SECONDS:
         started = time.perf_counter()
         call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the call returns when its kernels are queued
         seconds.append(time.perf_counter() - started)
     return min(seconds)
 

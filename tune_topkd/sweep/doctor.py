@@ -18,6 +18,8 @@ from tune_topkd.config import ConfigError
 from tune_topkd.ledger import Share
 from tune_topkd.storage import StoreError
 from tune_topkd.sweep import preflight
+from tune_topkd.sweep.capacity import line_of
+from tune_topkd.sweep.capacity import survey
 from tune_topkd.sweep.workspace import Workspace
 
 NEEDED = ("torch", "torchvision", "ray", "optuna", "mlflow", "pandas", "scikit-learn", "typer", "rich", "matplotlib")
@@ -103,8 +105,23 @@ def _ray(workspace: Workspace) -> Iterator[Finding]:
         with Cluster.attached(workspace.address) as cluster:
             cpus, gpus = (sum(column) for column in zip(Share(0.0, 0.0), *cluster.nodes, strict=True))
             yield Finding("ray", f"{where}: {len(cluster.nodes)} node(s), {cpus:g} CPUs, {gpus:g} GPUs")
+            if workspace.address:
+                yield from _nodes(workspace)
     except ResourceError as error:
         yield Finding("ray", str(error), is_well=False)
+
+
+def _nodes(workspace: Workspace) -> Iterator[Finding]:
+    """Of the cluster that this process is attached to; one that is gone is told of, and may be as it was meant."""
+    try:
+        found = survey(workspace)
+    except ConfigError as error:  # the runs folder, which has a finding of its own
+        yield Finding("nodes", f"not asked: {error}", is_well=False)
+        return
+    for surveyed in found:
+        name, _, text = line_of(surveyed).partition(": ")
+        is_well = not surveyed.node.is_alive or not (surveyed.trouble or surveyed.other_versions)
+        yield Finding(name, text, is_well)
 
 
 def _mlflow(workspace: Workspace) -> Iterator[Finding]:
