@@ -1034,7 +1034,7 @@ COMMANDS = {
     "run": "--name --trials --epochs --seed --max-concurrent --cpus-per-trial --gpus-per-trial --time-budget --gpu-hours "
     "--cpu-hours --plateau --runs-dir --mlflow-uri --address --priority --warm-start --or-resume --json --set",
     "init": "--data --teacher --student --checkpoint --root --epochs --image-size --output -o",
-    "check": "--trials --epochs --set --show",
+    "check": "--trials --epochs --set --show --cpus-per-trial --gpus-per-trial --runs-dir --address",
     "schema": "--output -o",
     "resume": "--trials --time-budget --gpu-hours --cpu-hours --runs-dir --mlflow-uri --address --priority --json --set",
     "confirm": "--finalists --seeds --again --runs-dir --mlflow-uri --address --priority --json --set",
@@ -1086,8 +1086,7 @@ def test_repeated_trials_are_told_and_a_space_of_the_project_says_nothing_of_its
 
 def test_the_time_that_check_tells_counts_more_than_steps():
     config = preflight.load_checked("digits").config
-    told = cost._time(config, 1524, 0.001, 0.001, (359, 898))
-    minutes = float(re.search(r"about (\d+) min one trial at a time", told)[1])
+    minutes = cost.sweep_seconds(config, (359, 898), [cost.Step(0.001, 0.001)]) / 60
     assert 1 < minutes < 4, "two minutes on two cores"
 
 

@@ -137,7 +137,7 @@ def test_the_environment_s_cluster_is_used_and_said(monkeypatch, capfd, option, 
 def test_the_environment_s_address_is_taken_by_the_commands_that_start_ray(monkeypatch):
     import typer
 
-    for name in ("run", "resume", "doctor"):
+    for name in ("run", "resume", "check", "doctor"):
         options = typer.main.get_command(app.app).commands[name].params
         assert next(option.envvar for option in options if option.name == "address") == "RAY_ADDRESS"
 

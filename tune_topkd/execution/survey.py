@@ -15,7 +15,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tune_topkd.execution.cluster import in_one_line
 from tune_topkd.execution.cluster import resources
-from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
 from tune_topkd.execution.nodes import why_no_answer
 from tune_topkd.ledger import Share
 
@@ -71,16 +70,14 @@ def known_nodes() -> list[Node]:
 
 
 def ask(
-    calls: Mapping[str, Callable[[], FoundT]],
-    shares: Mapping[str, Share] = MappingProxyType({}),
-    patience: float = LONGEST_START_OF_A_WORKER,
+    calls: Mapping[str, Callable[[], FoundT]], patience: float, shares: Mapping[str, Share] = MappingProxyType({})
 ) -> Answers[FoundT]:
     """Have nodes call functions, all at the same time.
 
     Args:
         calls: what each node calls, by its id; picklable. What it raises is the node's trouble.
-        shares: what the call takes of a node, by its id; of one that is not named nothing, so that it waits for no trial.
         patience: seconds after which a node that has not answered is late.
+        shares: what the call takes of a node, by its id; of one that is not named nothing, so that it waits for no trial.
     """
 
     def there(pickled: bytes) -> tuple[Any, str]:  # travels by value: a node can say that it does not have this package

@@ -120,12 +120,6 @@ class Fit:
         numbers = [fitting(has, share) for share in shares]
         return cls(min(numbers), max(numbers), "" if max(numbers) else _why_none(has, shares[-1]))
 
-    def __str__(self) -> str:
-        if not self.most:
-            return f"no trial: {self.why_none}"
-        number = f"{self.least} to {self.most}" if self.least < self.most else f"{self.most}"
-        return f"{number} trial{'s' * (self.most > 1)} at once"
-
 
 def _why_none(has: Share, share: Share) -> str:
     """Why not one trial has room on a node."""
@@ -145,18 +139,19 @@ def survey(workspace: Workspace, checked: Checked | None = None) -> list[Surveye
     Raises:
         ConfigError: no file can be put there.
     """
+    from tune_topkd.execution import nodes
     from tune_topkd.execution.survey import ask
     from tune_topkd.execution.survey import known_nodes
 
-    nodes = known_nodes()
-    alive = [node.id for node in nodes if node.is_alive]
+    known = known_nodes()
+    alive = [node.id for node in known if node.is_alive]
     uri = None if workspace.remote is None else workspace.remote.uri
     with contextlib.nullcontext() if uri is not None else _mark(workspace.runs) as mark:
         needs_files = checked is not None and _needs_files(checked.config)
         call = functools.partial(look, checked, mark, uri, needs_files=needs_files)
-        answers = ask(dict.fromkeys(alive, call))
+        answers = ask(dict.fromkeys(alive, call), nodes.LONGEST_START_OF_A_WORKER)
     found = []
-    for node in nodes:
+    for node in known:
         seen, trouble = answers.found.get(node.id), answers.troubles.get(node.id)
         why = "; ".join(seen.lacks) if seen is not None else "is gone" if trouble is None else trouble.text
         found.append(Surveyed(node, seen, why))
@@ -277,7 +272,7 @@ def _capacity(config: SweepConfig, nodes: Sequence[Surveyed], progress: Progress
     lines = [line_of(one.surveyed, fits.get(one.surveyed.node.id)) + _step_told(config, images, one) for one in timed]
     usable = [one for one in timed if one.share is not None and not one.surveyed.trouble]
     if not usable:
-        reasons = [f"node {s.node.name}: {s.trouble}" for s in alive if fits[s.node.id].most]
+        reasons = [f"node {t.surveyed.node.name}: {t.surveyed.trouble}" for t in timed if t.share is not None]
         return Capacity(tuple(lines), f"no node that has room for a trial can run one: {'; '.join(reasons)}")
     lines.append(_summary(config, _rooms(config, shares, [one.surveyed for one in usable]), len(usable)))
     if images is not None and any(one.step is not None for one in usable):
@@ -325,9 +320,14 @@ def line_of(surveyed: Surveyed, fit: Fit | None = None) -> str:
         surveyed: the node.
         fit: where trials are to run there.
     """
-    parts = [] if fit is None or (surveyed.trouble and fit.most) else [str(fit)]
-    if surveyed.node.is_alive and surveyed.trouble:
-        parts.append(surveyed.trouble if fit is None else f"no trial: {surveyed.trouble}")
+    trouble = [surveyed.trouble] if surveyed.node.is_alive and surveyed.trouble else []
+    if fit is None:
+        parts = trouble
+    elif trouble or not fit.most:
+        parts = [f"no trial: {'; '.join([fit.why_none] * (not fit.most) + trouble)}"]
+    else:
+        number = f"{fit.least} to {fit.most}" if fit.least < fit.most else f"{fit.most}"
+        parts = [f"{number} trial{'s' * (fit.most > 1)} at once"]
     parts += filter(None, [surveyed.other_versions])
     return f"{surveyed.title}: {'; '.join(parts)}" if parts else surveyed.title
 
@@ -364,7 +364,7 @@ def _timed(config: SweepConfig, nodes: Sequence[Surveyed], shares: Sequence[Shar
         if surveyed.node.id in given and not surveyed.trouble
     }
     calls = {node: functools.partial(cost.step_here, config, share) for node, share in asked.items()}
-    answers = ask(calls, asked, LONGEST_MEASUREMENT)
+    answers = ask(calls, LONGEST_MEASUREMENT, asked)
     found = []
     for surveyed in nodes:
         node, late = surveyed.node.id, ""
