@@ -60,6 +60,16 @@ def no_locks(request, monkeypatch):
 # --- written whole or not at all ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("is_durable", [True, False])
+def test_what_need_not_outlive_a_power_cut_does_not_wait_for_the_disk(tmp_path, monkeypatch, is_durable):
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_text(tmp_path / "file", "old", is_durable=is_durable)
+    write_text(tmp_path / "file", "new", is_durable=is_durable)
+    assert len(synced) == (2 if is_durable else 0)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
+
+
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "file.yaml"
     write_text(path, "old: é\n" * 1000)
