@@ -203,9 +203,9 @@ def test_a_node_that_cannot_take_a_step_gets_no_trials(steps):
 
 def test_a_node_that_is_busy_counts_with_the_slowest_step_that_is_known(steps):
     steps |= {"b": Trouble("it has not answered", is_late=True), "c": SLOW}
-    found = told(config(), on("a"), on("b"), on("c"))
-    assert found.lines[1].endswith("2 trials at once; a step was not timed: it has not answered")
-    expected = cost.sweep_seconds(config(), cost.image_counts(config()), [STEP] * 2 + [SLOW] * 4)
+    found = told(config(), on("a"), on("b", cpus=6.0), on("c"))
+    assert found.lines[1].endswith("6 trials at once; a step was not timed: it has not answered")
+    expected = cost.sweep_seconds(config(), cost.image_counts(config()), [STEP] * 2 + [SLOW] * 8)
     assert found.lines[-1].startswith(f"about {capacity.duration(expected)}, ")
     steps |= dict.fromkeys("abc", steps["b"])
     found = told(config(), on("a"), on("b"), on("c"))
@@ -257,8 +257,8 @@ def test_places_that_are_faster_do_more_of_the_trials():
 def test_finalists_begin_when_the_search_has_ended():
     with_finalists = config(finalists={"count": 1, "seeds": 2})
     epoch = cost.epoch_seconds(config(), (256, 256), STEP)
-    more = seconds(with_finalists, *[STEP] * 16) - seconds(config(), *[STEP] * 16)
-    assert more == pytest.approx(9 * epoch), "four trainings on sixteen places, after the sixteen of the search"
+    more = seconds(with_finalists, *[STEP] * 20) - seconds(config(), *[STEP] * 20)
+    assert more == pytest.approx(9 * epoch), "four trainings for which there is room beside the sixteen of the search"
 
 
 def test_a_search_lasts_as_long_as_one_trial_that_asha_lets_on():
@@ -455,14 +455,15 @@ def test_doctor_says_why_nodes_were_not_asked(monkeypatch):
 # --- a real cluster -------------------------------------------------------------------------------------------------
 
 TWO_NODES = """
-import os, shutil, subprocess, sys, tempfile, time
+import importlib, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ttk-")
 import psutil
 import ray.cluster_utils
 from tune_topkd.cli import app
-from tune_topkd.execution import Cluster, nodes
+from tune_topkd.execution import Cluster, nodes, survey
+from tune_topkd.ledger import Share
 from tune_topkd.sweep import capacity
 
 runs = sys.argv[1]
@@ -478,6 +479,23 @@ def command(*words):
     except SystemExit as end:
         print("exit", end.code, flush=True)
 
+class Unknown:
+    def __reduce__(self):
+        return importlib.import_module, ("not_there_at_all",)
+
+def raises():
+    raise FileNotFoundError("no weights here")
+
+def never():
+    time.sleep(3600)
+
+def asked_in_vain():
+    head, other = (node.id for node in survey.known_nodes())
+    for call in (raises, Unknown()):
+        print("trouble", survey.ask({other: call}, 600.0).troubles[other])
+    held = survey.ask({head: never}, 5.0, {head: Share(2.0, 0.0)})  # unless it is ended, no step is timed there
+    print("trouble", held.troubles[head], flush=True)
+
 def joined():
     for _ in range(5):  # on a loaded machine a node may give up by itself
         process = subprocess.Popen(["unshare", "-rm", "sh", "-c", own_disk, runs, there.address, ray_command])
@@ -491,6 +509,7 @@ os.dup2(1, 2)
 try:
     with Cluster.attached(there.address):
         second = joined()
+        asked_in_vain()
     command("check", "digits")
     command("check", "digits", "--gpus-per-trial", "1")
     command("doctor")
@@ -516,6 +535,11 @@ def test_two_real_nodes_of_which_one_does_not_see_the_folder_of_runs(tmp_path):
     ends = [place for place, line in enumerate(printed) if line.startswith("exit ")]
     fits, no_gpu, doctors = printed[: ends[0]], printed[ends[0] : ends[1]], printed[ends[1] : ends[2]]
     assert [printed[end] for end in ends] == ["exit 0", "exit 2", "exit 2"], printed
+    raised, unknown, late = (line for line in fits if line.startswith("trouble "))
+    assert "FileNotFoundError: no weights here" in raised
+    assert "the sweep's code cannot be imported there: ModuleNotFoundError" in unknown
+    assert "it has not answered in 5 s" in late
+    assert [line.endswith("is_late=True)") for line in (raised, unknown, late)] == [False, False, True]
     hidden = f"{runs} is not there, or another folder: --runs-dir must be on storage that all nodes share"
 
     head, second = (line for line in fits if line.startswith("node "))
