@@ -157,8 +157,8 @@ def test_a_sweep_ends_with_an_answer_that_other_projects_can_use(finished, runs)
 
 
 def test_the_terminal_has_a_line_per_trial_a_table_and_what_to_do_next_and_no_chatter(finished):
-    assert len(re.findall(r"^\[\d+/8\] trial \d{4} (completed|pruned)", finished.stderr, re.M)) == 6
-    assert len(re.findall(r"^\[\d+/8\] baseline (ce|kd)-0000 completed", finished.stderr, re.M)) == 2
+    assert len(re.findall(r"^\[\d+/8 trainings\] trial \d{4} (completed|pruned)", finished.stderr, re.M)) == 6
+    assert len(re.findall(r"^\[\d+/8 trainings\] baseline (ce|kd)-0000 completed", finished.stderr, re.M)) == 2
     for words in (
         "points over cross-entropy",
         "points over KD",

@@ -72,13 +72,20 @@ TEACHER = "drafted_networks:small"
 OWN = ("--data", "photos", "--teacher", TEACHER, "--student", "drafted_networks:small")
 
 
-def test_a_folder_a_network_and_a_checkpoint_become_a_space_that_runs(user, monkeypatch, capfd):
+@pytest.fixture
+def begun(user, monkeypatch, capfd):
+    """What is told as `init` writes a space from the user's folder, networks and checkpoint."""
     text = (user / "drafted_networks.py").read_text()
     (user / "drafted_networks.py").write_text(text + "\ndef taught(num_classes):\n    return small(num_classes, 3)\n")
     sys.modules.pop("drafted_networks")
     own = ("--data", "photos", "--teacher", "drafted_networks:taught", "--student", "drafted_networks:small")
     code, told = said(monkeypatch, capfd, "init", *own, "--checkpoint", "teacher.pt", "--epochs", "18")
     assert code == 0
+    return told
+
+
+def test_a_folder_a_network_and_a_checkpoint_become_a_space_that_runs(user, begun):
+    told = begun
     assert "3 classes, 120 training images of 32 × 32 pixels, 30 images in the test set" in told
     assert "36 of the training images choose the trials: a point of top-1 is 0.4 of them" in told
     assert "can be the luck of 36 images" in told
@@ -90,6 +97,23 @@ def test_a_folder_a_network_and_a_checkpoint_become_a_space_that_runs(user, monk
     sweep = Sweep.create("space.yaml", name="own", mlflow_uri="", address="local", overrides={"sweep.trials": 3})
     values = SimulatedExecutor(lambda trial, epoch: {"val_top1": 50.0 + epoch, "val_top1_ema": 50.0 + epoch})
     assert sweep.run(executor=values).reason == "finished"
+
+
+def test_fewer_classes_than_topkds_default_k_have_no_baseline_that_can_only_fail(begun, monkeypatch, capfd):
+    assert load_config("space.yaml").baselines.methods == ["ce", "kd"]
+    of_ten = draft("digits", "digits_cnn", "digits_cnn_tiny")
+    assert "\nbaselines: {methods: [ce, kd, defaults], trials: 6}" in of_ten.text
+    code, told = said(monkeypatch, capfd, "check", "space.yaml", "--set", "baselines.methods=[ce, defaults]")
+    assert code == 2
+    words = "`defaults` trains with K = 5, which must be at most 3, the number of classes; take it out: ['ce']"
+    assert words in told
+
+
+def test_a_teacher_needs_no_loss(begun, monkeypatch, capfd):
+    code, told = said(monkeypatch, capfd, "teacher", "space.yaml", "--runs-dir", "runs")
+    assert code == 0, told
+    code, told = said(monkeypatch, capfd, "train", "space.yaml", "--runs-dir", "runs")
+    assert (code, "k must be at most 3, the number of classes, but got 5" in told) == (2, True)
 
 
 def test_without_a_checkpoint_the_teacher_is_trained_and_every_section_is_explained(user):

@@ -184,12 +184,12 @@ def test_a_training_that_was_killed_leaves_nothing_that_is_taken_for_a_teacher(t
     for whole_writes in (0, 1):
         writes = []
 
-        def write(path, content, killed_at=whole_writes, writes=writes):
+        def write(path, content, killed_at=whole_writes, writes=writes, **options):
             if len(writes) == killed_at:
                 path.with_name(f".{path.name}.tmp").write_bytes(b"half")
                 raise KeyboardInterrupt
             writes.append(path.name)
-            write_atomically(path, content)
+            write_atomically(path, content, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr("tune_topkd.models.checkpoints.write_atomically", write)

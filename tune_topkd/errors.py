@@ -28,6 +28,7 @@ Each class lives in the room that raises it:
     ├── NoScratchError            execution: no folder for temporary files
     ├── ChoiceError               search: a sampler or scheduler that a config names cannot be used
     ├── UndecidedError            search: what comes next cannot be decided
+    ├── NoDeviceError             sweep: a trial's share has a GPU, and torch sees none
     ├── SweepTroubleError         execution: a running sweep cannot go on
     ├── ChangedFileError          execution: a file that results depend on has changed
     └── TrackingError             tracking: MLflow fails

@@ -877,7 +877,7 @@ def teacher(
             return
     if space is None:
         raise ConfigError("SPACE.yaml", [Problem(key="", rule="must be given, except for --prune")])
-    config = preflight.load_checked_pair(space, [parse_set(text) for text in set_ or []])
+    config = preflight.load_checked_pair(space, [parse_set(text) for text in set_ or []], with_loss=False)
     preflight.check_writable(workspace.runs)
     if config.teacher is None:
         raise ConfigError(space, [Problem(key="teacher", rule="there is none: this space learns without one")])

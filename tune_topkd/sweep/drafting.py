@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from tune_topkd.config import DEFAULTS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import DataConfig
 from tune_topkd.config import Problem
@@ -134,6 +135,7 @@ def _content(
     augment = {"pad": pad, "flip": True} if is_small else {"crop_scale": [0.08, 1.0], "flip": True}
     recipe = {"epochs": epochs, "batch_size": _BATCH_SIZE, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"}
     collapse = max(_COLLAPSE_EPOCHS, math.ceil(_COLLAPSE_STEPS / steps))
+    untuned = [DEFAULTS] if preflight.default_k() <= info.num_classes else []
     given = {"recipe": recipe} if checkpoint is None else {"checkpoint": str(Path(checkpoint).expanduser().absolute())}
     return {
         "description": f"{Path(data.get('root') or data['name']).name}, {teacher} → {student}",
@@ -159,7 +161,7 @@ def _content(
             **({"collapse_epochs": collapse} if collapse < epochs else {}),
             "finalists": {"count": 3, "seeds": 2},
         },
-        "baselines": {"methods": ["ce", "kd", "defaults"], "trials": 6},
+        "baselines": {"methods": ["ce", "kd", *untuned], "trials": 6},
     }
 
 

@@ -23,6 +23,7 @@ from typing import TypeVar
 import yaml
 
 from tune_topkd import machine
+from tune_topkd.config import DEFAULTS
 from tune_topkd.config import INTEGER_PARAMETERS
 from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
@@ -86,7 +87,7 @@ def load_checked(source: str | Path | Mapping[str, Any], overrides: Sequence[Ove
 def _checked(config: SweepConfig, source: str) -> Checked:
     config = _with_absolute_paths(config)
     notes: list[str] = []
-    if problems := list(_problems(config, notes)):
+    if problems := list(_problems(config, notes)) or list(_untuned_problems(config)):
         raise ConfigError(source, problems)
     return Checked(config, source, (*_warnings(config), *notes))
 
@@ -109,24 +110,29 @@ def check_again(config: SweepConfig, source: str, begun_in: str | None) -> None:
         raise ConfigError(source, problems)
 
 
-def load_checked_pair(source: str, overrides: Sequence[Override] = ()) -> PairConfig:
+def load_checked_pair(source: str, overrides: Sequence[Override] = (), *, with_loss: bool = True) -> PairConfig:
     """Read a search space for a single training and check it, as `load_checked` does for a sweep.
+
+    Args:
+        source: the space's name or file.
+        overrides: as `load_config` takes them.
+        with_loss: check the loss at its defaults too, which a teacher has no need of.
 
     Raises:
         ConfigError: with every problem found.
     """
     path = space_path(source)
-    return checked_pair(load_pair(path, overrides), str(path))
+    return checked_pair(load_pair(path, overrides), str(path), with_loss=with_loss)
 
 
-def checked_pair(config: PairConfig, source: str) -> PairConfig:
+def checked_pair(config: PairConfig, source: str, *, with_loss: bool = True) -> PairConfig:
     """A config of a single training with absolute paths, checked as `load_checked_pair` does; `source` stands in errors.
 
     Raises:
         ConfigError: with every problem found.
     """
     config = _with_absolute_paths(config)
-    if problems := list(_pair_problems(config)):
+    if problems := list(_pair_problems(config, with_loss=with_loss)):
         raise ConfigError(source, problems)
     return config
 
@@ -200,6 +206,15 @@ def check_mlflow_uri(uri: str) -> None:
 
     if rule := uri_problem(uri):
         raise ConfigError("--mlflow-uri", [_problem(masked(uri), rule)])
+
+
+def default_k() -> int:
+    """TopKD's default K."""
+    from tune_topkd.loss import loss_parameters
+
+    k = loss_parameters("topkd")["k"]
+    assert isinstance(k, int), "it is the loss's own"
+    return k
 
 
 def loss_defaults(config: PairConfig) -> dict[str, Scalar]:
@@ -318,6 +333,17 @@ def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[P
     yield from names or _range_problems(config, num_classes)
 
 
+def _untuned_problems(config: SweepConfig) -> Iterator[Problem]:
+    """Problems of the method at its defaults, if it is a baseline: all its trainings would fail."""
+    if config.baselines is None or DEFAULTS not in config.baselines.methods or not _has_top_k(config):
+        return
+    k, num_classes = (loss_defaults(config) | config.loss)["k"], _num_classes(config)
+    if isinstance(k, int) and k > num_classes:
+        left = [method for method in config.baselines.methods if method != DEFAULTS]
+        what = f"`{DEFAULTS}` trains with K = {k}, which must be at most {num_classes}, the number of classes"
+        yield _problem("baselines.methods", f"{what}; take it out: {left}")
+
+
 def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
     """Problems of a sampler and a scheduler; the usual ones have none, and take Optuna and Ray to import."""
     if config.sweep.sampler.name not in ("random", "tpe") or is_users(config.sweep.scheduler.name):
@@ -326,7 +352,7 @@ def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
         yield from choice_problems(config)
 
 
-def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterator[Problem]:
+def _pair_problems(config: PairConfig, notes: list[str] | None = None, *, with_loss: bool = True) -> Iterator[Problem]:
     yield from _missing_packages(config)
     from tune_topkd.data import DatasetNameError
     from tune_topkd.data import check_readable
@@ -342,8 +368,8 @@ def _pair_problems(config: PairConfig, notes: list[str] | None = None) -> Iterat
         check_readable(config.data)
     except ValueError as error:
         yield _problem("data", str(error))
-    of_loss = list(_loss_problems(config, info.num_classes, notes))
-    found = try_on(config, info, None if of_loss else usable_parameters(config))
+    of_loss = list(_loss_problems(config, info.num_classes, notes)) if with_loss else []
+    found = try_on(config, info, None if of_loss or not with_loss else usable_parameters(config))
     yield from [*found.problems, *of_loss]
     if notes is not None:
         notes += found.notes
