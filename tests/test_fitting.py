@@ -399,5 +399,10 @@ def test_k_that_is_searched_must_fit_and_its_default_need_not(checked):
         (found,) = problems(checked, THREE | {"space": {"k": k}})
         assert found.startswith("space")
         assert "at most 3" in found
-    assert checked(THREE | {"space": {"k": {"low": 1, "high": 3}}}).config.space["k"].high == 3
+    found = checked(THREE | {"space": {"k": {"low": 1, "high": 3}}})
+    assert (found.config.space["k"].high, found.config.baselines.methods) == (3, ["ce", "kd"])
+    assert [note for note in found.warnings if "the baseline `defaults` trains with K = 5" in note]
+    asked = THREE | {"space": {"k": {"low": 1, "high": 3}}, "baselines": {"methods": ["defaults", "kd"]}}
+    (refused,) = problems(checked, asked)
+    assert refused.endswith("must be at most 3, the number of classes; take it out: ['kd']")
     assert checked(THREE | {"method": "kd"}).config.method == "kd"

@@ -87,8 +87,9 @@ def load_checked(source: str | Path | Mapping[str, Any], overrides: Sequence[Ove
 def _checked(config: SweepConfig, source: str) -> Checked:
     config = _with_absolute_paths(config)
     notes: list[str] = []
-    if problems := list(_problems(config, notes)) or list(_untuned_problems(config)):
+    if problems := list(_problems(config, notes)):
         raise ConfigError(source, problems)
+    config = _with_baselines_that_train(config, source, notes)
     return Checked(config, source, (*_warnings(config), *notes))
 
 
@@ -333,15 +334,24 @@ def _problems(config: SweepConfig, notes: list[str] | None = None) -> Iterator[P
     yield from names or _range_problems(config, num_classes)
 
 
-def _untuned_problems(config: SweepConfig) -> Iterator[Problem]:
-    """Problems of the method at its defaults, if it is a baseline: all its trainings would fail."""
-    if config.baselines is None or DEFAULTS not in config.baselines.methods or not _has_top_k(config):
-        return
+def _with_baselines_that_train(config: SweepConfig, source: str, notes: list[str]) -> SweepConfig:
+    """The config without the untuned method as a baseline if its K is above the classes: all its trainings would fail.
+
+    Raises:
+        ConfigError: the user has asked for it.
+    """
+    baselines = config.baselines
+    if baselines is None or DEFAULTS not in baselines.methods or not _has_top_k(config):
+        return config
     k, num_classes = (loss_defaults(config) | config.loss)["k"], _num_classes(config)
-    if isinstance(k, int) and k > num_classes:
-        left = [method for method in config.baselines.methods if method != DEFAULTS]
-        what = f"`{DEFAULTS}` trains with K = {k}, which must be at most {num_classes}, the number of classes"
-        yield _problem("baselines.methods", f"{what}; take it out: {left}")
+    if not isinstance(k, int) or k <= num_classes:
+        return config
+    left = [method for method in baselines.methods if method != DEFAULTS]
+    what = f"`{DEFAULTS}` trains with K = {k}, which must be at most {num_classes}, the number of classes"
+    if "methods" in baselines.model_fields_set:
+        raise ConfigError(source, [_problem("baselines.methods", f"{what}; take it out: {left}")])
+    notes.append(f"the baseline {what}: it is left out")
+    return config.model_copy(update={"baselines": baselines.model_copy(update={"methods": left})})
 
 
 def _choice_problems(config: SweepConfig) -> Iterator[Problem]:
