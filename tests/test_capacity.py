@@ -493,8 +493,9 @@ def asked_in_vain():
     head, other = (node.id for node in survey.known_nodes())
     for call in (raises, Unknown()):
         print("trouble", survey.ask({other: call}, 600.0).troubles[other])
-    held = survey.ask({head: never}, 5.0, {head: Share(2.0, 0.0)})  # unless it is ended, no step is timed there
-    print("trouble", held.troubles[head], flush=True)
+    all_of_it = {head: Share(2.0, 0.0)}
+    print("trouble", survey.ask({head: never}, 5.0, all_of_it).troubles[head])
+    print("afterwards", survey.ask({head: "it is free again".title}, 300.0, all_of_it).found.get(head), flush=True)
 
 def joined():
     for _ in range(5):  # on a loaded machine a node may give up by itself
@@ -540,6 +541,7 @@ def test_two_real_nodes_of_which_one_does_not_see_the_folder_of_runs(tmp_path):
     assert "the sweep's code cannot be imported there: ModuleNotFoundError" in unknown
     assert "it has not answered in 5 s" in late
     assert [line.endswith("is_late=True)") for line in (raised, unknown, late)] == [False, False, True]
+    assert "afterwards It Is Free Again" in fits, "what is late is ended"
     hidden = f"{runs} is not there, or another folder: --runs-dir must be on storage that all nodes share"
 
     head, second = (line for line in fits if line.startswith("node "))
