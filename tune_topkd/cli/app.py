@@ -489,8 +489,6 @@ def check(
     With --address it asks the cluster's nodes what trials would lack there, times a step on each, and prints how many
     trials fit and about how long it takes on them; exit 2 if none can run. --runs-dir is what nodes are to share.
     """
-    from tune_topkd.cli.display import progress_of
-    from tune_topkd.sweep.capacity import capacities
     from tune_topkd.sweep.cost import describe
 
     console = Console()
@@ -514,6 +512,9 @@ def check(
             terminal.result(dump_config(checked.config) + "\n", is_document=True)
     if cluster is None:
         return
+    from tune_topkd.cli.display import progress_of
+    from tune_topkd.sweep.capacity import capacities
+
     workspace = Workspace.at(runs_dir, NO_MLFLOW, cluster)
     told = capacities(workspace, found, progress_of(console))
     for checked, capacity in zip(found, told, strict=True):

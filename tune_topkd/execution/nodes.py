@@ -188,7 +188,8 @@ class Nodes:
             why = str(ray.get(answer, timeout=0))
         except (ray.exceptions.RayError, TimeoutError) as error:
             why = why_no_answer(error)
-            pause = _SECONDS_BEFORE_ANOTHER_TRY if why.startswith(_NO_WORKER) else pause
+            if not isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+                pause = _SECONDS_BEFORE_ANOTHER_TRY
         if not why:
             self._ready.add(node)
             if self._not_ready.pop(node, None) is not None:
