@@ -24,28 +24,21 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import optuna
 import psutil
 import ray.cluster_utils
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks import formula
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.pages import give
-from benchmarks.sweep_overhead import distributions
+from benchmarks.sweep_overhead import plain_tuner
+from benchmarks.sweep_overhead import tracked
 from tune_topkd.config import SweepConfig
 from tune_topkd.execution import Cluster
-from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import LEDGER_FILE
-from tune_topkd.ledger import Driver
-from tune_topkd.ledger import Header
-from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import read_events
-from tune_topkd.search import Search
-from tune_topkd.tracking import MlflowTracker
 from tune_topkd.tracking import check_uri
 
 TRIALS, PLAIN, SLOTS = 10_000, 1_000, 16
@@ -74,20 +67,10 @@ def swept(config: SweepConfig, train: formula.Train, folder: Path, store: Path) 
     """Run a sweep on the Ray that this process is attached to, with a fresh MLflow."""
     folder.mkdir()
     shutil.copy(store, folder / "mlflow.db")
-    settings = config.sweep
-    header = Header(sweep="scale", id=folder.name, seed=settings.seed, trials=settings.trials)
     cpu = time.process_time()
     with peak_megabytes(psutil.Process(), 0.5) as megabytes:
-        with Ledger.create(folder / LEDGER_FILE, header) as ledger:
-            ledger.append(Driver.here(trials=settings.trials))
-            tracker = MlflowTracker(ledger.path, f"sqlite:///{folder / 'mlflow.db'}")
-            search = Search(config, ledger, [tracker])
-            run_sweep(search, cluster=Cluster.now(), folder=folder, train=train)
-            tracker.close()
+        tracked(config, train, folder, Cluster.now())
         ended = time.time()
-    assert tracker.is_caught_up, tracker.trouble
-    counts = search.state.counts()
-    assert counts["completed"] + counts["pruned"] == settings.trials, counts
     events = read_events(folder / LEDGER_FILE)[0]
     first = next(event.time for event in events if event.name == "start")
     reports = [event.time for event in events if event.name == "report"]
@@ -96,25 +79,10 @@ def swept(config: SweepConfig, train: formula.Train, folder: Path, store: Path) 
 
 def plainly(config: SweepConfig, folder: Path) -> float:
     """The same trials of one report by Ray Tune alone: seconds from the first one's start on."""
-    settings = config.sweep
-    sampler = optuna.samplers.TPESampler(
-        seed=settings.seed, n_startup_trials=settings.startup_trials, multivariate=True, constant_liar=True
-    )
     starts = _Starts()
-    results = tune.Tuner(
-        tune.with_resources(formula.trainable_of_a_second, {"cpu": settings.cpus_per_trial}),
-        tune_config=tune.TuneConfig(
-            metric=formula.OBJECTIVE,
-            mode="max",
-            search_alg=OptunaSearch(distributions(config), metric=formula.OBJECTIVE, mode="max", sampler=sampler),
-            num_samples=settings.trials,
-            max_concurrent_trials=settings.max_concurrent,
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(name="plain", storage_path=str(folder), verbose=0, callbacks=[starts]),
-    ).fit()
+    results = plain_tuner(config, formula.trainable_of_a_second, folder, [starts]).fit()
     ended = time.time()
-    assert len(results) == settings.trials
+    assert len(results) == config.sweep.trials
     assert not results.errors
     return ended - starts.first
 

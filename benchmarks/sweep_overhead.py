@@ -18,11 +18,14 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -34,6 +37,7 @@ from optuna.distributions import IntDistribution
 from ray import tune
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.schedulers import TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks import formula
@@ -126,53 +130,73 @@ def _sweeps(folder: Path, trials: int, turns: int) -> list[Ratio]:
 
 
 def _here(config: SweepConfig, folder: Path, cluster: Cluster) -> _Run:
-    uri, trials = f"sqlite:///{folder / 'mlflow.db'}", config.sweep.trials
-    header = Header(sweep="formula", id=folder.name, seed=config.sweep.seed, trials=trials)
     with peak_megabytes(psutil.Process(), 0.05) as megabytes:
         started = time.time()
-        with Ledger.create(folder / LEDGER_FILE, header) as ledger:
-            ledger.append(Driver.here(trials=trials))
-            tracker = MlflowTracker(ledger.path, uri)
-            search = Search(config, ledger, [tracker])
-            run_sweep(search, cluster=cluster, folder=folder, train=formula.train)
-            tracker.close()
+        tracked(config, formula.train, folder, cluster)
         ended = time.time()
-    assert tracker.is_caught_up, tracker.trouble
-    assert all(record.status.is_end and not record.error for record in search.state.trials.values())
-    _check_store(uri, EXPERIMENT, trials + 1)  # and the sweep's own run
-    reports = [event for event in read_events(ledger.path)[0] if event.name == "report"]
+    _check_store(store_uri(folder), EXPERIMENT, config.sweep.trials + 1)  # and the sweep's own run
+    reports = [event for event in read_events(folder / LEDGER_FILE)[0] if event.name == "report"]
     return _Run(ended - started, ended - reports[0].time, len(reports), megabytes[0])
 
 
-def _plain(config: SweepConfig, folder: Path, *, is_tracked: bool) -> _Run:
-    uri, settings = f"sqlite:///{folder / 'mlflow.db'}", config.sweep
-    assert settings.asha is not None
+def store_uri(folder: Path) -> str:
+    """MLflow's database in a sweep's folder."""
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def tracked(config: SweepConfig, train: formula.Train, folder: Path, cluster: Cluster) -> None:
+    """Run this project's sweep in a folder with an empty MLflow, until that has all of it; no trial fails."""
+    settings = config.sweep
+    header = Header(sweep="formula", id=folder.name, seed=settings.seed, trials=settings.trials)
+    with Ledger.create(folder / LEDGER_FILE, header) as ledger:
+        ledger.append(Driver.here(trials=settings.trials))
+        tracker = MlflowTracker(ledger.path, store_uri(folder))
+        search = Search(config, ledger, [tracker])
+        run_sweep(search, cluster=cluster, folder=folder, train=train)
+        tracker.close()
+    assert tracker.is_caught_up, tracker.trouble
+    assert search.state.size() == settings.trials
+    assert all(record.status.is_end and not record.error for record in search.state.trials.values())
+
+
+def plain_tuner(
+    config: SweepConfig,
+    trainable: Callable[[Mapping[str, Any]], None],
+    folder: Path,
+    callbacks: Sequence[tune.Callback],
+    scheduler: TrialScheduler | None = None,
+) -> tune.Tuner:
+    """The same sweep by Ray Tune alone, with Optuna's TPE in the same settings and its actors reused."""
+    settings = config.sweep
     sampler = optuna.samplers.TPESampler(
         seed=settings.seed, n_startup_trials=settings.startup_trials, multivariate=True, constant_liar=True
+    )
+    return tune.Tuner(
+        tune.with_resources(trainable, {"cpu": settings.cpus_per_trial}),
+        tune_config=tune.TuneConfig(
+            metric=formula.OBJECTIVE,
+            mode="max",
+            search_alg=OptunaSearch(_distributions(config), metric=formula.OBJECTIVE, mode="max", sampler=sampler),
+            scheduler=scheduler,
+            num_samples=settings.trials,
+            max_concurrent_trials=settings.max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="plain", storage_path=str(folder), verbose=0, callbacks=list(callbacks)),
+    )
+
+
+def _plain(config: SweepConfig, folder: Path, *, is_tracked: bool) -> _Run:
+    uri, settings = store_uri(folder), config.sweep
+    assert settings.asha is not None
+    scheduler = ASHAScheduler(
+        max_t=formula.EPOCHS, grace_period=settings.asha.grace_epochs, reduction_factor=settings.asha.reduction_factor
     )
     reports = _Reports()
     tracking = [MLflowLoggerCallback(tracking_uri=uri, experiment_name="plain")] if is_tracked else []
     with peak_megabytes(psutil.Process(), 0.05) as megabytes:
         started = time.time()
-        tuner = tune.Tuner(
-            tune.with_resources(formula.trainable, {"cpu": settings.cpus_per_trial}),
-            tune_config=tune.TuneConfig(
-                metric=formula.OBJECTIVE,
-                mode="max",
-                search_alg=OptunaSearch(distributions(config), metric=formula.OBJECTIVE, mode="max", sampler=sampler),
-                scheduler=ASHAScheduler(
-                    max_t=formula.EPOCHS,
-                    grace_period=settings.asha.grace_epochs,
-                    reduction_factor=settings.asha.reduction_factor,
-                ),
-                num_samples=settings.trials,
-                max_concurrent_trials=CONCURRENT,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="plain", storage_path=str(folder), verbose=0, callbacks=[*tracking, reports]
-            ),
-        )
+        tuner = plain_tuner(config, formula.trainable, folder, [*tracking, reports], scheduler)
         results = tuner.fit()
         ended = time.time()
     assert len(results) == settings.trials
@@ -250,7 +274,7 @@ def _config(trials: int) -> SweepConfig:
     return formula.sweep_config(trials, formula.MORE_AXES, asha=asha, **settings)
 
 
-def distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
+def _distributions(config: SweepConfig) -> dict[str, BaseDistribution]:
     """What the project's sweep has Optuna propose, for the plain one."""
     return {axis.name: _distribution(axis) for axis in Space.of(config).axes()}
 
