@@ -33,6 +33,7 @@ from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.pages import give
+from benchmarks.sweep_overhead import STARTUP
 from benchmarks.sweep_overhead import plain_tuner
 from benchmarks.sweep_overhead import tracked
 from tune_topkd.config import SweepConfig
@@ -98,7 +99,12 @@ class _Starts(tune.Callback):
 
 def many_short(folder: Path, store: Path, trials: int, plain: int, slots: int) -> Iterator[str]:
     """The table of so many short trials here, and so many with plain Ray Tune."""
-    settings = {"asha": None, "startup_trials": 20, "max_concurrent": slots, "cpus_per_trial": float(cores()) / slots}
+    settings = {
+        "asha": None,
+        "startup_trials": STARTUP,
+        "max_concurrent": slots,
+        "cpus_per_trial": float(cores()) / slots,
+    }
 
     def row(name: str, trials: int, seconds: float, *cells: str) -> str:
         floor = trials / slots

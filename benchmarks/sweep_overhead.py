@@ -65,6 +65,7 @@ from tune_topkd.tracking import check_uri
 
 CONCURRENT = 2
 CPUS_PER_TRIAL = 0.5  # two fit on any machine
+STARTUP = 20  # said to both: by default this project goes by the number of axes
 FEW = 100
 AT_ONCE = 3
 HERE, PLAIN, FLOOR = "this project's sweep", "plain Ray Tune", "plain Ray Tune without MLflow"
@@ -269,7 +270,7 @@ class _Told:
 
 
 def _config(trials: int) -> SweepConfig:
-    settings = {"max_concurrent": CONCURRENT, "cpus_per_trial": CPUS_PER_TRIAL}
+    settings = {"max_concurrent": CONCURRENT, "cpus_per_trial": CPUS_PER_TRIAL, "startup_trials": STARTUP}
     asha = {"grace_epochs": 1, "reduction_factor": 3}
     return formula.sweep_config(trials, formula.MORE_AXES, asha=asha, **settings)
 
