@@ -41,11 +41,13 @@ def main():
     parser.add_argument("--priority", type=float)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--autoscale-to", type=int)
     parser.add_argument("--no-broker", action="store_true", help="none can be begun, or found")
     given = parser.parse_args()
     if given.no_broker:
         broker._broker = refused
     settings = {"max_concurrent": None, "trials": given.trials, "asha": None, "sampler": "random"}
+    settings |= {"autoscale_to": given.autoscale_to}
     config = formulas.sweep_config(sweep=settings, recipe={"epochs": 3}, baselines=None)
     given.folder.mkdir(parents=True, exist_ok=True)
     with (

@@ -176,6 +176,18 @@ def test_max_concurrent_is_the_most_there_are_and_said(steps):
     assert time.startswith(f"about {capacity.duration(expected)}, ")
 
 
+def test_what_an_autoscaler_is_asked_for_is_said_and_no_node_yet_is_no_error(steps):
+    asked = "; the autoscaler is asked for room for 8 trials (sweep.autoscale_to)"
+    *_, total, _ = told(config(autoscale_to=8), on("b"), on("d", cpus=3.0)).lines
+    assert total == f"5 trials at once, on 2 nodes{asked}"
+    *_, total, _ = told(config(autoscale_to=5), on("b"), on("d", cpus=3.0)).lines
+    assert total == "5 trials at once, on 2 nodes"
+    found = told(config(autoscale_to=8), on("a", cpus=0.0))
+    assert found.error == ""
+    assert found.lines[1:] == (f"no node has room for a trial yet{asked}",)
+    assert told(config(autoscale_to=8, cpus_per_trial="auto"), on("a", cpus=0.0)).error
+
+
 def test_what_fits_nowhere_is_one_error_and_no_step_is_timed(steps):
     found = told(config(gpus_per_trial=1), on("b"), on("d", trouble="/runs is not there"))
     assert found.error == "sweep.gpus_per_trial = 1: no node has room for a trial: the largest has 2 CPUs and 0 GPUs"

@@ -270,6 +270,10 @@ BROKEN = {
         ["teacher.recipe.milestones = [4.0]", "epoch (4)"],
     ),
     "grace beyond the end": ({"sweep.asha": {"grace_epochs": 9}}, ["sweep.asha.grace_epochs = 9", "recipe.epochs = 8"]),
+    "more nodes than trials at once": (
+        {"sweep": {"max_concurrent": 4, "autoscale_to": 5}},
+        ["sweep.autoscale_to = 5: must be at most sweep.max_concurrent = 4: nodes that are beyond it would stay idle"],
+    ),
     "an unknown sampler": (
         {"sweep": {"sampler": "tep"}},
         [

@@ -217,6 +217,23 @@ def test_none_begins_before_all_that_it_is_chosen_from_has_ended(tmp_path, at_on
     assert audit_decisions(config(), read_events(tmp_path / "l")[0])[0] == []
 
 
+def test_all_trainings_of_the_finalists_can_be_started_at_once_when_the_last_trial_has_ended(tmp_path):
+    left = []
+
+    def report(trial, epoch):
+        left.append(search.startable())
+        return planted(trial, epoch)
+
+    header = Header(sweep="t", id="i", seed=SEED, trials=TRIALS, num_classes=10, epochs=EPOCHS)
+    with Ledger.create(tmp_path / "l.jsonl", header, is_durable=False) as ledger:
+        ledger.append(Driver.here(trials=TRIALS, finalists=Finalists.configured(config().sweep.finalists)))
+        search = Search(config(), ledger)
+        simulate(search, report, at_once=1)
+        assert search.startable() == 0
+    trials, trainings = TRIALS + 2, (3 + 2) * 2
+    assert left[::EPOCHS] == [*reversed(range(trials)), *reversed(range(trainings))]
+
+
 def test_trials_of_the_same_parameters_count_once_and_share_their_repeats(tmp_path):
     with Ledger.create(tmp_path / "l", Header(sweep="t", id="i", seed=0, trials=3), is_durable=False) as ledger:
         ledger.append(Driver.here(trials=3, finalists=Finalists(2, 2)))

@@ -71,6 +71,41 @@ def test_a_sweep_has_exactly_its_trials_and_all_baselines(make):
     assert state.stop_reason == "finished"
 
 
+def started(search, count):
+    return [search.next_trial() for _ in range(count)]
+
+
+def ended(search, records):
+    for record in records:
+        search.reported(record.key, EPOCHS, {"val_top1": 50.0})
+
+
+def test_startable_are_the_trials_that_wait_for_no_other_s_end(make):
+    search = make(sweep_config(sweep={"asha": None}, baselines={"methods": ["ce"]}))
+    assert search.startable() == 12 + 2
+    records = started(search, 5)
+    assert search.startable() == 7 + 2
+    search.lost(records[0].key, "node", "x")
+    assert search.startable() == 1 + 7 + 2
+    started(search, 8 + 2)
+    assert search.startable() == 0
+
+
+def test_startable_are_the_baselines_that_are_tuned_alike_once_it_is_known_how_many(make):
+    settings = {"sweep": {"asha": None, "finalists": None}, "baselines": {"methods": ["kd"], "match": True}}
+    search = make(sweep_config(**settings))
+    assert search.startable() == 12
+    ended(search, started(search, 12))
+    assert search.startable() == 12
+
+
+def test_nothing_is_startable_when_the_time_is_up(make):
+    now = iter([0.0, 0.0, 99.0])
+    search = make(sweep_config(sweep={"time_budget": 10.0}), clock=lambda: next(now))
+    assert search.startable() == 12 + 4
+    assert search.startable() == 0
+
+
 def test_the_first_trial_is_what_the_sweep_was_begun_with(make):
     assert make().next_trial().params == DEFAULTS
 

@@ -195,6 +195,10 @@ def _sweep_problems(config: SweepConfig) -> list[Problem]:
     if config.sweep.rung_metric == OBJECTIVE_EMA and config.recipe.ema is None:
         rule = "needs recipe.ema, such as {decay_epochs: 0.4}"
         problems.append(Problem(key="sweep.rung_metric", rule=rule, value=config.sweep.rung_metric, has_value=True))
+    most, asked = config.sweep.max_concurrent, config.sweep.autoscale_to
+    if most is not None and asked is not None and asked > most:
+        rule = f"must be at most sweep.max_concurrent = {most}: nodes that are beyond it would stay idle"
+        problems.append(Problem(key="sweep.autoscale_to", rule=rule, value=asked, has_value=True))
     for number, point in enumerate(config.sweep.points or ()):
         for name in sorted(set(point) - set(config.space)):
             rule = f"is not searched; {unknown_choice(name, config.space)}"

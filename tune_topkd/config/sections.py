@@ -541,6 +541,9 @@ class SweepSettings(_Section):
     Of relative weights only the ratios matter."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; by default as many as the cluster has room for."""
+    autoscale_to: Annotated[int | None, LATER] = Field(None, ge=1)
+    """Trials at once for which a cluster with an autoscaler is asked to grow; by default a sweep asks for no node beside
+    those that there are. On a private Ray it has no effect."""
     cpus_per_trial: Annotated[float | str, AfterValidator(_cpus), _SOME_CPUS] = 1.0
     """CPUs of a trial; `auto` measures how many trials, on how many CPUs each, train the most together."""
     gpus_per_trial: Annotated[float | str, AfterValidator(_gpus), _SOME_GPUS] = 0.0

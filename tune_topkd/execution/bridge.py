@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -30,10 +31,13 @@ from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import share_of
 from tune_topkd.execution.cluster import trial_part
 from tune_topkd.execution.gpus import GpuWatch
+from tune_topkd.execution.growth import LONGEST_WAIT_FOR_A_NODE
+from tune_topkd.execution.growth import Growth
 from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
 from tune_topkd.execution.nodes import Nodes
 from tune_topkd.execution.nodes import is_node_loss
 from tune_topkd.execution.nodes import kill_worker
+from tune_topkd.execution.nodes import no_node_came
 from tune_topkd.execution.nodes import whereabouts
 from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.remote import drop_checkpoints
@@ -102,6 +106,7 @@ class Bridge:
         broker: Client | None = None,
         remote: RemoteSweep | None = None,
         gpus: GpuWatch | None = None,
+        growth: Growth | None = None,
     ) -> None:
         self.search = search
         self.trouble = ""
@@ -116,6 +121,7 @@ class Bridge:
         self._nodes = nodes
         self._broker = broker
         self._gpus = gpus
+        self._growth = growth
         self._is_idle = False
         """Whether there was no trial to start, and none has ended since."""
         self._remote = remote
@@ -179,6 +185,8 @@ class Bridge:
     def _started_with(self, record: TrialRecord) -> dict[str, Any]:
         self._live.add(record.key)
         self._tell_broker()
+        if self._growth is not None:
+            self._growth.give_way()
         share = record.share
         if share is None or not self._nodes.cluster.room_for(share):  # the node with room for the larger one is gone
             share = share_of(self.search.config)
@@ -290,13 +298,15 @@ class Bridge:
         fitting = cluster.room_for(share_of(self.search.config))
         self._room = min(fitting, self.search.config.sweep.max_concurrent or fitting)
         self._tell_broker()
+        self._ask_for_nodes()
         if fitting or self._at_work:
             self._last_room = now
-        elif now - self._last_room > LONGEST_WAIT_FOR_ROOM:
+        elif now - self._last_room > (LONGEST_WAIT_FOR_ROOM if self._growth is None else LONGEST_WAIT_FOR_A_NODE):
             try:
                 cluster.room(self.search.config)
             except ResourceError as error:
-                self.trouble = "; ".join(filter(None, [str(error), self._nodes.set_aside]))
+                why = str(error) if self._growth is None else no_node_came(share_of(self.search.config))
+                self.trouble = "; ".join(filter(None, [why, self._nodes.set_aside]))
         for key, place in list(self._at_work.items()):
             limit = self.search.config.sweep.trial_timeout + _GRACE_AFTER_TIMEOUT
             limit += 0 if place.pid else LONGEST_START_OF_A_WORKER
@@ -307,6 +317,17 @@ class Bridge:
                 _log.error("trial %s says nothing and did not end itself: its worker is killed", key)
                 self._at_work[key] = replace(place, is_hung=True)
                 kill_worker(*there)
+
+    def _ask_for_nodes(self) -> None:
+        """Ask an autoscaler for the room that is lacking, if the sweep is to."""
+        may_have = math.inf if self._broker is None else self._broker.room
+        if self._growth is None:
+            return
+        if may_have is None:  # the broker has not yet said what others leave
+            return self._growth.give_way()
+        cluster, selector = self._nodes.hoped_for
+        there = min(cluster.room_for(share_of(self.search.config)), may_have)
+        self._growth.want(max(most_at_once(self.search, len(self._live)) - int(there), 0), selector)
 
     def _look_at_gpus(self) -> None:
         """Say on which nodes trials are at work. One that has not yet reported, as epochs may be long, is looked up."""
@@ -408,6 +429,13 @@ def _remove_from_store(remote: RemoteSweep, label: str) -> None:
         drop_checkpoints(remote.open(), remote.sweep, label)
     except (OSError, ValueError) as error:
         _log.warning("the checkpoints of trial %s stay in the store: %s", label, error)
+
+
+def most_at_once(search: Search, at_work: int) -> int:
+    """Trials at once that a sweep which asks for nodes could have, were there room, with so many at work now."""
+    settings = search.config.sweep
+    limits = [limit for limit in (settings.autoscale_to, settings.max_concurrent) if limit is not None]
+    return min(at_work + search.startable(), *limits)
 
 
 def key_of(trial: Trial) -> TrialKey:

@@ -5,6 +5,7 @@ and it ends with the last sweep. No sweep depends on it: one that can have none 
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -102,6 +103,14 @@ class Client:
             self._sweeps_noted = sweeps
             who = f"{sweeps} sweeps share the cluster" if sweeps > 1 else "alone on the cluster"
             self._note(f"{who}; trials at once: {room}")
+
+    @property
+    def room(self) -> float | None:
+        """Trials at once that the sweep may have beside others; infinite without a broker, None before its first answer."""
+        with self._lock:
+            if self._room is None:
+                return math.inf
+            return self._room if self._answer is not None else None
 
     def has_room(self) -> bool:
         """Whether another trial may be started."""

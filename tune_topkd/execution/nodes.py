@@ -13,6 +13,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
@@ -25,6 +26,9 @@ from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.cluster import resources
+from tune_topkd.execution.growth import LONGEST_WAIT_FOR_A_NODE
+from tune_topkd.execution.growth import Growth
+from tune_topkd.execution.growth import Selector
 from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.worker import Worker
 from tune_topkd.execution.worker import sweep_trouble
@@ -39,6 +43,7 @@ MOST_MOVES = 3
 """How often one trial is tried elsewhere for what it failed of."""
 
 _SECONDS_BETWEEN_LOOKS = 30.0  # at a node that was not as it must be: its disks may be mounted after Ray has started
+_SECONDS_BETWEEN_LOOKS_FOR_ONE = 1.0  # where there is none
 _SECONDS_BEFORE_ANOTHER_TRY = 2.0  # at one that could not be asked
 _NODE_ID_LABEL = "ray.io/node-id"
 _NO_WORKER = "it cannot start a worker"
@@ -80,17 +85,26 @@ class Nodes:
         self._names: dict[str, str] = {}
         self._blame = _Blame()
 
-    def wait_for_one(self) -> None:
+    def wait_for_one(self, growth: Growth | None = None, places: int = 1) -> None:
         """Look at all nodes until one is ready, and the others are too or have had their time.
+
+        Args:
+            growth: asks for nodes as long as there is none; None waits for none.
+            places: that it asks for.
 
         Raises:
             ResourceError: none is; with the reason of one.
         """
-        began = time.monotonic()
+        if growth is not None:
+            self._wait_until_one_comes(growth, places)
+        began = gave_way = time.monotonic()
         ready_since = None
         while True:
             alive = self.look()
             now = time.monotonic()
+            if growth is not None and now - gave_way > _SECONDS_BETWEEN_LOOKS_FOR_ONE:
+                growth.give_way()
+                gave_way = now
             if self._ready and ready_since is None:
                 ready_since = now
             if ready_since is not None and (not self._asked or now - ready_since > PATIENCE_WITH_THE_REST):
@@ -101,6 +115,14 @@ class Nodes:
                 late = f"no node starts a worker in {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
                 raise ResourceError(self.set_aside or late)
             time.sleep(0.05)
+
+    def _wait_until_one_comes(self, growth: Growth, places: int) -> None:
+        began = time.monotonic()
+        while not self._alive():
+            if time.monotonic() - began > LONGEST_WAIT_FOR_A_NODE:
+                raise ResourceError(no_node_came(self._share))
+            growth.want(places, [])
+            time.sleep(_SECONDS_BETWEEN_LOOKS_FOR_ONE)
 
     def look(self) -> list[str]:
         """Ask each node that has not been asked, or is to be asked again, and take the answers that are there.
@@ -130,8 +152,15 @@ class Nodes:
     @property
     def placement(self) -> list[dict[str, str]] | None:
         """The label selector that keeps a trial's one bundle off the nodes it may not go to; None if it may go to all."""
-        avoided = sorted(set(self._alive()) - self._usable)
-        return [{_NODE_ID_LABEL: f"!in({','.join(avoided)})"}] if avoided else None
+        return _without(sorted(set(self._alive()) - self._usable)) or None
+
+    @property
+    def hoped_for(self) -> tuple[Cluster, Selector]:
+        """The nodes that trials may go to, or may when they have answered; and the selector of nodes like these."""
+        alive = self._alive()
+        lacking = {node for node, why in self._not_ready.items() if not why.startswith(_NO_WORKER)}
+        avoided = sorted(alive.keys() & (lacking | self._aside.keys()))
+        return Cluster(tuple(resources(alive[node]) for node in alive.keys() - avoided)), _without(avoided)
 
     @property
     def set_aside(self) -> str:
@@ -231,6 +260,21 @@ class _Blame:
         if nodes:
             self.common.add(kind)
         return nodes
+
+
+def _without(nodes: Sequence[str]) -> Selector:
+    """The selector of all nodes but these."""
+    return [{_NODE_ID_LABEL: f"!in({','.join(nodes)})"}] if nodes else []
+
+
+def no_node_came(share: Share) -> str:
+    """What a person is told when an autoscaler was asked in vain."""
+    what = f"{share.cpus:g} CPUs and {share.gpus:g} GPUs"
+    minutes = LONGEST_WAIT_FOR_A_NODE / 60
+    return (
+        f"no node with room for a trial, {what}, came within {minutes:g} minutes (sweep.autoscale_to); see what the "
+        "cluster's autoscaler may add, and says: `ray status`"
+    )
 
 
 def why_no_answer(error: Exception) -> str:

@@ -30,10 +30,12 @@ from tune_topkd.config import SharedFiles
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.execution.bridge import Bridge
 from tune_topkd.execution.bridge import Interruption
+from tune_topkd.execution.bridge import most_at_once
 from tune_topkd.execution.broker import Client
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import share_of
 from tune_topkd.execution.gpus import GpuWatch
+from tune_topkd.execution.growth import Growth
 from tune_topkd.execution.nodes import Nodes
 from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.scratch import scratch_folder
@@ -95,9 +97,12 @@ def run_sweep(
         ResourceError: a trial can never be placed, or on no node the train function can be imported or the folder seen.
         SweepTroubleError: the disk is full or read-only, or the cluster has no room any more; the sweep can be resumed.
     """
-    cluster.room(search.config)
-    worker = Worker(train)
     share = share_of(search.config)
+    asks = priority is not None and search.config.sweep.autoscale_to is not None
+    growth = Growth(share, note) if asks else None
+    if growth is None:
+        cluster.room(search.config)
+    worker = Worker(train)
     nodes = Nodes(worker, folder, search.state.header.id, share, note, remote)
     broker = None if priority is None else Client(search.state.header.id, share, priority, note)
     gpus = None if on_gpus is None or not share.gpus else GpuWatch(on_gpus)
@@ -109,10 +114,14 @@ def run_sweep(
         bundle = {"CPU": config["share"][0], "GPU": config["share"][1]}
         return tune.PlacementGroupFactory([bundle], bundle_label_selector=config["placement"])
 
-    with contextlib.nullcontext() if broker is None else broker.reporting():  # it begins while the nodes are looked at
-        nodes.wait_for_one()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            contextlib.nullcontext() if broker is None else broker.reporting()
+        )  # while nodes are looked at
+        stack.enter_context(contextlib.nullcontext() if growth is None else contextlib.closing(growth))
+        nodes.wait_for_one(growth, most_at_once(search, 0))
         (folder / "trials").mkdir(exist_ok=True)
-        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker, remote, gpus)
+        bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker, remote, gpus, growth)
         with (
             contextlib.closing(bridge),
             contextlib.nullcontext() if gpus is None else gpus.asking(),

@@ -43,6 +43,7 @@ from tune_topkd.ledger import Tracker
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import baseline_target
 from tune_topkd.ledger import baseline_to_come
 from tune_topkd.ledger import due_look
 from tune_topkd.ledger import due_plateau
@@ -195,6 +196,17 @@ class Search:
             self._write(repeat)
             return self.state.trials[repeat.key]
         return None
+
+    def startable(self) -> int:
+        """How many trainings could begin now beside those at work, were there room for all: none waits for another's end."""
+        if self.lets_go:
+            return 0
+        count = len(self._to_reissue) + max(self.state.target - self.state.size(), 0)
+        for method in self.config.baselines.methods if self.config.baselines else ():
+            count += max((baseline_target(self.config, self.state, method) or 0) - self.state.size(method), 0)
+        if is_searched(self.config, self.state):
+            count += len(finalists_to_repeat(self.state)) or len(to_measure(self.state))
+        return count
 
     def started(self, key: TrialKey) -> None:
         """A worker has begun this trial, or gone on with it."""

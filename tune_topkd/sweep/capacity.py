@@ -265,7 +265,10 @@ def _capacity(config: SweepConfig, nodes: Sequence[Surveyed], progress: Progress
         fits = {surveyed.node.id: Fit.of(surveyed.node.has, shares) for surveyed in alive}
         _rooms(config, shares, alive)
     except ResourceError as error:
-        return Capacity(tuple(line_of(surveyed, fits.get(surveyed.node.id)) for surveyed in nodes), str(error))
+        of_nodes = [line_of(surveyed, fits.get(surveyed.node.id)) for surveyed in nodes]
+        if config.sweep.autoscale_to and not _is_auto(config):  # which is measured on a node that is there
+            return Capacity((*of_nodes, f"no node has room for a trial yet{_asked_for(config)}"))
+        return Capacity(tuple(of_nodes), str(error))
     with progress("timing a step on the nodes that have room"):
         timed = _timed(config, nodes, shares)
     images = cost.image_counts(config)
@@ -393,7 +396,14 @@ def _summary(config: SweepConfig, rooms: Sequence[int], nodes: int) -> str:
     number = f"{min(rooms)} to {max(rooms)}" if min(rooms) < max(rooms) else f"{max(rooms)}"
     why = ", how many is measured as the sweep begins (auto)" if _is_auto(config) else ""
     why += f", sweep.max_concurrent = {config.sweep.max_concurrent}" if config.sweep.max_concurrent else ""
-    return f"{number} trial{'s' * (max(rooms) > 1)} at once, on {counted(nodes, 'node')}{why}"
+    more = _asked_for(config) if (config.sweep.autoscale_to or 0) > max(rooms) else ""
+    return f"{number} trial{'s' * (max(rooms) > 1)} at once, on {counted(nodes, 'node')}{why}{more}"
+
+
+def _asked_for(config: SweepConfig) -> str:
+    """What follows where a sweep asks an autoscaler for nodes."""
+    asked = config.sweep.autoscale_to or 0
+    return f"; the autoscaler is asked for room for {counted(asked, 'trial')} (sweep.autoscale_to)"
 
 
 def _time(config: SweepConfig, images: tuple[int, int], usable: Sequence[_Timed]) -> str:
