@@ -44,7 +44,7 @@ def test_a_row_has_all_that_is_worth_knowing_of_a_sweep():
         "state": "finished",
         "begun": "2026-11-30 12:34",
         "trials": "76/80",
-        "top-1 %": "91.23 ± 0.50",
+        "top-1 %": "91.23 (90.73 to 91.73)",
         "K": "5",
         "on": "test set",
         "gain over": "ce +1.40, kd not told apart",
@@ -63,7 +63,7 @@ def test_gpu_hours_have_a_column_where_there_are_any():
     ("width", "shown"),
     [
         (160, ["begun", "gain over", "CPU h", "description"]),
-        (110, ["begun", "gain over", "CPU h"]),
+        (120, ["begun", "gain over", "CPU h"]),
         (80, ["gain over"]),
         (60, []),
     ],
@@ -75,7 +75,7 @@ def test_a_table_is_as_wide_as_the_terminal_and_leaves_out_what_is_less_importan
     assert all(name in lines[0] for name in ("state", "trials", "top-1 %", "K", *shown))
     assert ("description" in lines[0]) is ("description" in shown)
     assert lines[1].endswith("…") is ("description" in shown)
-    assert "91.23 ± 0.50" in lines[1]
+    assert "91.23 (90.73 to 91.73)" in lines[1]
 
 
 def test_a_table_in_a_file_has_all_of_it():

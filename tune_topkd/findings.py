@@ -44,10 +44,17 @@ class Figure:
     interval: Interval | None = None
     """At 95 %; none of one seed."""
 
-    def text(self, sign: str = "") -> str:
-        """In words: the mean and half the interval's length."""
-        half = "" if self.interval is None else f" ± {(self.interval.high - self.interval.low) / 2:.2f}"
-        return f"{self.mean:{sign}.2f}{half}"
+    def of_top1(self) -> str:
+        """A top-1 in words: the mean, and from where to where it may lie."""
+        return self._text(self.interval and self.interval.of_top1, "")
+
+    def of_gain(self, sign: str = "+") -> str:
+        """A difference in words, with a sign; `sign` "" leaves out those of numbers above 0."""
+        return self._text(self.interval and self.interval.of_gain, sign)
+
+    def _text(self, interval: Interval | None, sign: str) -> str:
+        within = "" if interval is None else f" ({interval.low:{sign}.2f} to {interval.high:{sign}.2f})"
+        return f"{self.mean:{sign}.2f}{within}"
 
     def data(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -10,11 +10,13 @@ from rich.cells import cell_len
 from rich.cells import set_cell_size
 
 from tune_topkd.errors import TuneTopKDError
+from tune_topkd.findings import Figure
 from tune_topkd.sweep import Status
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
+from tune_topkd.verdict import Interval
 from tune_topkd.verdict import baseline_name
 
 if TYPE_CHECKING:
@@ -113,8 +115,7 @@ def _cells(entry: Mapping[str, Any]) -> dict[str, str]:
     top1, best = entry["top1"], entry["best"]
     figure = "–" if top1 is None else f"{top1['mean']:.2f}"
     if top1 is not None and top1["interval"] is not None:
-        low, high = top1["interval"]
-        figure += f" ± {(high - low) / 2:.2f}"
+        figure = Figure(top1["mean"], Interval(*top1["interval"])).of_top1()
     return {
         "sweep": entry["sweep"],
         "state": entry["state"],

@@ -152,9 +152,9 @@ def cells_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             _value(row.params, "k"),
             "–" if row.equal_k is None else ranges(row.equal_k.values),
             *(_value(row.params, name) for name in shown),
-            "–" if row.top1 is None else row.top1.text(),
+            "–" if row.top1 is None else row.top1.of_top1(),
             row.measured_on or row.state,
-            *(row.gains[name].text("+") if name in row.gains else "–" for name in bases),
+            *(row.gains[name].of_gain() if name in row.gains else "–" for name in bases),
             str(row.trials),
             f"{row.cpu_hours:.2f}",
             f"{row.gpu_hours:.2f}",
@@ -188,6 +188,9 @@ def ranges(values: Sequence[int]) -> str:
     return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in groups)
 
 
+INTERVALS = "in brackets are 95 % intervals over seeds; those of gains hold for all baselines of a sweep at once"
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     """What must be known to read the table."""
     how: dict[str, list[str]] = {}
@@ -204,7 +207,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
             "front: no other of these sweeps on the same images has a student as small with a top-1 as high, by the means; "
             "multiply-adds, of one image, stand for latency and energy, which depend on the device"
         )
-    return ["± is half of a 95 % interval over seeds; those of gains hold for all baselines of a sweep at once", *told]
+    return [INTERVALS, *told]
 
 
 def as_markdown(rows: Sequence[Row], for_all: Recommendation | None = None) -> str:

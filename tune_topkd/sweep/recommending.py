@@ -92,7 +92,7 @@ class Loss:
 
     def text(self) -> str:
         """In words."""
-        return Figure(self.points, self.interval).text()
+        return Figure(self.points, self.interval).of_gain("")
 
     def data(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -351,7 +351,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _campaign_notes(rows: Sequence[Row]) -> list[str]:
-    notes = ["± is half of a 95 % interval over seeds; those of gains hold for all baselines of a sweep at once."]
+    notes = ["In brackets are 95 % intervals over seeds; those of gains hold for all baselines of a sweep at once."]
     how: dict[str, list[str]] = {}
     for row in rows:
         if row.equal_k is not None:

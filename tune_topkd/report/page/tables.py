@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from dataclasses import field
 
 from tune_topkd.findings import NONE
-from tune_topkd.findings import Figure as Told
 from tune_topkd.findings import Findings
 from tune_topkd.findings import ForAll
 from tune_topkd.findings import Row
@@ -185,9 +184,9 @@ def campaign_table(rows: Sequence[Row], links: Mapping[str, str], notes: Sequenc
                 row.student if row.teacher == NONE else f"{row.teacher} → {row.student}",
                 text_of(row.params.get("k")),
                 NONE if row.equal_k is None else ", ".join(map(str, row.equal_k.values)),
-                _told(row.top1),
+                NONE if row.top1 is None else row.top1.of_top1(),
                 row.measured_on or row.state.replace("_", " "),
-                *(_told(row.gains.get(name), "+") for name in bases),
+                *(row.gains[name].of_gain() if name in row.gains else NONE for name in bases),
                 str(row.trials),
                 f"{row.cpu_hours:.2f}",
                 f"{row.gpu_hours:.2f}",
@@ -202,9 +201,5 @@ def campaign_table(rows: Sequence[Row], links: Mapping[str, str], notes: Sequenc
 def for_all_table(for_all: ForAll) -> Table:
     """What the one config for all sweeps loses on each."""
     columns = [Column(name, "lose" in name) for name in for_all.headings]
-    note = "Losses are against each sweep's own answer; below 0 it gains. ± is half of a 95 % interval."
+    note = "Losses are against each sweep's own answer; below 0 it gains. In brackets are 95 % intervals."
     return Table("What it loses on each sweep", columns, [Line(row) for row in for_all.rows], notes=(note,))
-
-
-def _told(figure: Told | None, sign: str = "") -> str:
-    return NONE if figure is None else figure.text(sign)
