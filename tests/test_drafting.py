@@ -12,6 +12,7 @@ from tune_topkd.cli.app import main
 from tune_topkd.config import ConfigError
 from tune_topkd.config import load_config
 from tune_topkd.data import DataError
+from tune_topkd.data import DatasetInfo
 from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import drafting
@@ -93,7 +94,7 @@ def test_a_folder_a_network_and_a_checkpoint_become_a_space_that_runs(user, begu
     config = load_config("space.yaml")
     assert (config.data.name, config.data.root) == ("image_folder", str(user / "photos"))
     assert config.teacher.checkpoint == str(user / "teacher.pt")
-    assert (config.recipe.epochs, config.sweep.asha.grace_epochs, config.space["k"].high) == (18, 2, 1)
+    assert (config.recipe.epochs, config.sweep.asha.grace_epochs, config.space["k"].high) == (18, 2, 2)
     sweep = Sweep.create("space.yaml", name="own", mlflow_uri="", address="local", overrides={"sweep.trials": 3})
     values = SimulatedExecutor(lambda trial, epoch: {"val_top1": 50.0 + epoch, "val_top1_ema": 50.0 + epoch})
     assert sweep.run(executor=values).reason == "finished"
@@ -107,6 +108,19 @@ def test_fewer_classes_than_topkds_default_k_have_no_baseline_that_can_only_fail
     assert code == 2
     words = "`defaults` trains with K = 5, which must be at most 3, the number of classes; take it out: ['ce']"
     assert words in told
+
+
+@pytest.mark.parametrize(
+    ("classes", "widest"), [(2, None), (3, 2), (4, 3), (5, 3), (8, 3), (9, 4), (41, 20), (1000, 20)]
+)
+def test_k_has_a_range_up_to_half_of_the_classes_and_of_two_classes_its_one_value(classes, widest):
+    info = DatasetInfo(classes, (3, 32, 32))
+    content = drafting._content({"name": "d"}, info, 18, 10, "t", "s", None)
+    if widest is None:
+        assert ("k" in content["space"], content["loss"]) == (False, {"k": 1})
+    else:
+        assert content["space"]["k"] == {"low": 1, "high": widest, "log": True}
+        assert "loss" not in content
 
 
 def test_a_teacher_needs_no_loss(begun, monkeypatch, capfd):

@@ -24,6 +24,8 @@ GOOD_VALIDATION = 1000
 _LARGEST_SHARE = 0.3
 _SMALLEST_SHARE = 0.1
 _WIDEST_K = 20
+_K_OF_FEW = 3
+"""K goes to half of the classes, but so far where they are few: a range needs more than one value."""
 _SMALL = 64
 """Pixels of a side up to which images are trained on as CIFAR's are."""
 _BATCH_SIZE = 64
@@ -135,6 +137,7 @@ def _content(
     augment = {"pad": pad, "flip": True} if is_small else {"crop_scale": [0.08, 1.0], "flip": True}
     recipe = {"epochs": epochs, "batch_size": _BATCH_SIZE, "lr": 0.05, "weight_decay": 5e-4, "schedule": "cosine"}
     collapse = max(_COLLAPSE_EPOCHS, math.ceil(_COLLAPSE_STEPS / steps))
+    widest = min(_WIDEST_K, max((info.num_classes - 1) // 2, min(_K_OF_FEW, info.num_classes - 1)))
     untuned = [DEFAULTS] if preflight.default_k() <= info.num_classes else []
     given = {"recipe": recipe} if checkpoint is None else {"checkpoint": str(Path(checkpoint).expanduser().absolute())}
     return {
@@ -143,9 +146,10 @@ def _content(
         "teacher": {"name": teacher, **given},
         "student": {"name": student},
         "method": "topkd",
+        **({"loss": {"k": 1}} if widest == 1 else {}),
         "recipe": {**recipe, "clip_grad": 1.0, "ema": {"decay_epochs": 0.4}},
         "space": {
-            "k": {"low": 1, "high": max(1, min(_WIDEST_K, (info.num_classes - 1) // 2)), "log": True},
+            **({"k": {"low": 1, "high": widest, "log": True}} if widest > 1 else {}),
             "temperature": {"low": 0.05, "high": 1.0, "log": True},
             "ce_weight": {"low": 0.1, "high": 2.0, "log": True},
             "tdl_weight": {"low": 0.1, "high": 5.0, "log": True},
@@ -171,6 +175,7 @@ _COMMENTS = {
     "teacher": "A teacher with a recipe is trained once, on the same training images, and kept. A checkpoint needs images\n"
     "# normalised as in its own training: `data.mean` and `data.std`; without them, by the training split's.",
     "student": "The network that learns: a name, torchvision:NAME, timm:NAME, or package.module:factory of yours.",
+    "loss": "Of two classes one K is left.",
     "recipe": "How a full trial trains; the values that are searched below replace these.",
     "space": "What is searched. K is how many of the teacher's largest logits are amplified. TopKD needs a short\n"
     "# gradient at high learning rates, plain KD does not: clip_grad is its longest norm.",
