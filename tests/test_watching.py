@@ -135,6 +135,6 @@ def test_a_sweep_that_nobody_drives_is_told_at_once(driven, monkeypatch, capfd):
     assert (code, out.count("\n"), out.startswith("s: finished, ")) == (0, 1, True)
     code, _, err = called(monkeypatch, capfd, "--watch", *runs)
     assert code == 2
-    assert err == f"error: --watch: SWEEP: no sweep in {sweep.workspace.runs} is under way\n"
+    assert err == f"error: --watch: no sweep in {sweep.workspace.runs} is under way\n"
     code, _, err = called(monkeypatch, capfd, "nothing", "--watch", *runs)
     assert (code, err.count("\n")) == (2, 1)

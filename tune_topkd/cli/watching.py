@@ -83,8 +83,9 @@ def running(workspace: Workspace) -> str:
     """
     found = [name for name in workspace.sweeps() if is_under_way(workspace.folder(name))]
     if len(found) != 1:
-        rule = f"must be one of {', '.join(found)}" if found else f"no sweep in {workspace.place} is under way"
-        raise ConfigError("--watch", [Problem(key="SWEEP", rule=rule)])
+        none = Problem(key="", rule=f"no sweep in {workspace.place} is under way")
+        several = Problem(key="SWEEP", rule=f"must be one of those under way: {', '.join(found)}")
+        raise ConfigError("--watch", [several if found else none])
     return found[0]
 
 
