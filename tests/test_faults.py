@@ -19,6 +19,7 @@ from tune_topkd.config import dump_config
 from tune_topkd.config import read_yaml
 from tune_topkd.execution import Cluster
 from tune_topkd.execution import bridge
+from tune_topkd.execution import nodes
 from tune_topkd.execution import run_sweep
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
@@ -137,7 +138,7 @@ def test_a_trial_that_hangs_is_ended_and_the_others_go_on(sweep, tmp_path, monke
 @pytest.mark.slow
 def test_a_worker_that_freezes_before_its_first_word_is_ended_as_well(sweep, monkeypatch):
     monkeypatch.setattr(bridge, "_GRACE_AFTER_TIMEOUT", 2.0)
-    monkeypatch.setattr(bridge, "LONGEST_START_OF_A_WORKER", 5.0)
+    monkeypatch.setattr(nodes, "LONGEST_START_OF_A_WORKER", 5.0)
     state = sweep(formulas.frozen_at_once_for_large_k, **ONE_BAD_OF_THREE, trial_timeout=3.0)
     assert state.stop_reason == "finished"
     record = state.arm("search")[BAD]

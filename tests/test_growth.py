@@ -182,6 +182,11 @@ def test_as_much_is_asked_for_as_the_sweep_lacks(at_work, about, expected):
     assert asked(at_work, **({**FREE, "autoscale_to": 8} | about)) == expected
 
 
+def test_without_limits_a_sweep_could_have_all_trials_that_it_can_start():
+    search = SimpleNamespace(config=formulas.sweep_config(sweep=FREE), startable=lambda: 9)
+    assert bridge.most_at_once(search, 2) == 11
+
+
 # --- Ray's own autoscaler -------------------------------------------------------------------------------------------
 
 

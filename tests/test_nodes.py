@@ -157,8 +157,19 @@ def test_a_runtime_environment_that_cannot_be_set_up_is_not_tried_for_long(at):
 
 def test_one_that_never_answers_is_given_up_after_a_while(at, monkeypatch):
     monkeypatch.setattr(nodes, "LONGEST_START_OF_A_WORKER", 0.2)
-    with pytest.raises(ResourceError, match=r"worker(: none was there after| in) 0\.2 s; the machine may be too busy"):
+    with pytest.raises(ResourceError, match=r"worker(: none was there after| in) 0\.2 s \(sweep\.start_timeout\); the"):
         at(a=None).wait_for_one()
+
+
+def test_the_sweep_says_how_long_a_worker_may_take_to_start(at, told, tmp_path):
+    assert nodes.longest_start(formulas.sweep_config()) == nodes.LONGEST_START_OF_A_WORKER
+    patience = nodes.longest_start(formulas.sweep_config(sweep={"start_timeout": 0.2}))
+    at(a=None)
+    found = Nodes(Worker(formulas.rising), tmp_path, "i", Share(1.0, 0.0), told.append, longest_start=patience)
+    with pytest.raises(
+        ResourceError, match=r"0\.2 s \(sweep\.start_timeout\); the machine may be too busy, or the disk"
+    ):
+        found.wait_for_one()
 
 
 def test_a_late_node_is_looked_at_before_it_gets_trials(three, fake):

@@ -184,7 +184,7 @@ def tried_where(monkeypatch):
     """On which nodes trials are tried, none really."""
     where = []
 
-    def tried(share, at_once, trial, probe, node_id):
+    def tried(share, at_once, trial, probe, node_id, patience):
         where.append((node_id, at_once))
         return packing.Packed(share, at_once, 100.0, 0.01)
 
@@ -371,7 +371,7 @@ def test_so_many_as_cannot_be_placed_are_not_to_be_had(pack, occupied, tmp_path,
 
     def tried(share, at_once, *rest):
         if at_once > 2:  # which never fit: the time to wait is all the same, and those before need theirs
-            monkeypatch.setattr(packing, "LONGEST_START_OF_A_WORKER", 0.5)
+            rest = (*rest[:-1], 0.5)
         return really_tried(share, at_once, *rest)
 
     monkeypatch.setattr(packing, "_tried", tried)
@@ -383,7 +383,7 @@ def test_so_many_as_cannot_be_placed_are_not_to_be_had(pack, occupied, tmp_path,
 @pytest.mark.slow
 def test_where_not_even_one_can_be_placed_it_is_refused(pack, occupied, monkeypatch):
     occupied(4)
-    monkeypatch.setattr(packing, "LONGEST_START_OF_A_WORKER", 0.5)
+    monkeypatch.setattr("tune_topkd.execution.nodes.LONGEST_START_OF_A_WORKER", 0.5)
     with pytest.raises(ResourceError, match=r"no trial can be run to see how many fit: .*[Tt]imeout"):
         pack({2: 100.0}, {"cpus_per_trial": 1.0, "gpus_per_trial": "auto"})
 
@@ -563,7 +563,7 @@ def test_the_best_number_is_told_frozen_and_kept_by_a_resume(space, tmp_path):
     assert trial.recipe.batch_size == 64, "what takes the most memory"
     assert Path(trial.teacher_checkpoint).is_file()
     assert trial.teacher_bank == str(Path(trial.teacher_checkpoint).parent)
-    assert "auto" not in (tmp_path / "small" / "sweep.yaml").read_text()
+    assert ": auto" not in (tmp_path / "small" / "sweep.yaml").read_text()
     resumed = Sweep("small", runs).resume(trials=40, executor=executor)
     assert resumed.reason == "finished"
     assert len(executor.measured) == 1

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "dataset_file": "/elsewhere/dataset.pt",
     "recipe.log_grad_norms": True,
 }
+OF_A_SWEEP = {"sweep.autoscale_to": 8, "sweep.start_timeout": 600.0}
 FILES = ("teacher_checkpoint", "student.checkpoint")
 
 
@@ -55,6 +56,8 @@ def test_these_keys_say_where_and_no_others():
         "teacher.recipe.log_grad_norms",
         "student.checkpoint",
         "recipe.log_grad_norms",
+        "sweep.autoscale_to",
+        "sweep.start_timeout",
     ]
     assert placements(SweepConfig) == PLACES
     assert set(placements(TrialConfig)) == {*ELSEWHERE, *FILES}
@@ -76,7 +79,7 @@ def test_a_trial_elsewhere_is_the_same_trial(key, value):
 @pytest.mark.parametrize("key", [key for key, mark in PLACES.items() if not mark.has_content])
 def test_a_sweep_elsewhere_is_the_same_sweep(key):
     content = SWEEP.model_dump(mode="json")
-    value = ELSEWHERE[key.removeprefix("teacher.")]  # a teacher's recipe has what a student's has
+    value = (ELSEWHERE | OF_A_SWEEP)[key.removeprefix("teacher.")]  # a teacher's recipe has what a student's has
     there = moved(SWEEP, key, value).model_dump(mode="json")
     assert there != content
     assert config_digest(there) == config_digest(content)

@@ -131,7 +131,9 @@ Sets = Annotated[
 ]
 Moved = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Where files are now: data.root=PATH; may be repeated."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Where files are (data.root=PATH), or how it is run; may be repeated."
+    ),
 ]
 AsJson = Annotated[
     bool,

@@ -541,9 +541,9 @@ class SweepSettings(_Section):
     Of relative weights only the ratios matter."""
     max_concurrent: int | None = Field(None, ge=1)
     """Trials at once; by default as many as the cluster has room for."""
-    autoscale_to: Annotated[int | None, LATER] = Field(None, ge=1)
+    autoscale_to: Annotated[int | None, WHERE] = Field(None, ge=1)
     """Trials at once for which a cluster with an autoscaler is asked to grow; by default a sweep asks for no node beside
-    those that there are. On a private Ray it has no effect."""
+    those that there are. On a private Ray it has no effect; `resume --set` may change it."""
     cpus_per_trial: Annotated[float | str, AfterValidator(_cpus), _SOME_CPUS] = 1.0
     """CPUs of a trial; `auto` measures how many trials, on how many CPUs each, train the most together."""
     gpus_per_trial: Annotated[float | str, AfterValidator(_gpus), _SOME_GPUS] = 0.0
@@ -553,6 +553,9 @@ class SweepSettings(_Section):
     """Times that a trial whose worker died is started again from its last checkpoint; a lost node does not count."""
     trial_timeout: float = Field(3600.0, gt=0)
     """Seconds without a report after which a trial counts as hung and is ended; more than the longest epoch."""
+    start_timeout: Annotated[float | None, WHERE] = Field(None, gt=0)
+    """Seconds that a node has to start a worker, with all that it imports; by default 120. More where many nodes import
+    from one slow disk; `resume --set` may change it."""
     time_budget: float | None = Field(None, gt=0)
     """Seconds after which no trial goes on; the sweep can be resumed."""
     gpu_hours: Annotated[float | None, LATER] = Field(None, gt=0)

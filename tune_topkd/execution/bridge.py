@@ -33,10 +33,10 @@ from tune_topkd.execution.cluster import trial_part
 from tune_topkd.execution.gpus import GpuWatch
 from tune_topkd.execution.growth import LONGEST_WAIT_FOR_A_NODE
 from tune_topkd.execution.growth import Growth
-from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
 from tune_topkd.execution.nodes import Nodes
 from tune_topkd.execution.nodes import is_node_loss
 from tune_topkd.execution.nodes import kill_worker
+from tune_topkd.execution.nodes import longest_start
 from tune_topkd.execution.nodes import no_node_came
 from tune_topkd.execution.nodes import whereabouts
 from tune_topkd.execution.remote import RemoteSweep
@@ -309,7 +309,7 @@ class Bridge:
                 self.trouble = "; ".join(filter(None, [why, self._nodes.set_aside]))
         for key, place in list(self._at_work.items()):
             limit = self.search.config.sweep.trial_timeout + _GRACE_AFTER_TIMEOUT
-            limit += 0 if place.pid else LONGEST_START_OF_A_WORKER
+            limit += 0 if place.pid else longest_start(self.search.config)
             if now - place.heard_at <= limit or place.is_hung:
                 continue
             there = (place.node, place.pid) if place.pid else whereabouts(place.actor)
@@ -432,10 +432,10 @@ def _remove_from_store(remote: RemoteSweep, label: str) -> None:
 
 
 def most_at_once(search: Search, at_work: int) -> int:
-    """Trials at once that a sweep which asks for nodes could have, were there room, with so many at work now."""
+    """Trials at once that a sweep could have, were there room, with so many at work now."""
     settings = search.config.sweep
     limits = [limit for limit in (settings.autoscale_to, settings.max_concurrent) if limit is not None]
-    return min(at_work + search.startable(), *limits)
+    return min([at_work + search.startable(), *limits])
 
 
 def key_of(trial: Trial) -> TrialKey:

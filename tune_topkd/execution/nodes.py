@@ -22,6 +22,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tune_topkd.config import SweepConfig
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import ResourceError
 from tune_topkd.execution.cluster import fitting
@@ -36,7 +37,7 @@ from tune_topkd.ledger import Share
 from tune_topkd.ledger import TrialKey
 
 LONGEST_START_OF_A_WORKER = 120.0
-"""Seconds that a node has for its first worker."""
+"""Seconds that a node has for its first worker, if the sweep does not say."""
 PATIENCE_WITH_THE_REST = 5.0
 """Seconds that a sweep waits, once a node is ready, for those that have not yet answered: they may be about to die."""
 MOST_MOVES = 3
@@ -47,6 +48,7 @@ _SECONDS_BETWEEN_LOOKS_FOR_ONE = 1.0  # where there is none
 _SECONDS_BEFORE_ANOTHER_TRY = 2.0  # at one that could not be asked
 _NODE_ID_LABEL = "ray.io/node-id"
 _NO_WORKER = "it cannot start a worker"
+_BUSY = "the machine may be too busy, or the disk slow that its packages are on"
 
 
 class Nodes:
@@ -63,6 +65,7 @@ class Nodes:
         share: Share,
         note: Callable[[str], None],
         remote: RemoteSweep | None = None,
+        longest_start: float | None = None,
     ) -> None:
         """Nothing is looked at yet.
 
@@ -73,7 +76,9 @@ class Nodes:
             share: the least that a trial is given.
             note: is told of each node that trials do not go to, and why.
             remote: where the sweep lies, if that is a store.
+            longest_start: seconds that a node has for its first worker; by default `LONGEST_START_OF_A_WORKER`.
         """
+        self._longest_start = longest_start or LONGEST_START_OF_A_WORKER
         self._arguments = ray.cloudpickle.dumps(worker), str(folder), sweep_id, remote
         self._share = share
         self._note = note
@@ -111,8 +116,8 @@ class Nodes:
                 return
             answers = [self._not_ready.get(node, _NO_WORKER) for node in alive]
             has_hope = any(answer.startswith(_NO_WORKER) for answer in answers)
-            if not self._ready and (not has_hope or now - began > LONGEST_START_OF_A_WORKER):
-                late = f"no node starts a worker in {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
+            if not self._ready and (not has_hope or now - began > self._longest_start):
+                late = f"no node starts a worker in {self._longest_start:g} s (sweep.start_timeout); {_BUSY}"
                 raise ResourceError(self.set_aside or late)
             time.sleep(0.05)
 
@@ -139,7 +144,7 @@ class Nodes:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             self._asked[node] = ray.remote(num_cpus=0, scheduling_strategy=there)(_look).remote(*self._arguments), now
         for node, (answer, since) in list(self._asked.items()):
-            if ray.wait([answer], timeout=0)[0] or now - since > LONGEST_START_OF_A_WORKER:
+            if ray.wait([answer], timeout=0)[0] or now - since > self._longest_start:
                 del self._asked[node]
                 self._take(node, answer)
         return list(alive)
@@ -216,7 +221,7 @@ class Nodes:
         try:
             why = str(ray.get(answer, timeout=0))
         except (ray.exceptions.RayError, TimeoutError) as error:
-            why = why_no_answer(error)
+            why = why_no_answer(error, self._longest_start)
             if not isinstance(error, ray.exceptions.RuntimeEnvSetupError):
                 pause = _SECONDS_BEFORE_ANOTHER_TRY
         if not why:
@@ -277,12 +282,22 @@ def no_node_came(share: Share) -> str:
     )
 
 
-def why_no_answer(error: Exception) -> str:
-    """What a person is told of a node whose worker was asked and gave no answer, by what Ray raised."""
+def longest_start(config: SweepConfig) -> float:
+    """Seconds that a node has to start a worker of a sweep."""
+    return config.sweep.start_timeout or LONGEST_START_OF_A_WORKER
+
+
+def why_no_answer(error: Exception, patience: float) -> str:
+    """What a person is told of a node whose worker was asked and gave no answer, by what Ray raised.
+
+    Args:
+        error: what Ray raised.
+        patience: seconds that the worker was given.
+    """
     if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
         return f"Ray cannot set up the workers' runtime environment: {' '.join(str(error).split())[:300]}"
     if isinstance(error, ray.exceptions.GetTimeoutError):
-        return f"{_NO_WORKER}: none was there after {LONGEST_START_OF_A_WORKER:g} s; the machine may be too busy"
+        return f"{_NO_WORKER}: none was there after {patience:g} s (sweep.start_timeout); {_BUSY}"
     return f"{_NO_WORKER}: {' '.join(str(error).split())[:300]}"
 
 

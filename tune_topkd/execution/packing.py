@@ -25,7 +25,7 @@ from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.cluster import in_one_line
 from tune_topkd.execution.cluster import resources
 from tune_topkd.execution.cluster import trial_part
-from tune_topkd.execution.nodes import LONGEST_START_OF_A_WORKER
+from tune_topkd.execution.nodes import longest_start
 from tune_topkd.ledger import Share
 
 NUMBERS = (1, 2, 4, 8)
@@ -95,7 +95,7 @@ def pack(config: SweepConfig, trial: TrialConfig, probe: Probe) -> list[Packed]:
     for share in shares(config.sweep, list(nodes.values())):
         at_once = fitting(node, share)
         try:
-            tried.append(_tried(share, at_once, trial, probe, node_id))
+            tried.append(_tried(share, at_once, trial, probe, node_id, longest_start(config)))
         except (ray.exceptions.RayError, TimeoutError) as error:
             if tried:
                 _log.warning("%d trials at once cannot be run: %s", at_once, in_one_line(error))
@@ -159,8 +159,8 @@ def _shares(settings: SweepSettings, node: Share) -> Iterator[Share]:
         yield Share(its_cpus if isinstance(cpus, str) else min(cpus, its_cpus), part)
 
 
-def _tried(share: Share, at_once: int, trial: TrialConfig, probe: Probe, node_id: str) -> Packed:
-    """Run as many as fit on the node at once."""
+def _tried(share: Share, at_once: int, trial: TrialConfig, probe: Probe, node_id: str, patience: float) -> Packed:
+    """Run as many as fit on the node at once; their start has so many seconds, and so has their run."""
 
     class Prober:
         def build(self, config: dict[str, Any]) -> None:
@@ -175,8 +175,8 @@ def _tried(share: Share, at_once: int, trial: TrialConfig, probe: Probe, node_id
     config = trial.model_copy(update=trial_part(share)).model_dump(mode="json")
     probers = [remote.remote() for _ in range(at_once)]
     try:
-        ray.get([prober.build.remote(config) for prober in probers], timeout=LONGEST_START_OF_A_WORKER)
-        results = ray.get([prober.run.remote(SECONDS) for prober in probers], timeout=LONGEST_START_OF_A_WORKER)
+        ray.get([prober.build.remote(config) for prober in probers], timeout=patience)
+        results = ray.get([prober.run.remote(SECONDS) for prober in probers], timeout=patience)
     finally:
         for prober in probers:
             ray.kill(prober)

@@ -37,6 +37,7 @@ from tune_topkd.execution.cluster import share_of
 from tune_topkd.execution.gpus import GpuWatch
 from tune_topkd.execution.growth import Growth
 from tune_topkd.execution.nodes import Nodes
+from tune_topkd.execution.nodes import longest_start
 from tune_topkd.execution.remote import RemoteSweep
 from tune_topkd.execution.scratch import scratch_folder
 from tune_topkd.execution.worker import MESSAGE
@@ -103,7 +104,8 @@ def run_sweep(
     if growth is None:
         cluster.room(search.config)
     worker = Worker(train)
-    nodes = Nodes(worker, folder, search.state.header.id, share, note, remote)
+    patience = longest_start(search.config)
+    nodes = Nodes(worker, folder, search.state.header.id, share, note, remote, patience)
     broker = None if priority is None else Client(search.state.header.id, share, priority, note)
     gpus = None if on_gpus is None or not share.gpus else GpuWatch(on_gpus)
 

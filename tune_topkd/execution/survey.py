@@ -105,7 +105,7 @@ def ask(
         except ray.exceptions.RayTaskError as error:
             troubles[node] = Trouble(in_one_line(error), is_late=False)
         except ray.exceptions.RayError as error:
-            troubles[node] = Trouble(why_no_answer(error), is_late=False)
+            troubles[node] = Trouble(why_no_answer(error, patience), is_late=False)
         else:
             if trouble:
                 troubles[node] = Trouble(trouble, is_late=False)

@@ -149,7 +149,8 @@ def survey(workspace: Workspace, checked: Checked | None = None) -> list[Surveye
     with contextlib.nullcontext() if uri is not None else _mark(workspace.runs) as mark:
         needs_files = checked is not None and _needs_files(checked.config)
         call = functools.partial(look, checked, mark, uri, needs_files=needs_files)
-        answers = ask(dict.fromkeys(alive, call), nodes.LONGEST_START_OF_A_WORKER)
+        given = nodes.LONGEST_START_OF_A_WORKER if checked is None else nodes.longest_start(checked.config)
+        answers = ask(dict.fromkeys(alive, call), given)
     found = []
     for node in known:
         seen, trouble = answers.found.get(node.id), answers.troubles.get(node.id)

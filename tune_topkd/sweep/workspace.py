@@ -65,7 +65,7 @@ RESERVED = (TEACHERS, TRAINED, "mlartifacts")
 """Names of a runs folder that no sweep can have."""
 
 PLACES = placements(SweepConfig)
-"""Keys that say where a sweep's files are and how they are read, not what they are: `resume --set` may change them."""
+"""Keys that say where a sweep's files are and how it is run, not what comes out: `resume --set` may change them."""
 
 _FIRST_WITHOUT_PLACES = 3  # the ledger version whose digest leaves out where files are
 _STATES = {
@@ -359,14 +359,16 @@ def with_share(config: SweepConfig, share: Share) -> SweepConfig:
 
 
 def moved_places(overrides: Sequence[Override]) -> dict[str, Any]:
-    """Where a sweep's files are now, by key; paths become absolute.
+    """Where a sweep's files are now, and how it is run, by key; paths become absolute.
 
     Raises:
         ConfigError: a key is none of `PLACES`.
     """
     for override in overrides:
         if override.key not in PLACES:
-            rule = f"a sweep that has begun keeps its config; only where its files are may change: {', '.join(PLACES)}"
+            rule = (
+                f"a sweep that has begun keeps its config; only what changes no result may differ: {', '.join(PLACES)}"
+            )
             raise ConfigError("--set", [Problem(key=override.key, rule=rule)])
     files = {o.key for o in overrides if isinstance(o.value, str)}
     return {o.key: str(Path(str(o.value)).expanduser().absolute()) if o.key in files else o.value for o in overrides}
