@@ -56,7 +56,7 @@ class Paced:
         """Sleep and report, as many times as the trial has epochs."""
         for epoch in range(1, config.recipe.epochs + 1):
             time.sleep(self.seconds)
-            report(epoch, metrics(config.loss["k"], config.recipe.lr, epoch), _save)
+            report(epoch, metrics(config.loss.get("k", 4), config.recipe.lr, epoch), _save)
 
 
 def trainable_of_a_second(config: Mapping[str, Any]) -> None:

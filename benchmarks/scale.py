@@ -5,6 +5,10 @@ Tune, one after the other on the same private Ray, with Optuna's TPE over the sa
 of each trial, MLflow in SQLite caught up. Plain: `OptunaSearch`, actors reused, nothing that tracks. The floor is
 trials / slots seconds: what a scheduler that costs nothing would take from the first trial on.
 
+**Trials shorter than their workers' start.** Workers that take five seconds to start, and trials of one second. The floor
+is one start and trials / slots seconds, from the first proposal on: what is lost if a worker is begun twice, or one works
+while others start, is what is above it.
+
 **Many trials at once.** Trials on four Ray nodes, all on this machine, that report as often as is asked of them. A driver
 that keeps up takes as many reports a second as are sent; the highest rate it took is what it saturates at. Its CPU seconds
 and memory are the driver's process alone; here it shares the machine's cores with all the workers.
@@ -12,6 +16,7 @@ and memory are the driver's process alone; here it shares the machine's cores wi
 
 import argparse
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -33,6 +38,8 @@ from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
 from benchmarks.memory import peak_megabytes
 from benchmarks.pages import give
+from benchmarks.slow_to_start import VARIABLE
+from benchmarks.slow_to_start import Slow
 from benchmarks.sweep_overhead import STARTUP
 from benchmarks.sweep_overhead import plain_tuner
 from benchmarks.sweep_overhead import tracked
@@ -47,6 +54,8 @@ NODES, CONCURRENT = 4, 200
 RATES = (0.1, 0.2, 0.4, 0.8)
 """Reports a second that each of many trials at once sends."""
 EPOCHS = 12
+SHORT, SHORT_SLOTS, TO_START = 60, 3, 5.0
+"""Trials of one second, on so many slots, whose workers take so many seconds to start."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +135,32 @@ def many_short(folder: Path, store: Path, trials: int, plain: int, slots: int) -
             yield row("plain Ray Tune, which tracks nothing", plain, plainly(config, folder), "–", "–")
 
 
+def shorter_than_a_start(folder: Path, store: Path, trials: int, slots: int, start: float, turns: int) -> Iterator[str]:
+    """The table of trials that are shorter than the start of their workers, each turn on a Ray of its own."""
+    yield f"{trials} trials of one second on {slots} slots; workers take {start:g} s to start."
+    yield ""
+    yield "| turn | floor, s | seconds | × the floor | workers |"
+    yield "|--:|--:|--:|--:|--:|"
+    floor = start + trials / slots
+    settings = {"asha": None, "max_concurrent": slots, "cpus_per_trial": float(cores()) / slots}
+    config = formula.sweep_config(trials, formula.MORE_AXES, epochs=1, **settings)
+    for turn in range(turns):
+        os.environ[VARIABLE] = f"{start:g}"
+        try:
+            with Cluster.attached(), redirect_stdout(io.StringIO()):
+                here = folder / f"slow-{turn}"
+                swept(config, Slow(1.0), here, store)
+                workers = len({actor["Pid"] for actor in ray._private.state.actors().values() if actor["Pid"]})
+        finally:
+            del os.environ[VARIABLE]
+        events = read_events(here / LEDGER_FILE)[0]
+        began = next(event.time for event in events if event.name == "suggest")
+        seconds = max(event.time for event in events if event.name == "end") - began
+        cells = [f"{turn + 1}", f"{floor:.1f}", f"{seconds:.1f}", f"{seconds / floor:.2f}", f"{workers}"]
+        yield f"| {' | '.join(cells)} |"
+        print(*cells, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def nodes(cpus: float) -> Iterator[None]:
     """A Ray of several nodes on this machine, each with so many CPUs to give away, that this process is attached to."""
@@ -176,6 +211,10 @@ def main() -> None:
     parser.add_argument("--plain", type=int, default=PLAIN, metavar="N", help="of these with plain Ray Tune")
     parser.add_argument("--slots", type=int, default=SLOTS, metavar="N", help="for these")
     parser.add_argument(
+        "--short", type=int, default=SHORT, metavar="N", help="whose workers are slow to start; 0 leaves them out"
+    )
+    parser.add_argument("--turns", type=int, default=3, metavar="N", help="of these")
+    parser.add_argument(
         "--concurrent", type=int, default=CONCURRENT, metavar="N", help="trials at once; 0 leaves them out"
     )
     parser.add_argument(
@@ -183,15 +222,20 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
     parser.add_argument("--write", action="store_true", help="keep the page in benchmarks/results")
-    args = parser.parse_args()
+    args, start = parser.parse_args(), TO_START
     if args.quick:
         args.trials, args.plain, args.slots, args.concurrent, args.rates = 8, 8, 2, 4, [2.0]
+        args.short, args.turns, start = 6, 1, 1.0
+    slots = min(args.slots, SHORT_SLOTS)
     lines = [f"# How large a sweep may get, {date.today()}", "", *machine(), ""]
     with tempfile.TemporaryDirectory() as scratch:
         folder, store = Path(scratch), Path(scratch) / "empty.db"
         check_uri(f"sqlite:///{store}")
         if args.trials:
             lines += ["## Many short trials", "", *many_short(folder, store, args.trials, args.plain, args.slots), ""]
+        if args.short:
+            table = shorter_than_a_start(folder, store, args.short, slots, start, args.turns)
+            lines += ["## Trials shorter than their workers' start", "", *table, ""]
         if args.concurrent:
             table = many_at_once(folder, store, args.concurrent, args.rates)
             lines += ["## Many trials at once", "", *table, ""]

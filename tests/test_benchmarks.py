@@ -236,8 +236,23 @@ def test_how_large_a_sweep_may_get():
         assert (trials, floor) == (8, 4), "eight seconds of trials on two slots"
         assert ratio == pytest.approx(seconds / floor, abs=0.15)
         assert ratio >= 1
+    floor, seconds, ratio, workers = map(float, table["1"][:4])
+    assert (floor, workers >= 2) == (1 + 6 / 2, True), "a start of a second, and six seconds of trials on two slots"
+    assert ratio == pytest.approx(seconds / floor, abs=0.02)
     assert "4 trials at once on 4 nodes." in page
     assert 0 < float(table["8"][0]) <= 1.3 * 8, "no more reports can be taken than are sent"
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_sweep_in_a_store_while_nodes_come_and_go():
+    page, lines = quick_page("remote")
+    (row,) = [cells for cells in lines if len(cells) == 5 and cells[0].isdecimal()]
+    had, slept = float(row[1]), float(row[2])
+    assert 0 < slept < had <= 3 * float(row[0]) + 3
+    assert row[3] == f"{100 * slept / had:.0f} %"
+    assert "20 objects: " in page
 
 
 @pytest.fixture(scope="module")
