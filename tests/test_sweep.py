@@ -384,6 +384,47 @@ def test_room_counts_whole_trials_on_each_node():
     assert room(cpus_per_trial=1.0, max_concurrent=3) == 3
 
 
+class AskedAfter:
+    """An interruption that is asked for after so many seconds."""
+
+    def __init__(self, seconds):
+        self._at = time.monotonic() + seconds
+
+    @property
+    def is_asked(self):
+        return time.monotonic() > self._at
+
+    def deferred(self):
+        return contextlib.nullcontext()
+
+    def check(self):
+        pass
+
+
+def test_a_sweep_that_waits_for_its_first_node_asks_for_it_and_can_be_interrupted(tmp_path, cluster):
+    """No node has room, and no autoscaler is there: without one it would be refused at once."""
+    config = formulas.sweep_config(
+        sweep={"trials": 4, "cpus_per_trial": 64.0, "max_concurrent": None, "autoscale_to": 3}
+    )
+    told, states = [], lambda: [group["state"] for group in ray.util.placement_group_table().values()]
+    with Ledger.create(tmp_path / "ledger.jsonl", Header(sweep="t", id="t", seed=0, trials=4)) as ledger:
+        ledger.append(Driver(host="h", pid=os.getpid(), trials=4))
+        options = {"cluster": cluster, "folder": tmp_path, "train": formulas.rising}
+        with pytest.raises(ResourceError, match="no node has room for a trial"):
+            run_sweep(Search(config, ledger), **options)
+        before = states().count("PENDING")
+
+        def note(text):
+            told.append((text, states().count("PENDING") - before))
+
+        waiting = Search(config, ledger)
+        assert run_sweep(waiting, priority=1.0, interruption=AskedAfter(2.5), note=note, **options) == "interrupted"
+    assert told == [("the cluster's autoscaler is asked for room for 3 more trials", 0)]
+    assert states().count("PENDING") == before
+    assert states().count("REMOVED") >= 3
+    assert ledger.state.size() == 0
+
+
 class Turns:
     """Stands for the broker's client: room for trials, then for none until all have ended and their CPUs are free, again."""
 

@@ -320,9 +320,9 @@ class Bridge:
 
     def _ask_for_nodes(self) -> None:
         """Ask an autoscaler for the room that is lacking, if the sweep is to."""
-        may_have = math.inf if self._broker is None else self._broker.room
         if self._growth is None:
             return
+        may_have = math.inf if self._broker is None else self._broker.room
         if may_have is None:  # the broker has not yet said what others leave
             return self._growth.give_way()
         cluster, selector = self._nodes.hoped_for

@@ -90,21 +90,24 @@ class Nodes:
         self._names: dict[str, str] = {}
         self._blame = _Blame()
 
-    def wait_for_one(self, growth: Growth | None = None, places: int = 1) -> None:
+    def wait_for_one(
+        self, growth: Growth | None = None, places: int = 1, is_over: Callable[[], bool] = lambda: False
+    ) -> None:
         """Look at all nodes until one is ready, and the others are too or have had their time.
 
         Args:
             growth: asks for nodes as long as there is none; None waits for none.
             places: that it asks for.
+            is_over: whether there is nothing to wait for any more.
 
         Raises:
             ResourceError: none is; with the reason of one.
         """
         if growth is not None:
-            self._wait_until_one_comes(growth, places)
+            self._wait_until_one_comes(growth, places, is_over)
         began = gave_way = time.monotonic()
         ready_since = None
-        while True:
+        while not is_over():
             alive = self.look()
             now = time.monotonic()
             if growth is not None and now - gave_way > _SECONDS_BETWEEN_LOOKS_FOR_ONE:
@@ -121,9 +124,9 @@ class Nodes:
                 raise ResourceError(self.set_aside or late)
             time.sleep(0.05)
 
-    def _wait_until_one_comes(self, growth: Growth, places: int) -> None:
+    def _wait_until_one_comes(self, growth: Growth, places: int, is_over: Callable[[], bool]) -> None:
         began = time.monotonic()
-        while not self._alive():
+        while not (self._alive() or is_over()):
             if time.monotonic() - began > LONGEST_WAIT_FOR_A_NODE:
                 raise ResourceError(no_node_came(self._share))
             growth.want(places, [])

@@ -116,12 +116,17 @@ def run_sweep(
         bundle = {"CPU": config["share"][0], "GPU": config["share"][1]}
         return tune.PlacementGroupFactory([bundle], bundle_label_selector=config["placement"])
 
+    def is_over() -> bool:
+        return search.lets_go or (interruption is not None and interruption.is_asked)
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(
-            contextlib.nullcontext() if broker is None else broker.reporting()
-        )  # while nodes are looked at
-        stack.enter_context(contextlib.nullcontext() if growth is None else contextlib.closing(growth))
-        nodes.wait_for_one(growth, most_at_once(search, 0))
+        if broker is not None:
+            stack.enter_context(broker.reporting())  # while the nodes are looked at
+        if growth is not None:
+            stack.enter_context(contextlib.closing(growth))
+        nodes.wait_for_one(growth, most_at_once(search, 0), is_over)
+        if is_over():
+            return search.stopped()
         (folder / "trials").mkdir(exist_ok=True)
         bridge = Bridge(search, folder, files, test_files, hashes, interruption, nodes, broker, remote, gpus, growth)
         with (
