@@ -1,9 +1,11 @@
 """The trials of benchmarks that train nothing: a formula, also for plain Ray Tune. The workers import it."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -57,6 +59,34 @@ class Paced:
         for epoch in range(1, config.recipe.epochs + 1):
             time.sleep(self.seconds)
             report(epoch, metrics(config.loss.get("k", 4), config.recipe.lr, epoch), _save)
+
+
+class Together:
+    """Trials that begin to report when all of them are there, at rates that rise, and never end by themselves."""
+
+    def __init__(self, folder: Path, count: int, rates: Sequence[float], seconds: float) -> None:
+        self.folder, self.count, self.rates, self.seconds = folder, count, rates, seconds
+
+    def begins(self) -> float | None:
+        """When the first report is due, in seconds since 1970; None as long as some are not there."""
+        there = [entry.stat().st_mtime for entry in os.scandir(self.folder)]
+        return max(there) + 2.0 if len(there) >= self.count else None
+
+    def __call__(self, config: TrialConfig, report: Report, resume_from: Any) -> None:
+        """Report so often a second, for so many seconds at each rate; an infinite rate waits for nothing but the answer."""
+        here, epoch = Path(self.folder, str(os.getpid())), 0
+        here.touch()
+        while (begins := self.begins()) is None:
+            time.sleep(0.5)
+        for number, rate in enumerate(self.rates):
+            due = begins + number * self.seconds + (os.getpid() % 97) / 97 / rate
+            end = begins + (number + 1) * self.seconds
+            while max(due, time.time()) < end:
+                time.sleep(max(due - time.time(), 0.0))
+                due, epoch = due + 1 / rate, epoch + 1
+                report(epoch, metrics(4, config.recipe.lr, epoch), _save)
+        while True:
+            time.sleep(60)
 
 
 def trainable_of_a_second(config: Mapping[str, Any]) -> None:

@@ -9,17 +9,22 @@ trials / slots seconds: what a scheduler that costs nothing would take from the 
 is one start and trials / slots seconds, from the first proposal on: what is lost if a worker is begun twice, or one works
 while others start, is what is above it.
 
-**Many trials at once.** Trials on four Ray nodes, all on this machine, that report as often as is asked of them. A driver
-that keeps up takes as many reports a second as are sent; the highest rate it took is what it saturates at. Its CPU seconds
-and memory are the driver's process alone; here it shares the machine's cores with all the workers.
+**Many trials at once.** Trials on four Ray nodes, all on this machine, that begin to report when all are there, each report
+with a checkpoint, at rates that rise. A driver that keeps up takes as many reports a second as are sent. In the end each
+trial reports as soon as its last report was answered: what is taken then is what the driver saturates at. CPU and memory are
+the driver's process alone, MLflow's thread included; here it shares the machine's cores with all the workers. The first
+quarter of the time at each rate is left out.
 """
 
 import argparse
+import contextlib
 import io
+import math
 import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -41,6 +46,7 @@ from benchmarks.pages import give
 from benchmarks.slow_to_start import VARIABLE
 from benchmarks.slow_to_start import Slow
 from benchmarks.sweep_overhead import STARTUP
+from benchmarks.sweep_overhead import driven
 from benchmarks.sweep_overhead import plain_tuner
 from benchmarks.sweep_overhead import tracked
 from tune_topkd.config import SweepConfig
@@ -51,9 +57,10 @@ from tune_topkd.tracking import check_uri
 
 TRIALS, PLAIN, SLOTS = 10_000, 1_000, 16
 NODES, CONCURRENT = 4, 200
-RATES = (0.1, 0.2, 0.4, 0.8)
+RATES = (0.1, 0.2, 0.4, 0.8, math.inf)
 """Reports a second that each of many trials at once sends."""
-EPOCHS = 12
+AT_A_RATE = 20.0
+"""Seconds."""
 SHORT, SHORT_SLOTS, TO_START = 60, 3, 5.0
 """Trials of one second, on so many slots, whose workers take so many seconds to start."""
 
@@ -65,8 +72,6 @@ class Swept:
     first: float
     """When the first trial began, in seconds since 1970."""
     ended: float
-    reports: list[float]
-    """When the driver took each."""
     cpu: float
     """Seconds of the driver's process between the two."""
     megabytes: float
@@ -83,8 +88,7 @@ def swept(config: SweepConfig, train: formula.Train, folder: Path, store: Path) 
         ended = time.time()
     events = read_events(folder / LEDGER_FILE)[0]
     first = next(event.time for event in events if event.name == "start")
-    reports = [event.time for event in events if event.name == "report"]
-    return Swept(first, ended, reports, time.process_time() - cpu, megabytes[0])
+    return Swept(first, ended, time.process_time() - cpu, megabytes[0])
 
 
 def plainly(config: SweepConfig, folder: Path) -> float:
@@ -177,31 +181,69 @@ def nodes(cpus: float) -> Iterator[None]:
         cluster.shutdown()
 
 
-def many_at_once(folder: Path, store: Path, concurrent: int, rates: Sequence[float]) -> Iterator[str]:
+class _Ends:
+    """Ends a sweep when its trials have reported at all rates."""
+
+    def __init__(self, trials: formula.Together) -> None:
+        self._trials = trials
+
+    @property
+    def is_asked(self) -> bool:
+        begins = self._trials.begins()
+        return begins is not None and time.time() > begins + len(self._trials.rates) * self._trials.seconds
+
+    def deferred(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def check(self) -> None:
+        """Nothing is asked for while it is deferred."""
+
+
+@contextmanager
+def sampled(seconds: float) -> Iterator[list[tuple[float, float]]]:
+    """The time, and the CPU seconds that this process has taken until then, every so many seconds."""
+    found, is_over = [(time.time(), time.process_time())], threading.Event()
+
+    def sample() -> None:
+        while not is_over.wait(seconds):
+            found.append((time.time(), time.process_time()))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield found
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def many_at_once(folder: Path, store: Path, count: int, rates: Sequence[float], seconds: float) -> Iterator[str]:
     """The table of many trials at once, a row for each rate at which they report."""
-    yield f"{concurrent} trials at once on {NODES} nodes."
+    yield f"{count} trials at once on {NODES} nodes, {seconds:g} s at each rate."
     yield ""
     yield "| reports a second sent | taken | driver's CPU s a second | its peak MB |"
     yield "|--:|--:|--:|--:|"
-    with nodes(concurrent // NODES):
-        for rate in rates:
-            config = formula.sweep_config(
-                concurrent, {}, asha=None, max_concurrent=concurrent, cpus_per_trial=1.0, epochs=EPOCHS
-            )
-            train = formula.Paced(1 / rate)
-            done = swept(config, train, folder / f"rate-{rate}", store)
-            at_full = _middle(done.reports)
-            seconds = at_full[-1] - at_full[0]
-            taken = len(at_full) / seconds
-            cpu = done.cpu / (done.ended - done.first)
-            cells = [f"{rate * concurrent:.0f}", f"{taken:.0f}", f"{cpu:.2f}", f"{done.megabytes:.0f}"]
-            yield f"| {' | '.join(map(str, cells))} |"
-            print(*cells, file=sys.stderr, flush=True)
-
-
-def _middle(reports: Sequence[float]) -> list[float]:
-    """The reports of the middle half: while the last trials start, and when the first have ended, fewer are sent."""
-    return sorted(reports)[len(reports) // 4 : len(reports) * 3 // 4]
+    here, there = folder / "at-once", folder / "there"
+    here.mkdir()
+    there.mkdir()
+    shutil.copy(store, here / "mlflow.db")
+    settings = {"asha": None, "max_concurrent": count, "cpus_per_trial": 1.0, "start_timeout": 600.0}
+    config = formula.sweep_config(count, {}, epochs=10**6, **settings)
+    trials = formula.Together(there, count, rates, seconds)
+    with nodes(count // NODES), sampled(0.5) as cpu, peak_megabytes(psutil.Process(), 0.5) as megabytes:
+        driven(config, trials, here, Cluster.now(), _Ends(trials))
+    reports = [event.time for event in read_events(here / LEDGER_FILE)[0] if event.name == "report"]
+    begins = trials.begins()
+    assert begins is not None
+    for number, rate in enumerate(rates):
+        first, last = begins + number * seconds + seconds / 4, begins + (number + 1) * seconds
+        taken = sum(first <= at < last for at in reports) / (last - first)
+        of_it = [sample for sample in cpu if first <= sample[0] < last]
+        (at, spent), (until, most) = of_it[0], of_it[-1]
+        sent = "as fast as it goes" if math.isinf(rate) else f"{rate * count:.0f}"
+        cells = [sent, f"{taken:.0f}", f"{(most - spent) / (until - at):.2f}", f"{megabytes[0]:.0f}"]
+        yield f"| {' | '.join(cells)} |"
+        print(*cells, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -222,10 +264,10 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="small and rough: shows that it runs")
     parser.add_argument("--write", action="store_true", help="keep the page in benchmarks/results")
-    args, start = parser.parse_args(), TO_START
+    args, start, at_a_rate = parser.parse_args(), TO_START, AT_A_RATE
     if args.quick:
-        args.trials, args.plain, args.slots, args.concurrent, args.rates = 8, 8, 2, 4, [2.0]
-        args.short, args.turns, start = 6, 1, 1.0
+        args.trials, args.plain, args.slots, args.concurrent, args.rates = 8, 8, 2, 4, [2.0, math.inf]
+        args.short, args.turns, start, at_a_rate = 6, 1, 1.0, 4.0
     slots = min(args.slots, SHORT_SLOTS)
     lines = [f"# How large a sweep may get, {date.today()}", "", *machine(), ""]
     with tempfile.TemporaryDirectory() as scratch:
@@ -237,7 +279,7 @@ def main() -> None:
             table = shorter_than_a_start(folder, store, args.short, slots, start, args.turns)
             lines += ["## Trials shorter than their workers' start", "", *table, ""]
         if args.concurrent:
-            table = many_at_once(folder, store, args.concurrent, args.rates)
+            table = many_at_once(folder, store, args.concurrent, args.rates, at_a_rate)
             lines += ["## Many trials at once", "", *table, ""]
     lines += (__doc__ or "").splitlines()[2:]
     give(lines, f"scale-{cores()}-cores", args.write)

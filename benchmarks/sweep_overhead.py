@@ -48,6 +48,7 @@ from benchmarks.ratio import in_turns
 from tune_topkd.config import SweepConfig
 from tune_topkd.execution import Cluster
 from tune_topkd.execution import run_sweep
+from tune_topkd.execution.bridge import Interruption
 from tune_topkd.execution.simulated import simulate
 from tune_topkd.ledger import LEDGER_FILE
 from tune_topkd.ledger import Driver
@@ -147,17 +148,29 @@ def store_uri(folder: Path) -> str:
 
 def tracked(config: SweepConfig, train: formula.Train, folder: Path, cluster: Cluster) -> None:
     """Run this project's sweep in a folder with an empty MLflow, until that has all of it; no trial fails."""
+    search = driven(config, train, folder, cluster)
+    assert search.state.size() == config.sweep.trials
+    assert all(record.status.is_end and not record.error for record in search.state.trials.values())
+
+
+def driven(
+    config: SweepConfig,
+    train: formula.Train,
+    folder: Path,
+    cluster: Cluster,
+    interruption: Interruption | None = None,
+) -> Search:
+    """Run this project's sweep in a folder with an empty MLflow, until that has all of it."""
     settings = config.sweep
     header = Header(sweep="formula", id=folder.name, seed=settings.seed, trials=settings.trials)
     with Ledger.create(folder / LEDGER_FILE, header) as ledger:
         ledger.append(Driver.here(trials=settings.trials))
         tracker = MlflowTracker(ledger.path, store_uri(folder))
         search = Search(config, ledger, [tracker])
-        run_sweep(search, cluster=cluster, folder=folder, train=train)
+        run_sweep(search, cluster=cluster, folder=folder, train=train, interruption=interruption)
         tracker.close()
     assert tracker.is_caught_up, tracker.trouble
-    assert search.state.size() == settings.trials
-    assert all(record.status.is_end and not record.error for record in search.state.trials.values())
+    return search
 
 
 def plain_tuner(
