@@ -129,7 +129,7 @@ def test_without_several_k_among_finalists_it_is_the_noise_of_a_seed_that_decide
     plan = of_k(count=1, seeds=4)
     state = with_finalists(tmp_path / "a", plan, by_k(dict.fromkeys(range(1, 10), 70.0), noise=1.0))
     found = equal_k(state)
-    assert found.how == "trials within the noise of a seed"
+    assert found.how == "full trials within what another seed may change"
     assert len(found.values) >= 3
     state = with_finalists(tmp_path / "b", plan, by_k({k: 70.0 - 10 * abs(k - 5) for k in range(1, 10)}, noise=0.1))
     assert equal_k(state).values == [5]

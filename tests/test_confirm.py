@@ -556,8 +556,8 @@ def test_the_verdict_is_of_the_test_set_alone(confirmed):
     )
     assert f"{better} than KD, T = 4." in found.sentence
     assert found.sentence.endswith(
-        "The search trained 6 configs, as long as 6 in full; cross-entropy is the best of 1; the untuned method is the "
-        "best of 1; KD, T = 4 is the best of 1."
+        "The search trained 6 configs, in all for as many epochs as 6 full trainings have; cross-entropy is the best of 1; "
+        "the untuned method is the best of 1; KD, T = 4 is the best of 1."
     )
 
 

@@ -335,6 +335,12 @@ def test_an_answer_that_loses_comes_with_what_to_do():
     assert told.startswith("KD, T = 4 does as well without topkd: try more trials")
 
 
+def test_as_long_as_the_sweep_has_not_ended_nothing_is_advised_by_values_that_may_change():
+    state = answered(80.0, ce=70.0, kd=80.0)
+    state.apply(Event(state.last_seq + 1, 0.0, Stop(reason="interrupted")))
+    assert result.advice(formulas.sweep_config(), state) == ""
+
+
 def test_the_table_of_several_sweeps_tells_them_apart():
     config = formulas.sweep_config(description="a [small] student")
     console = Console(quiet=False)

@@ -90,6 +90,7 @@ def test_a_folder_a_network_and_a_checkpoint_become_a_space_that_runs(user, begu
     assert "3 classes, 120 training images of 32 × 32 pixels, 30 images in the test set" in told
     assert "36 of the training images choose the trials: a point of top-1 is 0.4 of them" in told
     assert "can be the luck of 36 images" in told
+    assert "write its data.mean and data.std into the file" in told
     assert "next: " in told
     config = load_config("space.yaml")
     assert (config.data.name, config.data.root) == ("image_folder", str(user / "photos"))
@@ -136,6 +137,7 @@ def test_without_a_checkpoint_the_teacher_is_trained_and_every_section_is_explai
     assert config["teacher"]["recipe"]["epochs"] == config["recipe"]["epochs"] == 100
     assert config["data"]["augment"] == {"crop_scale": [0.08, 1.0], "flip": True}, "as images of this size are"
     lines = found.text.splitlines()
+    assert not any("mean" in note for note in found.notes)
     for section in ("data:", "teacher:", "student:", "recipe:", "space:", "relative:", "sweep:", "baselines:"):
         (place,) = [n for n, line in enumerate(lines) if line.startswith(section)]
         assert lines[place - 1].startswith("# "), section
@@ -145,6 +147,7 @@ def test_a_small_set_has_steps_enough_before_a_training_counts_as_collapsed(user
     short = draft("photos", TEACHER, TEACHER, epochs=18)  # of 84 images, one batch
     assert "collapse_epochs" not in yaml.safe_load(short.text)["sweep"]
     assert any("a full training has 18 steps of 64 images" in note for note in short.notes)
+    assert any("--epochs 500 would have 500" in note for note in short.notes)
     long = draft("photos", TEACHER, TEACHER, epochs=600)
     assert yaml.safe_load(long.text)["sweep"]["collapse_epochs"] == 200
     assert not any("steps" in note for note in long.notes)

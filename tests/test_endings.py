@@ -312,6 +312,27 @@ def test_a_sweep_that_ended_at_a_plateau_says_so_in_its_status(tmp_path):
     assert TrialKey("search", 23) in result.state.trials
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"sampler": "tpe", "trials": 4},
+            "  all 4 are drawn at random: tpe proposes after the first 4 (sweep.startup_trials)",
+        ),
+        (
+            {"sampler": "gp", "trials": 16, "startup_trials": None},
+            "  all 16 are drawn at random: gp proposes after the first 16",
+        ),
+        ({"sampler": "tpe", "trials": 5}, None),
+        ({"sampler": "random", "trials": 4}, None),
+    ],
+)
+def test_a_search_of_random_proposals_alone_is_told(settings, told):
+    found = [line for line in cost.describe(config(**settings), with_time=False) if "at random" in line]
+    assert len(found) == (told is not None)
+    assert not found or found[0].startswith(told)
+
+
 def test_the_cost_of_a_sweep_names_what_may_end_it_earlier():
     lines = list(cost.describe(config(cpu_hours=2.0, plateau=1.5)))
     assert "the sweep stops after 2 CPU hours of training" in lines

@@ -24,6 +24,7 @@ from tune_topkd.config import config_from
 from tune_topkd.execution import SimulatedExecutor
 from tune_topkd.execution.simulated import VirtualClock
 from tune_topkd.execution.simulated import simulate
+from tune_topkd.findings import Importance
 from tune_topkd.findings import Row
 from tune_topkd.importance import MOST
 from tune_topkd.ledger import SEARCH
@@ -52,6 +53,7 @@ from tune_topkd.report.page.figure import ticks
 from tune_topkd.search import Search
 from tune_topkd.space import Space
 from tune_topkd.sweep import Sweep
+from tune_topkd.sweep import page as page_of_a_sweep
 from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import request
 from tune_topkd.sweep.documents import description
@@ -366,6 +368,16 @@ def test_k_that_hardly_mattered_is_said_with_its_share(tmp_path):
     assert not any(
         note.title == "K hardly mattered" for note in told(config, swept(tmp_path / "b", config, by_k_alone)).notes
     )
+
+
+def test_where_only_a_rung_tells_of_k_that_is_said():
+    early = Importance("fANOVA, at epoch 4", 12, 12, {"k": 0.07, "lr": 0.93})
+    (note,) = page_of_a_sweep._what_k_did(Row("t", "d", "t", "s", "topkd", "finished"), [early])
+    assert note.title == "K hardly mattered at epoch 4"
+    assert note.text.endswith("Too few trials have reached the end to say it of that.")
+    late = dataclasses.replace(early, measure="fANOVA, full budget")
+    (note,) = page_of_a_sweep._what_k_did(Row("t", "d", "t", "s", "topkd", "finished"), [early, late])
+    assert note.title == "K hardly mattered"
 
 
 def by_k_alone(trial, epoch):

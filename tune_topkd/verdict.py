@@ -328,6 +328,6 @@ def _effort(state: SweepState, baselines: Sequence[Measured]) -> str:
     """How many trainings each was chosen from: a baseline that was searched for less may be better than it looks."""
     search = state.arm(SEARCH)
     full = sum(record.epoch for record in search) / max(state.header.epochs or 1, 1)
-    own = f"the search trained {len(search)} configs, as long as {full:.0f} in full"
+    own = f"the search trained {len(search)} configs, in all for as many epochs as {full:.0f} full trainings have"
     each = [f"{base.name} is the best of {state.size(base.record.key.arm)}" for base in baselines]
     return capital("; ".join([own, *each])) + "."

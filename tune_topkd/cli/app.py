@@ -659,7 +659,7 @@ def _watch(sweep: str | None, workspace: Workspace, every: float) -> None:
 
     name = running(workspace) if sweep is None else sweep
     with listening() as interruption:
-        interruption.advice = f"; {name} goes on"
+        interruption.advice = f" this display; the sweep {name} goes on"
         try:
             watch(name, workspace, every, Console())
         except KeyboardInterrupt:

@@ -182,7 +182,8 @@ def tell_result(result: Result, workspace: Workspace, console: Console) -> None:
         traces = f"  traces are in {folder}/trials/*/error.txt, the libraries' output in {folder / LOG_FILE}"
         console.print(traces, soft_wrap=True)
     if result.mlflow_trouble:
-        text = f"note: MLflow has not got all of this sweep ({result.mlflow_trouble})"
+        remedy = f"`{command_for(workspace, 'track', name)}` writes what is missing"
+        text = f"note: MLflow has not got all of this sweep ({result.mlflow_trouble}); {remedy}"
         console.print(text, style="yellow", soft_wrap=True)
 
 

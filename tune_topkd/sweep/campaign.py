@@ -115,7 +115,7 @@ def equal_k(state: SweepState) -> EqualK | None:
     top = state.best()
     assert top is not None, "there is an answer"
     near = (r for r in state.ranked() if (top.value or 0.0) - (r.value or 0.0) <= 2 * math.sqrt(2) * noise)
-    return EqualK(sorted({own, *(int(r.params["k"]) for r in near)}), "trials within the noise of a seed")
+    return EqualK(sorted({own, *(int(r.params["k"]) for r in near)}), "full trials within what another seed may change")
 
 
 def _is_apart(best: Finalist, other: Finalist, together: int) -> bool:

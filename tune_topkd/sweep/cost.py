@@ -15,6 +15,7 @@ from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Share
 from tune_topkd.space import Space
+from tune_topkd.space import startup_trials_of
 from tune_topkd.sweep.preflight import usable_parameters
 from tune_topkd.sweep.remaining import baseline_total
 from tune_topkd.sweep.remaining import expected_epochs
@@ -93,6 +94,10 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
         yield f"  {axis.name}: {bounds}{' (log)' if given.log else ''}"
     trials, baselines, epochs = config.sweep.trials, baseline_total(config), config.recipe.epochs
     yield f"{trials} trials and {baselines} baseline runs of up to {epochs} epochs"
+    startup = config.sweep.startup_trials or startup_trials_of(len(config.space))
+    if config.sweep.sampler.name in ("tpe", "gp") and startup >= trials:
+        name = config.sweep.sampler.name
+        yield f"  all {trials} are drawn at random: {name} proposes after the first {startup} (sweep.startup_trials)"
     repeats = finalist_total(config, Finalists.configured(config.sweep.finalists), trials)
     if (finalists := config.sweep.finalists) is not None:
         bases = " and the best of each baseline" if baselines else ""

@@ -95,13 +95,19 @@ def draft(
         f"error of one accuracy is up to {error:.1f} points",
     )
     luck = (
-        f"differences below about {2 * error:.0f} points can be the luck of {held} images: `confirm` says what is sure"
+        f"differences below about {2 * error:.0f} points, twice that error, can be the luck of {held} images: `confirm` "
+        "says what is sure"
     )
     few = (
-        f"a full training has {full * steps:,} steps of {_BATCH_SIZE} images, in which a network learns little: a larger "
-        "--epochs, or a smaller recipe.batch_size, has more"
+        f"a full training has {full * steps:,} steps of {_BATCH_SIZE} images, in which a network learns little; "
+        f"--epochs {math.ceil(_FEW_STEPS / steps)} would have {_FEW_STEPS:,}, and most networks need some thousands"
+    )
+    constants = (
+        "a checkpoint needs images normalised as in its own training: write its data.mean and data.std into the file; "
+        "without them it sees them normalised by this training split"
     )
     notes = [luck] * (held < GOOD_VALIDATION) + [few] * (full * steps < _FEW_STEPS)
+    notes += [constants] * (checkpoint is not None)
     return Draft(_written(content), lines, (*notes, *checked.warnings))
 
 
@@ -163,7 +169,7 @@ def _content(
             "startup_trials": 14,
             "asha": {"grace_epochs": max(1, epochs // 9), "reduction_factor": 3},
             **({"collapse_epochs": collapse} if collapse < epochs else {}),
-            "finalists": {"count": 3, "seeds": 2},
+            "finalists": {"count": 3, "seeds": 3},
         },
         "baselines": {"methods": ["ce", "kd", *untuned], "trials": 6},
     }
@@ -177,10 +183,12 @@ _COMMENTS = {
     "student": "The network that learns: a name, torchvision:NAME, timm:NAME, or package.module:factory of yours.",
     "loss": "Of two classes one K is left.",
     "recipe": "How a full trial trains; the values that are searched below replace these.",
-    "space": "What is searched. K is how many of the teacher's largest logits are amplified. TopKD needs a short\n"
+    "space": "What is searched. K is how many of the teacher's largest logits are amplified: up to 20, and up to half\n"
+    "# of the classes, beyond which none may be left outside the Top-K groups; more is allowed. TopKD needs a short\n"
     "# gradient at high learning rates, plain KD does not: clip_grad is its longest norm.",
     "relative": "Only the ratios of the three weights are searched, by what each term does to the student.",
-    "sweep": "How many configs, when losers are stopped (rungs at grace_epochs and three times that), and the finalists.",
+    "sweep": "How many configs: the first startup_trials at random, the others by what those have shown. When losers are\n"
+    "# stopped: rungs at grace_epochs and three times that, or collapse_epochs at chance. The finalists train again.",
     "baselines": "What the answer is compared with, each over the same lr and clip_grad; `match: true` tunes KD too.",
 }
 """Above each section, what it is."""

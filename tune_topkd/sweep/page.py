@@ -280,7 +280,12 @@ def _what_k_did(row: Row, found: Sequence[Importance]) -> Iterator[Note]:
         range_ = f"{high:.0f} %" if round(low) == round(high) else f"{low:.0f}–{high:.0f} %"
         most = max(each.trials for _, each in shares)
         text = f"{range_} of the variation in top-1 goes with it, by {listed(by)} over up to {most} trials."
-        yield Note("K hardly mattered", text, is_warning=False)
+        early = next((i.measure.partition(", ")[2] for _, i in shares if "at epoch" in i.measure), "")
+        if any("at epoch" not in each.measure for _, each in shares):
+            yield Note("K hardly mattered", text, is_warning=False)
+        else:
+            few = " Too few trials have reached the end to say it of that."
+            yield Note(f"K hardly mattered {early}", text + few, is_warning=False)
     equal = row.equal_k
     others = [] if equal is None else [k for k in equal.values if k != row.params.get("k")]
     if equal is not None and others:

@@ -150,7 +150,7 @@ class Result:
         return rung_ranks(self.config, self.state)
 
     def advice(self) -> str:
-        """What to do where a baseline is as good as the answer; nothing where none is."""
+        """What to do where a baseline is as good as the answer; nothing where none is, or the sweep is not finished."""
         return advice(self.config, self.state)
 
 
@@ -223,7 +223,7 @@ def _baselines(config: SweepConfig) -> Sequence[str]:
 def advice(config: SweepConfig, state: SweepState) -> str:
     """What to do where a baseline is as good as the answer; nothing where none is."""
     winner = winner_of(state)
-    if winner is None:
+    if winner is None or state.stop_reason != "finished":  # before the end both may still change
         return ""
     fresh = {finalist.record.key: finalist for finalist in finalists(state)} if winner.finalist else {}
 
@@ -236,10 +236,8 @@ def advice(config: SweepConfig, state: SweepState) -> str:
     if best is None or best[0] < winner.value:
         return ""
     name = baseline_name(best[1])
-    more = (
-        "more trials (`resume --trials N`)" if state.stop_reason == "finished" else "the rest of the trials (`resume`)"
-    )
-    return f"{name} does as well without {config.method}: try {more}, a wider space or longer trials, or use it instead"
+    more = "more trials (`resume --trials N`), a wider space or longer trials"
+    return f"{name} does as well without {config.method}: try {more}, or use it instead"
 
 
 def answer(config: SweepConfig, state: SweepState) -> TunedConfig:

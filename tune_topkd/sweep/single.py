@@ -30,9 +30,9 @@ PARTIAL = ".partial"
 """Between name and ending while the training goes on, or where it was killed: `student-best.partial.pt`."""
 
 _SELECTED = {
-    "validation": "nothing: the last epoch, measured on the validation split",
-    "test_at_end": "nothing: the last epoch, measured on the TEST set, once",
-    "all_training": "nothing: the last epoch, measured on validation images that it has LEARNT from",
+    "validation": "nothing was selected: it is the last epoch, measured on the validation split",
+    "test_at_end": "nothing was selected: it is the last epoch, measured on the TEST set, once",
+    "all_training": "nothing was selected: it is the last epoch, measured on validation images that it has LEARNT from",
     "best_test_epoch": "the best epoch on the TEST set: only comparable with published rows selected so",
 }
 

@@ -151,7 +151,7 @@ def _k_section(found: Findings, trials: Rows, axis: Top1Axis, drawn: _Drawn) -> 
 def _search_sections(found: Findings, trials: Rows, axis: Top1Axis, drawn: _Drawn) -> list[dict[str, Any]]:
     none = "No trial has a value."
     has_values = search_figures.has_values(trials)
-    few = "It takes three completed trials for every two parameters, of different values."
+    few = "It takes three trials for every two parameters that have reached a rung, or the end, with different values."
     search = [
         drawn.figure(
             search_figures.history_figure(found, trials, axis) if has_values else None,
@@ -204,7 +204,9 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
     facts = [("dataset", row.dataset), ("teacher → student", pair), ("method", row.method)]
     facts.append(("trials of the search", f"{state.size():,} of {state.target:,}" + (f": {counts}" if counts else "")))
     if state.teacher_file is not None:
-        facts.append(("teacher's validation top-1", f"{state.teacher_file.val_top1:.2f} %"))
+        given = found.config.teacher is not None and found.config.teacher.checkpoint is not None
+        learnt = ", of images that it may have been trained on" if given else ""
+        facts.append(("teacher's validation top-1", f"{state.teacher_file.val_top1:.2f} %{learnt}"))
     facts.append(("epochs of a full trial", str(found.config.recipe.epochs)))
     return facts
 

@@ -135,7 +135,8 @@ def rungs_figure(found: Findings) -> Figure | None:
     told = "; ".join(f"epoch {r.epoch}: {r.arrived} arrived, {r.stopped} were stopped" for r in found.rungs)
     caption = (
         "The rank correlation says how well the order of the trials at a rung foresaw their order at the end; it is "
-        "taken over those that reached the end, which the rungs let pass, so among all trials it is higher."
+        "taken over the trials that reached the end. These are the better ones, whose order is harder to foresee; among "
+        "all trials it would be higher."
     )
     return Figure("rungs", "What the rungs did", caption, f"Trials by rung. {told}.", [bars], {"rung_bars": rows})
 

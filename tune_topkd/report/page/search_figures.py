@@ -120,8 +120,9 @@ def k_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure | None:
     best = max(values, key=lambda row: row["best"], default=None)
     told = f"The highest value is at K = {best['k']:g}, {best['best']:.2f} %." if best else "No trial was completed."
     caption = [
-        "Each point is a trial, moved a little to the side where several have the same K; the line joins the best of "
-        "each K, dashes are medians of three or more completed trials. The search gives more trials to the K it "
+        "Each point is a trial, moved a little to the side where several have the same K; a line joins the best "
+        "completed trials of each K, where there are several K, and short dashes are medians, where a K has three or more "
+        "completed trials. The search gives more trials to the K it "
         "likes, and the best of more trials is higher by luck.",
         "Diamonds are means over fresh seeds, the ringed one the answer's, with their 95 % intervals, cut at the axis' end."
         if fresh
