@@ -147,9 +147,10 @@ def test_a_small_set_has_steps_enough_before_a_training_counts_as_collapsed(user
     short = draft("photos", TEACHER, TEACHER, epochs=18)  # of 84 images, one batch
     assert "collapse_epochs" not in yaml.safe_load(short.text)["sweep"]
     assert any("a full training has 18 steps of 64 images" in note for note in short.notes)
-    assert any("--epochs 500 would have 500" in note for note in short.notes)
+    assert any("most need some thousands" in note for note in short.notes)
     long = draft("photos", TEACHER, TEACHER, epochs=600)
     assert yaml.safe_load(long.text)["sweep"]["collapse_epochs"] == 200
+    assert ["collapse_epochs is ended" in found.text for found in (short, long)] == [False, True]
     assert not any("steps" in note for note in long.notes)
 
 

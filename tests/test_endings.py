@@ -317,7 +317,7 @@ def test_a_sweep_that_ended_at_a_plateau_says_so_in_its_status(tmp_path):
     [
         (
             {"sampler": "tpe", "trials": 4},
-            "  all 4 are drawn at random: tpe proposes after the first 4 (sweep.startup_trials)",
+            "  all 4 are drawn at random: tpe proposes after the first 4 (sweep.startup_trials; ",
         ),
         (
             {"sampler": "gp", "trials": 16, "startup_trials": None},

@@ -416,7 +416,7 @@ def test_the_difference_is_taken_seed_by_seed(whole):
 def test_a_gain_is_of_the_same_fresh_seeds_and_says_when_it_tells_nothing(tmp_path, whole):
     ce, kd = gains(config(), state_of(whole), 1000)
     over = "+2.50 ± 0.50 points over cross-entropy (74.00 ± 1.00 %, lr 0.1) on the same 2 fresh seeds"
-    assert (ce.sentence, ce.counts) == (f"{over}: +25 of 1,000 validation images", True)
+    assert (ce.sentence, ce.counts) == (f"{over}: +25 of 1,000 validation images; a weak sign, of two seeds", True)
     assert "+2.00 ± 0.50 points over KD, T = 4" in kd.sentence
     assert kd.counts
     state = drive(

@@ -97,7 +97,8 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
     startup = config.sweep.startup_trials or startup_trials_of(len(config.space))
     if config.sweep.sampler.name in ("tpe", "gp") and startup >= trials:
         name = config.sweep.sampler.name
-        yield f"  all {trials} are drawn at random: {name} proposes after the first {startup} (sweep.startup_trials)"
+        advice = "sweep.startup_trials; a third of the trials is a good number"
+        yield f"  all {trials} are drawn at random: {name} proposes after the first {startup} ({advice})"
     repeats = finalist_total(config, Finalists.configured(config.sweep.finalists), trials)
     if (finalists := config.sweep.finalists) is not None:
         bases = " and the best of each baseline" if baselines else ""

@@ -99,8 +99,8 @@ def draft(
         "says what is sure"
     )
     few = (
-        f"a full training has {full * steps:,} steps of {_BATCH_SIZE} images, in which a network learns little; "
-        f"--epochs {math.ceil(_FEW_STEPS / steps)} would have {_FEW_STEPS:,}, and most networks need some thousands"
+        f"a full training has {full * steps:,} steps of {_BATCH_SIZE} images, in which a network learns little: "
+        "most need some thousands, by a larger --epochs or a smaller recipe.batch_size"
     )
     constants = (
         "a checkpoint needs images normalised as in its own training: write its data.mean and data.std into the file; "
@@ -183,15 +183,16 @@ _COMMENTS = {
     "student": "The network that learns: a name, torchvision:NAME, timm:NAME, or package.module:factory of yours.",
     "loss": "Of two classes one K is left.",
     "recipe": "How a full trial trains; the values that are searched below replace these.",
-    "space": "What is searched. K is how many of the teacher's largest logits are amplified: up to 20, and up to half\n"
-    "# of the classes, beyond which none may be left outside the Top-K groups; more is allowed. TopKD needs a short\n"
-    "# gradient at high learning rates, plain KD does not: clip_grad is its longest norm.",
+    "space": "What is searched. K is how many of the teacher's largest logits are amplified: here up to 20, and\n"
+    "# below half of the classes (up to 3 of few), since with more none may be left outside the Top-K groups.\n"
+    "# TopKD needs a short gradient at high learning rates, plain KD does not: clip_grad is its longest norm.",
     "relative": "Only the ratios of the three weights are searched, by what each term does to the student.",
     "sweep": "How many configs: the first startup_trials at random, the others by what those have shown. When losers are\n"
-    "# stopped: rungs at grace_epochs and three times that, or collapse_epochs at chance. The finalists train again.",
+    "# stopped: at rungs, after grace_epochs, three times that and so on. The finalists train again, on fresh seeds.",
     "baselines": "What the answer is compared with, each over the same lr and clip_grad; `match: true` tunes KD too.",
 }
 """Above each section, what it is."""
+_OF_COLLAPSE = "\n# A training that stays at chance for collapse_epochs is ended."
 
 
 def _written(content: dict[str, Any]) -> str:
@@ -201,7 +202,8 @@ def _written(content: dict[str, Any]) -> str:
         "# Every key with its value, defaults too: `tune-topkd check FILE --show`.",
     ]
     for key, section in content.items():
-        lines += ["", f"# {_COMMENTS[key]}"] if key in _COMMENTS else ([""] if key == "description" else [])
+        more = _OF_COLLAPSE if "collapse_epochs" in section else ""
+        lines += ["", f"# {_COMMENTS[key]}{more}"] if key in _COMMENTS else ([""] if key == "description" else [])
         lines += _section(key, section)
     return "\n".join(lines) + "\n"
 

@@ -211,7 +211,8 @@ def _fresh_gain(finalist: Finalist, base: Finalist, name: str, rate: str, images
     error = "" if apart.error is None else f" ± {apart.error:.2f}"
     seeds = "one fresh seed" if apart.seeds == 1 else f"the same {apart.seeds} fresh seeds"
     over = f"{apart.mean:+.2f}{error} points {_over(apart.mean)} {name} ({base.figure}{rate}) on {seeds}"
-    told = "" if apart.is_told_apart else "; not told apart"
+    weak = "; a weak sign, of two seeds" if apart.seeds == 2 else ""
+    told = weak if apart.is_told_apart else "; not told apart"
     sentence = f"{over}: {worth:+d} of {images:,} validation images{told}"
     return Gain(sentence, apart.is_told_apart and abs(worth) > 1)
 

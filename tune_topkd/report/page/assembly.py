@@ -143,7 +143,7 @@ def _k_section(found: Findings, trials: Rows, axis: Top1Axis, drawn: _Drawn) -> 
     if weights is not None:
         figures.append(drawn.figure(weights))
     elif is_searched:
-        why = "It takes three completed trials, and a weight of the loss that is searched beside K."
+        why = "It takes three completed trials where K and weights of the loss are searched."
         figures.append(drawn.figure(None, ("weights", "K and the weights of the loss", why)))
     return {"id": "about-k", "title": "K", "parts": figures}
 

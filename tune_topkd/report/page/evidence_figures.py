@@ -83,8 +83,8 @@ def finalists_figure(found: Findings) -> Figure | None:
     named_ = {_finalist_name(finalist): finalist for finalist in each if finalist.values}
     caption = (
         "Points are trainings on seeds that took no part in the search, all on the same ones; the tick is the mean, "
-        "the bar its 95 % interval, the cross the search's own value, of the one seed that chose it: what that has above "
-        "the mean is luck."
+        "the bar its 95 % interval, cut at the axis' end, the cross the search's own value, of the one seed that chose it: "
+        "what that has above the mean is luck."
     )
     if former:
         caption += " Trials of an earlier choice, which are no finalists now, are shown with the seeds that they had."

@@ -72,7 +72,10 @@ def parameter_table(found: Findings) -> Table | None:
     columns = [Column("parameter"), Column("answer", True), Column("searched"), Column("default", True)]
     columns.append(Column(f"importance{f' ({found.importances[0].measure})' if shares else ''}", True))
     others = ", ".join(f"{n} = {text_of(v)}" for n, v in params.items() if n not in found.config.space)
-    return Table("The answer's parameters", columns, lines, notes=[f"Not searched: {others}."] if others else [])
+    notes = [f"Not searched: {others}."] if others else []
+    if (relative := found.config.relative) is not None:
+        notes.append(f"Of {listed(relative.of)} the ratios were searched: a value itself may lie outside its range.")
+    return Table("The answer's parameters", columns, lines, notes=notes)
 
 
 def finalists_table(found: Findings) -> Table | None:
@@ -104,7 +107,7 @@ def finalists_table(found: Findings) -> Table | None:
         )
     columns = [Column("trial"), Column("of"), Column("K", True), Column("mean", True), Column("95 % interval", True)]
     columns += [Column("found by", True), Column("luck", True), *(Column(f"seed {seed}", True) for seed in seeds)]
-    notes = ["Validation top-1 in percent; luck is what the value that a trial was found by has above its mean."]
+    notes = ["Validation top-1 in percent; luck is what a trial's own value in the search has above its mean."]
     if former:
         which = listed([str(finalist.record.key) for finalist in former])
         notes.append(f"Of an earlier choice, and not among the finalists now: {which}.")
