@@ -330,9 +330,13 @@ def _own_signal_handler() -> Iterator[None]:
         return
     before = ray_utils.set_sigterm_handler
     ray_utils.set_sigterm_handler = lambda handler: None
-    with contextlib.suppress(AttributeError):  # it is put once in a process: now, and not while Ray's core starts
-        getattr(ctypes.CDLL(_raylet.__file__), _CORES_HANDLER)(None, False)
-    signal.signal(signal.SIGTERM, handler)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # one that comes between the next two waits
+    try:
+        with contextlib.suppress(AttributeError):  # it is put once in a process: now, and not while Ray's core starts
+            getattr(ctypes.CDLL(_raylet.__file__), _CORES_HANDLER)(None, False)
+        signal.signal(signal.SIGTERM, handler)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     try:
         yield
     finally:
