@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import count
 from pathlib import Path
@@ -254,8 +256,9 @@ class Autoscaling:
 
 
 @pytest.fixture
-def autoscaling(tmp_path_factory, monkeypatch):
-    found = Autoscaling(tmp_path_factory.mktemp("a"))
+def autoscaling(monkeypatch):
+    folder = Path(tempfile.mkdtemp(prefix="grow-"))  # a short path, for the sockets in it
+    found = Autoscaling(folder)
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in found.credentials.items():
@@ -266,6 +269,7 @@ def autoscaling(tmp_path_factory, monkeypatch):
         yield found
     finally:
         found.stop()
+        shutil.rmtree(folder, ignore_errors=True)
         monkeypatch.undo()
         cluster._read_credentials()
 
@@ -290,9 +294,13 @@ def test_a_sweep_begins_without_a_node_gets_those_it_asks_for_and_they_go_when_i
         assert workers() == 0
         options = {"env": autoscaling.environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, **options) as driver:
-            while driver.poll() is None:
-                seen.append(workers())
-                time.sleep(0.5)
+            try:
+                until = time.monotonic() + 400
+                while driver.poll() is None and time.monotonic() < until:
+                    seen.append(workers())
+                    time.sleep(0.5)
+            finally:
+                driver.kill()
             told = driver.stdout.read()
         assert driver.returncode == 0, told
         deadline = time.monotonic() + 120
