@@ -1,6 +1,7 @@
 """The most memory that processes take while something runs."""
 
 import threading
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,19 +17,31 @@ def peak_megabytes(process: psutil.Process | None, seconds: float = 1.0) -> Iter
     Yields:
         A list whose one item is, at the end, the most that all of them took at once, in MB.
     """
-    done, peak = threading.Event(), [0.0]
+    peak = [0.0]
+
+    def look() -> None:
+        watched = [process] if process else psutil.Process().children(recursive=True)
+        peak[0] = max(peak[0], sum(map(_megabytes, watched)))
+
+    with every(seconds, look):
+        yield peak
+
+
+@contextmanager
+def every(seconds: float, look: Callable[[], None]) -> Iterator[None]:
+    """Call a function every so many seconds, on a thread of its own, as long as this lasts."""
+    is_over = threading.Event()
 
     def watch() -> None:
-        while not done.wait(seconds):
-            watched = [process] if process else psutil.Process().children(recursive=True)
-            peak[0] = max(peak[0], sum(map(_megabytes, watched)))
+        while not is_over.wait(seconds):
+            look()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield peak
+        yield
     finally:
-        done.set()
+        is_over.set()
         watcher.join()
 
 

@@ -24,7 +24,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ from ray import tune
 from benchmarks import formula
 from benchmarks.__main__ import cores
 from benchmarks.__main__ import machine
+from benchmarks.memory import every
 from benchmarks.memory import peak_megabytes
 from benchmarks.pages import give
 from benchmarks.slow_to_start import VARIABLE
@@ -202,19 +202,9 @@ class _Ends:
 @contextmanager
 def sampled(seconds: float) -> Iterator[list[tuple[float, float]]]:
     """The time, and the CPU seconds that this process has taken until then, every so many seconds."""
-    found, is_over = [(time.time(), time.process_time())], threading.Event()
-
-    def sample() -> None:
-        while not is_over.wait(seconds):
-            found.append((time.time(), time.process_time()))
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
+    found = [(time.time(), time.process_time())]
+    with every(seconds, lambda: found.append((time.time(), time.process_time()))):
         yield found
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def many_at_once(folder: Path, store: Path, count: int, rates: Sequence[float], seconds: float) -> Iterator[str]:

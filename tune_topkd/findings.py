@@ -36,6 +36,10 @@ def range_text(parameter: ParameterRange) -> str:
     return f"{low} to {high}" + (", logarithmic" if parameter.log else "")
 
 
+INTERVALS = "in brackets are 95 % intervals over seeds; those of gains hold for all baselines of a sweep at once"
+"""What must be known to read a `Figure`."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A mean, and where it may lie; in percent, or in points of a difference."""

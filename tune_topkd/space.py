@@ -64,6 +64,11 @@ def startup_trials_of(axes: int) -> int:
     return max(10, 2 * axes)
 
 
+def random_proposals(config: SweepConfig) -> int:
+    """Random proposals of a sweep before its sampler's model takes over: what it says, or what its axes need."""
+    return config.sweep.startup_trials or startup_trials_of(len(config.space))
+
+
 class Space:
     """The ranges of a `SweepConfig`, with their order, their conditional bounds and their relative weights."""
 

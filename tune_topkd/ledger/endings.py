@@ -17,7 +17,7 @@ from tune_topkd.ledger.events import Share
 from tune_topkd.ledger.events import TrialStatus
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.ledger.state import TrialRecord
-from tune_topkd.space import startup_trials_of
+from tune_topkd.space import random_proposals
 
 EPOCH_SECONDS = "epoch_seconds"
 """The metric that says how long an epoch took in its worker, in seconds."""
@@ -108,7 +108,7 @@ def due_plateau(config: SweepConfig, state: SweepState) -> Plateau | None:
     ended = [r for r in state.ended if r.key.arm == SEARCH and r.status is not TrialStatus.FAILED]
     since = sum(r.key.arm == SEARCH and r.status is not TrialStatus.FAILED for r in state.ended[state.plateau_after :])
     first = len(ended) - rule.newest
-    startup = config.sweep.startup_trials or startup_trials_of(len(config.space))
+    startup = random_proposals(config)
     if first < startup or since < rule.newest:
         return None
     values = [r.value if r.status is TrialStatus.COMPLETED else None for r in ended]

@@ -13,6 +13,7 @@ from typing import Any
 
 from tune_topkd.config import Scalar
 from tune_topkd.config import SweepConfig
+from tune_topkd.findings import INTERVALS
 from tune_topkd.findings import EqualK
 from tune_topkd.findings import Figure
 from tune_topkd.findings import Row
@@ -186,9 +187,6 @@ def ranges(values: Sequence[int]) -> str:
         else:
             groups.append([value])
     return ", ".join(str(g[0]) if len(g) == 1 else f"{g[0]}–{g[-1]}" for g in groups)
-
-
-INTERVALS = "in brackets are 95 % intervals over seeds; those of gains hold for all baselines of a sweep at once"
 
 
 def notes(rows: Sequence[Row]) -> list[str]:

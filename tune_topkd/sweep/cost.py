@@ -15,7 +15,7 @@ from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import Finalists
 from tune_topkd.ledger import Share
 from tune_topkd.space import Space
-from tune_topkd.space import startup_trials_of
+from tune_topkd.space import random_proposals
 from tune_topkd.sweep.preflight import usable_parameters
 from tune_topkd.sweep.remaining import baseline_total
 from tune_topkd.sweep.remaining import expected_epochs
@@ -94,7 +94,7 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
         yield f"  {axis.name}: {bounds}{' (log)' if given.log else ''}"
     trials, baselines, epochs = config.sweep.trials, baseline_total(config), config.recipe.epochs
     yield f"{trials} trials and {baselines} baseline runs of up to {epochs} epochs"
-    startup = config.sweep.startup_trials or startup_trials_of(len(config.space))
+    startup = random_proposals(config)
     if config.sweep.sampler.name in ("tpe", "gp") and startup >= trials:
         name = config.sweep.sampler.name
         advice = "sweep.startup_trials; a third of the trials is a good number"

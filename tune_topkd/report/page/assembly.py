@@ -17,6 +17,7 @@ import vl_convert
 
 from tune_topkd import __version__
 from tune_topkd.findings import CONFIRMING
+from tune_topkd.findings import INTERVALS
 from tune_topkd.findings import NONE
 from tune_topkd.findings import Findings
 from tune_topkd.findings import ForAll
@@ -36,6 +37,7 @@ from tune_topkd.report.page.figure import Figure
 from tune_topkd.report.page.figure import columns
 from tune_topkd.report.page.look import PALETTES
 from tune_topkd.report.page.look import settings
+from tune_topkd.verdict import capital
 
 MOST_POINTS_OF_A_SWEEP, MOST_POINTS = 400, 6000
 """Trials that a campaign's page draws of a sweep, and of all."""
@@ -353,7 +355,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _campaign_notes(rows: Sequence[Row]) -> list[str]:
-    notes = ["In brackets are 95 % intervals over seeds; those of gains hold for all baselines of a sweep at once."]
+    notes = [f"{capital(INTERVALS)}."]
     how: dict[str, list[str]] = {}
     for row in rows:
         if row.equal_k is not None:
