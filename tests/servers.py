@@ -15,6 +15,9 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pytest
+
+from tune_topkd.execution import cluster
 
 PASSWORD = "hunter2-of-the-tracker"
 PATIENCE = 120
@@ -275,6 +278,68 @@ class S3Server:
         request = urllib.request.Request(f"{self.url}/{name}", method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
         return name
+
+
+class RayHead:
+    """A Ray head with a token, on a loopback port, which processes of its `environment` find their way into."""
+
+    def __init__(self, folder, *options, **environment):
+        """Nothing is started. `options` are those of `ray start`; `environment` is put beside this process's own."""
+        tests = Path(__file__).parent
+        self.folder, self.address, self._options = folder, f"127.0.0.1:{free_port()}", options
+        self.environment = os.environ | {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+            self.environment.pop(name, None)
+        token = folder / "token"
+        token.write_text("a-token-of-at-least-thirty-two-characters")
+        self.credentials = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        self.environment |= self.credentials | environment
+
+    @contextlib.contextmanager
+    def running(self):
+        """Start it, and have this process show its token; in the end it is gone, and so is its folder."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.credentials.items():
+                patch.setenv(name, value)
+            for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+                patch.delenv(name, raising=False)
+            cluster._read_credentials()
+            try:
+                self.start()
+                yield self
+            finally:
+                self.stop()
+                shutil.rmtree(self.folder, ignore_errors=True)
+        cluster._read_credentials()
+
+    def start(self):
+        """Start the head; on a loaded machine it may give up by itself before its processes are there."""
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.address[10:]}"]
+        command += ["--num-gpus=0", "--include-dashboard=false", f"--temp-dir={self.folder / 'r'}", *self._options]
+        command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block"]
+        log = self.folder / "head.log"
+        for _ in range(5):
+            with log.open("w") as output:
+                options = {"env": self.environment, "stdout": output, "stderr": output, "start_new_session": True}
+                self.head = subprocess.Popen(command, **options)
+            while self.head.poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return cluster.check_address(self.address)
+                time.sleep(0.5)
+        raise AssertionError(log.read_text())
+
+    def stop(self, *others):
+        """Kill it with all that it has started, and other processes too."""
+        family = [self.head, *psutil.Process(self.head.pid).children(recursive=True)]
+        for process in (*others, *family):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        for process in (*others, self.head):
+            process.wait()
 
 
 def _other_user():

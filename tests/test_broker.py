@@ -1,8 +1,5 @@
 """Several sweeps on one real cluster of eight CPUs: their shares, a third one, a killed driver, a killed broker."""
 
-import contextlib
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import ray
-from servers import free_port
+from servers import RayHead
 
 from tune_topkd.config import load_config
 from tune_topkd.execution import Cluster
 from tune_topkd.execution import broker
-from tune_topkd.execution import cluster
 from tune_topkd.ledger import read_events
 from tune_topkd.search import audit_decisions
 
@@ -41,54 +37,15 @@ pytestmark = [
 ]
 
 
-class There:
+class There(RayHead):
     """The cluster, and the sweeps on it: each a process with a ledger."""
 
     def __init__(self, folder):
-        self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
-        self.environment = os.environ | {
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-            "OMP_NUM_THREADS": "1",
-        }
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-            self.environment.pop(name, None)
-        token = folder / "token"
-        token.write_text("a-token-of-at-least-thirty-two-characters")
-        self.credentials = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self.environment |= self.credentials
+        super().__init__(folder, f"--num-cpus={SLOTS}")
         self.drivers = {}
 
-    def start(self):
-        """Start the head; on a loaded machine it may give up by itself before its processes are there."""
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.address[10:]}"]
-        command += [
-            f"--num-cpus={SLOTS}",
-            "--num-gpus=0",
-            "--include-dashboard=false",
-            f"--temp-dir={self.folder / 'r'}",
-        ]
-        command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block"]
-        log = self.folder / "head.log"
-        for _ in range(5):
-            with log.open("w") as output:
-                options = {"env": self.environment, "stdout": output, "stderr": output, "start_new_session": True}
-                self.head = subprocess.Popen(command, **options)
-            while self.head.poll() is None:
-                if "Ray runtime started" in log.read_text():
-                    return cluster.check_address(self.address)
-                time.sleep(0.5)
-        raise AssertionError(log.read_text())
-
     def stop(self):
-        import psutil
-
-        family = [self.head, *psutil.Process(self.head.pid).children(recursive=True)]
-        for process in (*self.drivers.values(), *family):
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process.kill()
-        for process in (*self.drivers.values(), self.head):
-            process.wait()
+        super().stop(*self.drivers.values())
 
     def begin(self, name, priority=1.0, *words):
         command = [sys.executable, str(TESTS / "sharing_sweep.py"), str(self.folder / name)]
@@ -150,21 +107,8 @@ class There:
 
 @pytest.fixture(scope="module")
 def there():
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path may not be long
-    there = There(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in there.credentials.items():
-            patch.setenv(name, value)
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-            patch.delenv(name, raising=False)
-        cluster._read_credentials()
-        try:
-            there.start()
-            yield there
-        finally:
-            there.stop()
-            shutil.rmtree(folder, ignore_errors=True)
-    cluster._read_credentials()
+    with There(Path(tempfile.mkdtemp(dir="/tmp"))).running() as there:  # a socket's path may not be long
+        yield there
 
 
 @pytest.mark.long

@@ -1,8 +1,6 @@
 """A sweep that asks a cluster's autoscaler for nodes: what it asks for and when, and on Ray's own autoscaler."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,13 +12,11 @@ from types import SimpleNamespace
 import formulas
 import pytest
 import ray
-from servers import free_port
+from servers import RayHead
 
 from tune_topkd.execution import bridge
-from tune_topkd.execution import cluster
 from tune_topkd.execution import growth
 from tune_topkd.execution.cluster import Cluster
-from tune_topkd.execution.cluster import check_address
 from tune_topkd.execution.growth import Growth
 from tune_topkd.ledger import Share
 from tune_topkd.ledger import read_events
@@ -192,24 +188,13 @@ def test_without_limits_a_sweep_could_have_all_trials_that_it_can_start():
 # --- Ray's own autoscaler -------------------------------------------------------------------------------------------
 
 
-class Autoscaling:
+class Autoscaling(RayHead):
     """A head without CPUs, whose autoscaler adds nodes of two CPUs, on this machine, and takes away those that idle."""
 
     def __init__(self, folder):
-        self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
-        self.environment = os.environ | {
-            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_FAKE_CLUSTER": "1",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-            "OMP_NUM_THREADS": "1",
-        }
-        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-            self.environment.pop(name, None)
-        token = folder / "token"
-        token.write_text("a-token-of-at-least-thirty-two-characters")
-        self.credentials = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        self.environment |= self.credentials
+        path = folder / "autoscaler.json"
+        options = ["--num-cpus=0", f"--autoscaling-config={path}"]
+        super().__init__(folder, *options, AUTOSCALER_UPDATE_INTERVAL_S="1", RAY_FAKE_CLUSTER="1")
         kinds = {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "two": {"resources": {"CPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 8},
@@ -229,49 +214,13 @@ class Autoscaling:
         config |= {"file_mounts": {}, "cluster_synced_files": [], "file_mounts_sync_continuously": False}
         kinds = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
         config |= {f"{kind}_commands": [] for kind in kinds}
-        (folder / "autoscaler.json").write_text(json.dumps(config))
-
-    def start(self):
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--head", f"--port={self.address[10:]}"]
-        command += ["--num-cpus=0", "--num-gpus=0", "--include-dashboard=false"]
-        command += [f"--autoscaling-config={self.folder / 'autoscaler.json'}", f"--temp-dir={self.folder / 'r'}"]
-        command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats", "--block"]
-        log = self.folder / "head.log"
-        with log.open("w") as output:
-            options = {"env": self.environment, "stdout": output, "stderr": output, "start_new_session": True}
-            self.head = subprocess.Popen(command, **options)
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in log.read_text():
-            assert self.head.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        check_address(self.address)
-
-    def stop(self):
-        import psutil
-
-        for process in [*psutil.Process(self.head.pid).children(recursive=True), self.head]:
-            process.kill()
-        self.head.wait()
+        path.write_text(json.dumps(config))
 
 
 @pytest.fixture
-def autoscaling(monkeypatch):
-    folder = Path(tempfile.mkdtemp(prefix="grow-"))  # a short path, for the sockets in it
-    found = Autoscaling(folder)
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in found.credentials.items():
-        monkeypatch.setenv(name, value)
-    cluster._read_credentials()
-    try:
-        found.start()
+def autoscaling():
+    with Autoscaling(Path(tempfile.mkdtemp(prefix="grow-"))).running() as found:  # a short path, for the sockets in it
         yield found
-    finally:
-        found.stop()
-        shutil.rmtree(folder, ignore_errors=True)
-        monkeypatch.undo()
-        cluster._read_credentials()
 
 
 def workers():
