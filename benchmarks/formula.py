@@ -66,11 +66,19 @@ class Together:
 
     def __init__(self, folder: Path, count: int, rates: Sequence[float], seconds: float) -> None:
         self.folder, self.count, self.rates, self.seconds = folder, count, rates, seconds
+        self._begins: float | None = None
+        self._looked = 0.0
 
     def begins(self) -> float | None:
-        """When the first report is due, in seconds since 1970; None as long as some are not there."""
-        there = [entry.stat().st_mtime for entry in os.scandir(self.folder)]
-        return max(there) + 2.0 if len(there) >= self.count else None
+        """When the first report is due, in seconds since 1970; None as long as some are not there.
+
+        It is asked for at every report, so it looks at the folder every half second only.
+        """
+        if self._begins is None and time.monotonic() > self._looked + 0.5:
+            there = [entry.stat().st_mtime for entry in os.scandir(self.folder)]
+            self._begins = max(there) + 2.0 if len(there) >= self.count else None
+            self._looked = time.monotonic()
+        return self._begins
 
     def __call__(self, config: TrialConfig, report: Report, resume_from: Any) -> None:
         """Report so often a second, for so many seconds at each rate; an infinite rate waits for nothing but the answer."""
