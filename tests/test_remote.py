@@ -1,5 +1,6 @@
 """Sweeps whose runs lie in a store: what survives, who drives, whose checkpoints count."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,7 +20,9 @@ import test_faults
 import test_stores
 import test_sweep
 import torture
+from typer.testing import CliRunner
 
+from tune_topkd.cli.app import app
 from tune_topkd.config import TrialConfig
 from tune_topkd.execution import RemoteSweep
 from tune_topkd.execution import ResourceError
@@ -43,6 +46,7 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.search import audit_decisions
 from tune_topkd.storage import FolderStore
+from tune_topkd.storage import S3Store
 from tune_topkd.storage import StoreError
 from tune_topkd.storage import copy_of
 from tune_topkd.storage import file_hash
@@ -50,6 +54,8 @@ from tune_topkd.storage import open_store
 from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
+from tune_topkd.sweep.remote import Remote
+from tune_topkd.teacher import TeacherLogits
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:botocore.*"),
@@ -440,6 +446,132 @@ def test_the_newest_checkpoint_is_brought_for_who_reads_it(uri, config, tmp_path
     bring_checkpoints(folder, ["0001"])
     assert read_report(folder / "trials" / "0001" / "epoch-0004")[0] == 4
     bring_checkpoints(tmp_path, ["0001"])  # a folder that is no copy: nothing is to be brought
+
+
+# --- the bank of a teacher's logits ------------------------------------------------------------------------------------
+
+
+class Seen(SimulatedExecutor):
+    """Keeps what workers are told."""
+
+    work = None
+
+    def run(self, search, work):
+        self.work = work
+        return super().run(search, work)
+
+
+def fill(space, uri):
+    done = CliRunner().invoke(app, ["teacher", str(space), "--runs-dir", uri, "--fill-bank"])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.fixture
+def filled(uri, tmp_path):
+    """A space with a teacher whose bank was filled ahead, in the store: the space and the bank's file here."""
+    space = SPACE | {
+        "method": "topkd",
+        "teacher": {"name": "digits_linear", "recipe": {"epochs": 1}},
+        "space": {"k": {"low": 1, "high": 4}},
+    }
+    (tmp_path / "space.yaml").write_text(json.dumps(space))
+    fill(tmp_path / "space.yaml", uri)
+    (bank,) = copy_of(uri).glob("teachers/*/bank-*.f16")
+    return space, bank
+
+
+def told_to_workers(uri, space):
+    executor = Seen(value)
+    Sweep.create(space, name="s", runs_dir=uri, mlflow_uri="", address="local").run(executor=executor)
+    return executor.work.remote
+
+
+def on_a_node(remote, bank):
+    """Where a trial on another machine than the driver's has its bank."""
+    config = {"teacher_checkpoint": None, "dataset_file": None, "student": {}, "teacher_bank": str(bank.parent)}
+    return Path(dataclasses.replace(remote, token="another machine's").located(config)["teacher_bank"]) / bank.name
+
+
+def test_a_bank_that_was_filled_ahead_is_fetched_once_by_each_node(uri, filled, elsewhere, monkeypatch):
+    space, bank = filled
+    content = bank.read_bytes()
+    elsewhere()
+    assert not copy_of(uri).exists()
+    remote = told_to_workers(uri, space)
+    assert list(remote.banks.values()) == [len(content)]
+    driven = copy_of(uri) / "teachers" / bank.parent.name / bank.name
+    elsewhere()
+    fetched = on_a_node(remote, driven)
+    assert fetched.is_relative_to(copy_of(uri))
+    assert fetched.read_bytes() == content
+    monkeypatch.setattr(FolderStore, "get_file", None)
+    monkeypatch.setattr(S3Store, "get_file", None)
+    assert on_a_node(remote, driven) == fetched, "it is fetched once"
+
+
+def test_the_drivers_machine_fetches_a_bank_too(uri, filled, elsewhere):
+    space, bank = filled
+    elsewhere()
+    remote = told_to_workers(uri, space)
+    folder = copy_of(uri) / "teachers" / bank.parent.name
+    assert list(folder.glob("bank-*")) == [], "only who trains needs it"
+    config = {"teacher_checkpoint": None, "dataset_file": None, "student": {}, "teacher_bank": str(folder)}
+    assert remote.located(config) == config
+    assert (folder / bank.name).read_bytes() == bank.read_bytes()
+
+
+def test_a_node_without_room_for_a_bank_or_a_store_trains_without_it(uri, filled, elsewhere, monkeypatch, caplog):
+    space, bank = filled
+    remote = told_to_workers(uri, space)
+    elsewhere()
+    usage = shutil.disk_usage("/")._replace(free=2 * bank.stat().st_size - 1)
+    with monkeypatch.context() as small:
+        small.setattr(shutil, "disk_usage", lambda path: usage)
+        assert not on_a_node(remote, bank).exists()
+    assert "it would take more than half of the free disk" in caplog.text
+    (stored,) = Workspace.at(uri, "", "local").remote.banks()
+    open_store(uri).delete(stored.name)
+    assert not on_a_node(remote, bank).exists()
+    assert "is not fetched, the teacher runs again" in caplog.text
+    assert stored.name in caplog.text
+
+
+def test_a_bank_of_another_augmentation_is_not_the_sweeps(uri, filled):
+    space, _ = filled
+    assert told_to_workers(uri, space | {"data": {"name": "digits", "augment": {"pad": 1}}}).banks == {}
+
+
+def test_who_fills_a_bank_elsewhere_goes_on_with_what_the_store_has(uri, filled, tmp_path, elsewhere, monkeypatch):
+    _, bank = filled
+    elsewhere()
+
+    def refuse(self, images):
+        raise AssertionError("the teacher ran on what the store has")
+
+    monkeypatch.setattr(TeacherLogits, "compute", refuse)
+    fill(tmp_path / "space.yaml", uri)
+    brought = copy_of(uri) / "teachers" / bank.parent.name / bank.name
+    assert brought.read_bytes() == bank.read_bytes()
+    assert not Remote.at(uri).put_bank(brought), "the store has it"
+
+
+def test_prune_removes_banks_from_the_store_that_no_sweep_names(uri, filled):
+    space, bank = filled
+    remote = Workspace.at(uri, "", "local").remote
+    told_to_workers(uri, space)
+    assert CliRunner().invoke(app, ["teacher", "--prune", "--runs-dir", uri]).exit_code == 0
+    (stored,) = remote.banks()
+    other = bank.with_name("bank-0123.f16")
+    other.write_bytes(b"rows")
+    other.with_suffix(".json").write_text(json.dumps({"teacher": "another"}))
+    remote.put_bank(other)
+    assert len(list(remote.banks())) == 2
+    assert CliRunner().invoke(app, ["teacher", "--prune", "--runs-dir", uri]).exit_code == 0
+    assert list(remote.banks()) == [stored]
+    assert [name for name in open_store(uri).list("teachers/") if "/bank-" in name] == [
+        stored.name,
+        stored.name.replace(".f16", ".json"),
+    ]
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------

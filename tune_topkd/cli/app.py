@@ -888,7 +888,7 @@ def teacher(
     ready = prepare.ready_teacher(config, workspace, watchers, measure=measure)
     files = prepare.teacher_files(ready, config, workspace, watchers, seed)
     if fill_bank:
-        prepare.fill_bank(config, files, seed, watchers)
+        prepare.fill_bank(config, files, seed, workspace, watchers)
     terminal.result(f"{files.teacher_checkpoint}\n")
 
 

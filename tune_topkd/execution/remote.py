@@ -3,6 +3,7 @@
     <sweep>/trials/0007/0002-0001/start.json          from which checkpoint the attempt went on
                                   epoch-0003/…        what `save` wrote, then report.json, which makes it count
     files/<sha256>                                    a file that trials share: the teacher's weights, the dataset
+    teachers/<key>/bank-<hash>.f16                    the bank of a teacher's logits, if one was filled ahead
 
 An *attempt* is one worker's turn at a trial, named by the number of the driver and of its turn, so no two have one name.
 A worker goes on from the newest whole checkpoint of the attempt before its own, or from where that one began if it has none.
@@ -12,6 +13,7 @@ So what a worker still writes after the next has begun is never used.
 import contextlib
 import functools
 import json
+import logging
 import re
 import shutil
 import socket
@@ -43,12 +45,19 @@ from tune_topkd.storage import open_store
 from tune_topkd.storage import publish
 from tune_topkd.storage import write_text
 
+LARGEST_SHARE_OF_FREE_DISK = 0.5
+"""Fraction of a node's free disk: a bank that would take more is not fetched."""
+
 STORE_FILE = ".store.json"
 """In a copy of runs: of which store it is one."""
 
 _START = "start.json"
 _DRIVER_FILE = ".driver"
+_FETCHING = ".fetching"  # whose lock is held while a bank is fetched
 _OBJECT = re.compile(r"(?P<attempt>[0-9]{4,}-[0-9]{4,})/(?:start\.json|epoch-(?P<epoch>[0-9]+)/(?P<file>[^/]+))")
+
+
+_log = logging.getLogger(__name__)
 
 
 class OutdatedAttemptError(RuntimeError):
@@ -71,6 +80,8 @@ class RemoteSweep:
     """What the driver has written into its copy, so that a worker knows whether it sees the driver's disk."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Files that trials share, by their path on the driver's machine: the SHA-256 that names them in the store."""
+    banks: Mapping[str, int] = field(default_factory=dict)
+    """Banks of teachers' logits that the store has for these trainings: their size in bytes by the object's name."""
 
     @classmethod
     def driven(cls, uri: str, sweep: str, first_segment: str, folder: Path, token: str) -> Self:
@@ -124,16 +135,40 @@ class RemoteSweep:
             StoreError: they cannot be fetched.
             OSError: the disk refused.
         """
-        if self.is_drivers_disk:
-            return dict(config)
         student, found = config["student"], dict(config)
+        if self.is_drivers_disk:
+            self._bring_banks(config["teacher_bank"])
+            return found
         for key in ("teacher_checkpoint", "dataset_file"):
             found[key] = self._here(config[key])
         if student.get("checkpoint") is not None:
             found["student"] = {**student, "checkpoint": self._here(student["checkpoint"])}
-        if (bank := config["teacher_bank"]) is not None:  # each node fills its own: a bank is not mapped over a network
+        if (bank := config["teacher_bank"]) is not None:  # each node has its own: a bank is not mapped over a network
             found["teacher_bank"] = str(copy_of(self.uri) / Path(bank).relative_to(self.runs))
+        self._bring_banks(found["teacher_bank"])
         return found
+
+    def _bring_banks(self, there: str | None) -> None:
+        """Fetch the banks that the store has and this node lacks. Without them trials do the same, and take longer."""
+        if there is None:
+            return
+        folder = Path(there)
+        for name, size in self.banks.items():
+            target = folder / Path(name).name
+            if Path(name).parent.name != folder.name:  # another teacher's
+                continue
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / _FETCHING, "a+b") as stream:
+                    lock(stream, waits=True)
+                    if target.exists():
+                        continue
+                    if size > LARGEST_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free:
+                        _log.warning("%s is not fetched: it would take more than half of the free disk", name)
+                        continue
+                    self.open().get_file(name, target)
+            except OSError as error:
+                _log.warning("%s is not fetched, the teacher runs again: %s", name, error)
 
     def hashes_here(self, hashes: Mapping[str, str]) -> dict[str, str]:
         """Those of files that must be what they were, by their paths on this node; what was fetched has been compared."""

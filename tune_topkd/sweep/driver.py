@@ -60,6 +60,8 @@ from tune_topkd.sweep.gpus import gpus_file
 from tune_topkd.sweep.preflight import Checked
 from tune_topkd.sweep.preflight import check_again
 from tune_topkd.sweep.preflight import first_proposals
+from tune_topkd.sweep.pruning import banks_of
+from tune_topkd.sweep.pruning import is_named
 from tune_topkd.sweep.register import register
 from tune_topkd.sweep.register import skipped
 from tune_topkd.sweep.remaining import baseline_total
@@ -381,11 +383,11 @@ class Turn:
         test_files = NO_FILES if test is None else test.files
         hashes |= {} if test is None else test.hashes
         needed = [*hashes, *(f.dataset_file for f in (files, test_files) if f.dataset_file is not None)]
-        remote = self._remote_sweep(ledger, needed)
+        remote = self._remote_sweep(ledger, needed, config)
         work = Work(ledger.path.parent, train, files, hashes, note, give_up, test_files, remote, on_gpus)
         return executor.run(search, work)
 
-    def _remote_sweep(self, ledger: Ledger, needed: Sequence[str]) -> "RemoteSweep | None":
+    def _remote_sweep(self, ledger: Ledger, needed: Sequence[str], config: SweepConfig) -> "RemoteSweep | None":
         """What workers are told of a sweep in a store; what they need is put there if some may be on other machines."""
         if (remote := self.workspace.remote) is None:
             return None
@@ -396,7 +398,9 @@ class Turn:
         shared = {} if self.workspace.address is None else share(remote.store, needed)
         name, first = ledger.state.header.sweep, ledger.mirror.first_segment
         found = RemoteSweep.driven(remote.uri, name, first, ledger.path.parent, uuid.uuid4().hex)
-        return dataclasses.replace(found, shared=shared)
+        named = list(banks_of(config))
+        banks = {bank.name: bank.bytes for bank in remote.banks() if is_named(bank.content, named)}
+        return dataclasses.replace(found, shared=shared, banks=banks)
 
 
 @dataclass(frozen=True)

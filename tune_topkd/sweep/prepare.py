@@ -169,24 +169,33 @@ def no_bank(config: PairConfig, trial: TrialConfig, once: bool = False) -> str:
     return ""
 
 
-def fill_bank(config: PairConfig, files: SharedFiles, seed: int, watchers: Watchers) -> None:
-    """Run the teacher on all that its bank lacks; may be killed and called again.
+def fill_bank(config: PairConfig, files: SharedFiles, seed: int, workspace: Workspace, watchers: Watchers) -> None:
+    """Run the teacher on all that its bank lacks; may be killed and called again. Runs in a store keep the bank there.
 
     Raises:
         ConfigError: there is to be no bank, or it cannot be filled.
+        StoreError: the store refuses.
     """
+    from tune_topkd.data import load_dataset
+    from tune_topkd.teacher import bank_file
     from tune_topkd.teacher import fill_bank as fill
     from tune_topkd.train import device_of
 
     if files.teacher_bank is None:
         raise ConfigError("--fill-bank", [Problem(key="teacher", rule="has no bank for this space")])
     trial = _on_a_trials_device(config, trial_with(config, files, seed))
+    remote = workspace.remote
+    if remote is not None:
+        remote.bring_bank(bank_file(trial, load_dataset(config.data), device_of(trial)))
     with watchers.phase("filling the bank") as show:
         try:
             bank = fill(trial, device_of(trial), lambda share: show(f"filling the bank: {share:.0%}"))
         except ValueError as error:
             raise ConfigError("--fill-bank", [Problem(key="teacher", rule=str(error))]) from error
     watchers.info(f"bank: {bank.filled():,} views in {bank.path}")
+    if remote is not None:
+        remote.put_bank(bank.path)
+        watchers.info(f"bank: in {remote.uri}, from where each node fetches it once")
 
 
 def _on_a_trials_device(config: PairConfig, trial: TrialConfig) -> TrialConfig:

@@ -7,6 +7,7 @@
     <sweep>/driver.json             which process drives it, and what its nodes' GPUs are doing, put anew every few seconds
     <sweep>/trials/…, files/…       checkpoints, and files that trials share (`execution.remote`)
     teachers/<key>/…                trained teachers
+    teachers/<key>/bank-<hash>.f16  a bank of logits that was filled ahead of a sweep, and what is in it: bank-<hash>.json
 
 The copy has the layout of a folder of runs, so all that reads a sweep reads the copy, after `pull`.
 """
@@ -18,8 +19,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tune_topkd.export import TUNED_FILE
 from tune_topkd.ledger import LEDGER_FILE
@@ -43,8 +46,9 @@ _PATIENCE_WITH_READERS = 5.0  # of this machine, which hold the copy while they 
 _SECONDS_BETWEEN_SIGNS = 10.0
 _LONGEST_WAIT_FOR_THE_LAST = 5.0
 _RECORD = "teacher.json"  # comes last: without it the weights do not count
-_NOT_KEPT = ("bank-",)
-"""Beginnings of the names of a teacher's files that each machine makes for itself."""
+_BANK = "bank-"
+"""How the names of the files of banks begin, which do not come and go with their teacher."""
+_BYTES = "bytes"
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class Remote:
         self.store.put(f"{sweep}/{TUNED_FILE}", text.encode())
 
     def bring_teacher(self, key: str) -> None:
-        """Bring a teacher that the store has and this machine has not.
+        """Bring a teacher that the store has and this machine has not, but for the banks of its logits.
 
         Raises:
             StoreError: the store cannot be read.
@@ -189,12 +193,12 @@ class Remote:
         folder = self.runs / TEACHERS / key
         for name in self.store.list(f"{TEACHERS}/{key}/"):
             path = folder / Path(name).name
-            if not path.exists():
+            if not path.exists() and not path.name.startswith(_BANK):
                 folder.mkdir(parents=True, exist_ok=True)
                 self.store.get_file(name, path)
 
     def put_teacher(self, key: str, *, is_new: bool) -> None:
-        """Keep a teacher's files, but for the bank of its logits.
+        """Keep a teacher's files, but for the banks of its logits.
 
         Args:
             key: the teacher's.
@@ -205,11 +209,82 @@ class Remote:
         """
         folder = self.runs / TEACHERS / key
         there = set(self.store.list(f"{TEACHERS}/{key}/"))
-        files = [p for p in folder.glob("*") if p.is_file() and not p.name.startswith((".", *_NOT_KEPT))]
+        files = [p for p in folder.glob("*") if p.is_file() and not p.name.startswith((".", _BANK))]
         for path in sorted(files, key=lambda p: (p.name == _RECORD, p.name)):
             name = f"{TEACHERS}/{key}/{path.name}"
             if is_new or name not in there:
                 self.store.put(name, path)
+
+    def put_bank(self, path: Path) -> bool:
+        """Keep a bank that is filled, if the store has none of this name and size: two of them are the same.
+
+        Args:
+            path: the bank's file, in the folder of its teacher, with its description beside it.
+
+        Returns:
+            Whether it was put.
+
+        Raises:
+            StoreError: the store refuses.
+            OSError: it cannot be read.
+        """
+        folder, described = f"{TEACHERS}/{path.parent.name}", path.with_suffix(".json")
+        content = json.loads(described.read_bytes()) | {_BYTES: path.stat().st_size}
+        if self._described(f"{folder}/{described.name}").get(_BYTES) == content[_BYTES]:
+            return False
+        self.store.put(f"{folder}/{path.name}", path)
+        self.store.put(f"{folder}/{described.name}", json.dumps(content).encode())  # from now on it counts
+        return True
+
+    def bring_bank(self, path: Path) -> None:
+        """Bring a bank that the store has and this machine has not.
+
+        Raises:
+            StoreError: the store cannot be read.
+            OSError: the disk refused.
+        """
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(NoObjectError):
+                self.store.get_file(f"{TEACHERS}/{path.parent.name}/{path.name}", path)
+
+    def banks(self, key: str = "") -> "Iterator[RemoteBank]":
+        """The banks that the store has, of one teacher or of all.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        for name in self.store.list(f"{TEACHERS}/{key}/" if key else f"{TEACHERS}/"):
+            if name.endswith(".json") and Path(name).name.startswith(_BANK):
+                content = self._described(name)
+                yield RemoteBank(name.removesuffix(".json") + ".f16", int(content.get(_BYTES, 0)), content)
+
+    def remove_bank(self, bank: "RemoteBank") -> None:
+        """Remove a bank; it stops counting first.
+
+        Raises:
+            StoreError: the store refuses.
+        """
+        self.store.delete(bank.name.removesuffix(".f16") + ".json")
+        self.store.delete(bank.name)
+
+    def _described(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads(self.store.get(name))
+        except (NoObjectError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+@dataclass(frozen=True)
+class RemoteBank:
+    """A bank that lies in a store."""
+
+    name: str
+    """The object's."""
+    bytes: int
+    content: Mapping[str, Any]
+    """What its logits depend on."""
 
 
 def _config(sweep: str, digest: str) -> str:
