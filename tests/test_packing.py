@@ -50,11 +50,12 @@ LONGEST_WAIT = 60
 
 
 @pytest.fixture(scope="module")
-def node():
+def node(tmp_path_factory):
     """What the one node of a private Ray has; its GPUs are made up, and so may be its CPUs."""
     node = Share(4.0, 2.0)
     with pytest.MonkeyPatch.context() as patch, cluster.scratch_folder() as scratch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the workers are to find the formulas
+        patch.setenv("TUNE_TOPKD_CACHE_DIR", str(tmp_path_factory.mktemp("cache-of-workers")))
         ray.init(
             address="local",
             num_cpus=int(node.cpus),

@@ -1,5 +1,6 @@
 """Trials on several GPUs on a real Ray, whose GPUs are made up: their processes train on the CPU."""
 
+import dataclasses
 import os
 
 import pytest
@@ -12,14 +13,17 @@ from tune_topkd.config import SharedFiles
 from tune_topkd.config import SweepConfig
 from tune_topkd.config import config_from
 from tune_topkd.execution import Cluster
+from tune_topkd.execution import RemoteSweep
 from tune_topkd.execution import nodes
 from tune_topkd.execution import run_sweep
+from tune_topkd.execution.remote import share
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import Header
 from tune_topkd.ledger import Ledger
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import read_events
 from tune_topkd.search import Search
+from tune_topkd.storage import open_store
 from tune_topkd.sweep import audit_sweep
 from tune_topkd.train import train
 
@@ -42,8 +46,11 @@ def patient(monkeypatch):
 
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("patient")
-@pytest.mark.parametrize("fate", ["killed", pytest.param("kills_worker", marks=pytest.mark.long)])
-def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(node, teacher, tmp_path, fate):
+@pytest.mark.parametrize(
+    ("fate", "is_remote"),
+    [("killed", False), ("killed", True), pytest.param("kills_worker", False, marks=pytest.mark.long)],
+)
+def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(node, teacher, tmp_path, fate, is_remote):
     notes = tmp_path / "notes"
     notes.mkdir()
     raw = {
@@ -63,7 +70,9 @@ def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(no
     header = Header(sweep="t", id="t", seed=0, trials=2)
     with Ledger.create(tmp_path / "ledger.jsonl", header) as ledger:
         ledger.append(Driver(host="h", pid=os.getpid(), trials=2))
-        run_sweep(Search(config, ledger), cluster=Cluster.now(), folder=tmp_path, train=train, files=files)
+        remote = in_a_store(ledger, files, tmp_path) if is_remote else None
+        search, cluster = Search(config, ledger), Cluster.now()
+        run_sweep(search, cluster=cluster, folder=tmp_path, train=train, files=files, remote=remote)
         records, state = ledger.state.arm("search"), ledger.state
     assert state.stop_reason == "finished"
     assert [(r.status, r.epoch, r.retries) for r in records] == [
@@ -74,4 +83,22 @@ def test_a_trial_whose_rank_or_worker_is_killed_goes_on_and_leaves_no_process(no
     assert TOLD[fate] in retry.data["error"]
     assert sorted(path.name for path in notes.glob("[0-9]-[0-9]")) == [f"{n}-{r}" for n in (1, 2, 3) for r in (0, 1)]
     assert (notes / "left").read_text() == ""
-    assert audit_sweep(config, tmp_path) == []
+    if remote is None:
+        assert audit_sweep(config, tmp_path) == []
+    else:
+        (there,) = tmp_path.parent.glob("cache-of-workers?")
+        assert len(list(there.glob("files/*/teacher.pt"))) == 1, "it was fetched once"
+        stored = open_store(remote.uri).list("t/trials/")
+        assert {name.split("/")[3] for name in stored if "/0000/" in name} == {"0001-0001", "0001-0002"}, "two attempts"
+        assert sum(name.endswith("epoch-0004/report.json") for name in stored) == 2
+        assert not list(tmp_path.glob("trials/*/epoch-*")), "checkpoints lie in the node's copy"
+        assert list(there.rglob("t/trials/*/epoch-0004"))
+
+
+def in_a_store(ledger, files, tmp_path):
+    """The sweep as workers are told of it that are not on the driver's machine."""
+    uri, first = f"file://{tmp_path}/kept", "t/ledger/first.jsonl"
+    store = open_store(uri)
+    store.put(first, ledger.path.read_bytes())
+    remote = RemoteSweep.driven(uri, "t", first, tmp_path, "the driver's")
+    return dataclasses.replace(remote, token="not seen", shared=share(store, [files.teacher_checkpoint]))
