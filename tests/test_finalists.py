@@ -1,5 +1,6 @@
 """Finalists: a sweep's best trials on fresh seeds, and the answer by their means."""
 
+import io
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import formulas
 import numpy as np
 import pandas as pd
 import pytest
+import rich.console
 from test_audit import events_of
 from test_audit import write as write_ledger
 
@@ -19,6 +21,7 @@ from tune_topkd.cli.app import main
 from tune_topkd.cli.display import ConsoleCallback
 from tune_topkd.cli.display import result_table
 from tune_topkd.cli.display import summary_table
+from tune_topkd.cli.picture import Picture
 from tune_topkd.cli.standing import line_of
 from tune_topkd.cli.standing import standing
 from tune_topkd.config import ConfigError
@@ -30,6 +33,7 @@ from tune_topkd.export import WRITERS
 from tune_topkd.export import as_yaml
 from tune_topkd.export import load_tuned_config
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
 from tune_topkd.ledger import End
@@ -45,9 +49,7 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import baseline_to_come
-from tune_topkd.ledger import difference
 from tune_topkd.ledger import events
-from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import is_searched
@@ -61,6 +63,7 @@ from tune_topkd.sweep import Sweep
 from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
 from tune_topkd.sweep import cost
+from tune_topkd.sweep.campaign import figures_of
 from tune_topkd.sweep.remaining import epochs_ahead
 from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.result import advice
@@ -72,7 +75,9 @@ from tune_topkd.terminal import Terminal
 from tune_topkd.tracking.projection import Batch
 from tune_topkd.tracking.projection import Projection
 from tune_topkd.verdict import capital
+from tune_topkd.verdict import fresh_gains
 from tune_topkd.verdict import listed
+from tune_topkd.verdict import mean_interval
 
 RECORDED = Path(__file__).with_name("recorded") / "finalists.jsonl"
 SEED, TRIALS, EPOCHS = 5, 6, 2
@@ -404,27 +409,71 @@ def test_a_sweep_without_a_full_trial_has_no_finalists(tmp_path):
 
 
 def test_the_difference_is_taken_seed_by_seed(whole):
-    best, ce = (next(f for f in finalists(state_of(whole)) if f.record.key == key) for key in (BEST, ("ce", 0)))
-    apart = difference(best, ce)  # 76 - 73 and 77 - 75
-    assert (apart.mean, apart.seeds) == (2.5, 2)
-    assert apart.error == pytest.approx(0.5)
-    assert apart.is_told_apart
-    same = difference(best, best)
-    assert (same.mean, same.error, same.is_told_apart) == (0.0, 0.0, False)
+    apart = fresh_gains(state_of(whole))["ce"]
+    assert apart.values == [76 - 73, 77 - 75]
+    assert (apart.mean, apart.error) == (2.5, pytest.approx(0.5))
+    assert apart.interval == mean_interval([3.0, 2.0], together=2), "it is told beside the one over KD"
+    assert not apart.is_told_apart, "two seeds tell nothing"
+    assert apart.interval.low < -10
+
+
+def test_every_place_tells_the_same_differences_apart(tmp_path):
+    """On four seeds the answer is 6 above cross-entropy, give or take 0.5, and 1 above KD, give or take 2."""
+
+    def formula(trial, epoch):
+        place = trial.config.seed - SEED
+        base = {SEARCH: 80.0, "ce": 74.0 + (-1) ** place / 2, "kd": 79.0 + 2 * (-1) ** place}[trial.record.origin.arm]
+        return {"val_top1": base - (trial.record.origin.number > 0)}
+
+    state = drive(tmp_path / "l", config(seeds=4), formula)
+    apart = fresh_gains(state)
+    assert {arm: (gain.mean, gain.is_told_apart) for arm, gain in apart.items()} == {
+        "ce": (6.0, True),
+        "kd": (1.0, False),
+    }
+    ends = {told.sentence.split("points over ")[1][:2]: told for told in gains(config(seeds=4), state, 1000)}
+    assert (ends["cr"].counts, ends["KD"].counts) == (True, False)
+    assert ends["cr"].sentence.endswith("+60 of 1,000 validation images")
+    low, high = apart["kd"].interval
+    assert ends["KD"].sentence.endswith(f"+10 of 1,000 validation images; not told apart ({low:+.2f} to {high:+.2f})")
+    row = figures_of(state)["gains"]
+    assert {name: gain.interval for name, gain in row.items()} == {
+        "cross-entropy": apart["ce"].interval,
+        "KD, T = 4": apart["kd"].interval,
+    }
+    (best,) = [line for line in lines_of(tmp_path / "l", config(seeds=4)) if line.startswith("best")]
+    assert best.endswith("+6.00 over ce, +1.00 over kd (not told apart)")
+    runs, _ = mlflow_runs(tmp_path / "l")
+    told = report.headline(report.trials_table(runs), {}, report.finalists_table(runs))
+    assert "+6.0 ± 0.3 over CE" in told
+    assert "+1.0 ± 1.2 over KD, not told apart" in told
+
+
+def lines_of(path, config):
+    """What the live display draws in the end."""
+    drawn = Picture(config, 0.0)
+    for event in read_events(path)[0]:
+        drawn.take(event)
+    console = rich.console.Console(width=120, file=io.StringIO())
+    console.print(drawn.frame(30, 100.0))
+    return console.file.getvalue().splitlines()
 
 
 def test_a_gain_is_of_the_same_fresh_seeds_and_says_when_it_tells_nothing(tmp_path, whole):
     ce, kd = gains(config(), state_of(whole), 1000)
     over = "+2.50 ± 0.50 points over cross-entropy (74.00 ± 1.00 %, lr 0.1) on the same 2 fresh seeds"
-    assert (ce.sentence, ce.counts) == (f"{over}: +25 of 1,000 validation images; a weak sign, of two seeds", True)
+    far = "; not told apart (-10.23 to +15.23)"  # t with one degree of freedom, for two at once
+    assert (ce.sentence, ce.counts) == (f"{over}: +25 of 1,000 validation images{far}", False)
     assert "+2.00 ± 0.50 points over KD, T = 4" in kd.sentence
-    assert kd.counts
     state = drive(
         tmp_path / "a", config(), breaking((BEST, 7), how=75.0)
     )  # 3 and 0 above the one, 1.5 and 0.5 above the other
     ce, kd = gains(config(), state, 1000)
-    assert ce.sentence.endswith("+15 of 1,000 validation images; not told apart")
+    assert "+15 of 1,000 validation images; not told apart (" in ce.sentence
     assert (ce.counts, kd.counts) == (False, False)
+    ce, _ = gains(config(), drive(tmp_path / "c", config(), breaking((TrialKey("ce", 0), 6))), 1000)
+    assert ce.sentence.endswith("on one fresh seed: +20 of 1,000 validation images; of one seed nothing is sure")
+    assert not ce.counts
     state = drive(tmp_path / "b", config(), breaking((TrialKey("ce", 0), 6), (TrialKey("ce", 0), 7)))
     ce, _ = gains(config(), state, 1000)
     assert ce.sentence.startswith("cross-entropy has no fresh seed to be compared on (74.00 %")
@@ -685,7 +734,7 @@ def test_the_report_keeps_the_finalists_apart_from_the_searchs_scatter(tmp_path,
     assert found.iloc[2][["mean", "own"]].to_list() == [74.5, 76.0]
     k = state_of(whole).trials[BEST].params["k"]
     figure = f"K = {k}, 76.5 ± 0.5 % over 2 fresh seeds, 78.0 % in the search"
-    gain = "(+2.0 ± 0.5 over KD; +2.5 ± 0.5 over CE)"
+    gain = "(+2.0 ± 0.5 over KD, not told apart; +2.5 ± 0.5 over CE, not told apart)"
     assert report.headline(trials, {"kd": 76.0}, found) == f"{figure} {gain}"
 
 

@@ -58,6 +58,7 @@ from tune_topkd.sweep.confirm import Plan
 from tune_topkd.sweep.confirm import request
 from tune_topkd.sweep.documents import description
 from tune_topkd.sweep.page import findings_from
+from tune_topkd.sweep.result import gains
 from tune_topkd.verdict import Interval
 from tune_topkd.verdict import guessing
 from tune_topkd.verdict import verdict_of_answer
@@ -124,9 +125,9 @@ def of_events(config, contents):
     return state
 
 
-def trial(number, values, status, params=None, reason="", error=""):
-    """The lines of a trial of the search."""
-    key = TrialKey(SEARCH, number)
+def trial(number, values, status, params=None, reason="", error="", arm=SEARCH):
+    """The lines of a trial, by default of the search."""
+    key = TrialKey(arm, number)
     yield Suggest(key=key, proposal={}, params=params or formulas.DEFAULTS)
     yield Start(key=key, attempt=1)
     for epoch, value in enumerate(values, 1):
@@ -389,6 +390,24 @@ def test_an_answer_at_the_end_of_its_range_is_said():
     lines = list(trial(0, [50.0] * 9, TrialStatus.COMPLETED, {**formulas.DEFAULTS, "lr": 0.99}))
     found = told(config, of_events(config, lines))
     assert "lr lies at the upper end of its range" in [note.title for note in found.notes]
+
+
+@pytest.mark.parametrize(("lr", "end"), [(0.01, "lower"), (0.1, ""), (1.0, "upper")])
+def test_a_baseline_whose_best_lies_at_the_end_of_what_was_tried_is_said(lr, end):
+    """It may be better beyond, and the gain over it smaller."""
+    config = formulas.sweep_config(baselines={"methods": ["kd"], "trials": 3})
+    lines = list(trial(0, [50.0] * 9, TrialStatus.COMPLETED, {**formulas.DEFAULTS, "lr": 0.3}))
+    for number, rate in enumerate((0.01, 0.1, 1.0)):
+        lines += trial(number, [40.0 + (rate == lr)] * 9, TrialStatus.COMPLETED, {"lr": rate}, arm="kd")
+    state = of_events(config, lines)
+    notes = {note.title: note.text for note in told(config, state).notes}
+    (gain,) = gains(config, state, 1000)
+    assert (f"lr {lr:g}, the end of its range)" in gain.sentence) == bool(end)
+    told_of = [title for title in notes if "KD, T = 4" in title and "range" in title]
+    assert told_of == ([f"The lr of KD, T = 4 lies at the {end} end of its range"] if end else [])
+    if end:
+        assert notes[told_of[0]].startswith(f"The best of 3 trainings of KD, T = 4 has lr = {lr:g}, and 0.01 ")
+        assert notes[told_of[0]].endswith("the baseline may be better, and the gain over it smaller.")
 
 
 # --- odd sweeps -------------------------------------------------------------------------------------------------------

@@ -26,9 +26,26 @@ from tune_topkd.config import SweepConfig
 from tune_topkd.config import weight_of_effect
 from tune_topkd.config import what
 
+NEAR_AN_END = 0.03
+"""A value nearer than this to an end of its range, as a share of the range, may be better beyond it."""
+
 _WITHIN = (0.618, 0.2763)
 """Shares of an axis that make no integer of its ends, but by a rare chance, and hardly both."""
 _LONGEST_CHAIN = 6  # of ranges that a bound leads to, for which points within are tried: 4,096 of them
+
+
+def end_of_range(parameter: ParameterRange, value: Scalar) -> Literal["lower", "upper", ""]:
+    """At which end of its range a value lies; empty if at none, or if an end names another parameter."""
+    low, high = parameter.low, parameter.high
+    if isinstance(value, str | bool) or isinstance(low, str) or isinstance(high, str):
+        return ""
+    if low is None or high is None or low >= high or (parameter.log and value <= 0):
+        return ""
+    if parameter.log:
+        place = math.log(value / low) / math.log(high / low)
+    else:
+        place = (value - low) / (high - low)
+    return "upper" if place > 1 - NEAR_AN_END else "lower" if place < NEAR_AN_END else ""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What a confirmed sweep says: the answer and the baselines on the test set, and how sure that is.
+"""What a sweep's seeds say: its answer and the baselines on fresh seeds or on the test set, and how sure that is.
 
-The values are of seeds that had no part in any choice, so their means need no correction. What is said of them:
+On the test set the values are of seeds that had no part in any choice, so their means need no correction. Of the fresh seeds
+by which finalists are compared, the answer's are the best of a few. What is said of both:
 
 - **Interval**: Student's t over seeds, of a mean or of differences on the same seeds. All gains of a sweep are told
   together: their intervals are as wide as it takes for all of them to hold at once (Bonferroni), so that the sentence claims
@@ -23,6 +24,7 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import apart_by_seed
+from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import is_near_chance
 from tune_topkd.ledger import is_of_the_answer
@@ -137,14 +139,18 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """By how much the answer is above a baseline on the test set, on the same seeds."""
+class Apart:
+    """By how much one config is above another, on the same seeds."""
 
-    base: Measured
     values: Sequence[float]
     """In points, by seed."""
     interval: Interval | None
-    """Of the mean; as wide as it takes for those of all baselines to hold together."""
+    """Of the mean; as wide as it takes for those of all that is told beside it to hold together."""
+
+    @classmethod
+    def together(cls, differences: Sequence[Sequence[float]]) -> "list[Apart]":
+        """Differences that are told in one breath, each by its values."""
+        return [cls(values, mean_interval(values, together=len(differences))) for values in differences]
 
     @property
     def mean(self) -> float:
@@ -152,9 +158,34 @@ class Gain:
         return statistics.fmean(self.values)
 
     @property
+    def error(self) -> float | None:
+        """The standard error of the mean; none of one seed."""
+        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else None
+
+    @property
     def is_told_apart(self) -> bool:
         """Whether there is a difference: the interval lies on one side of zero."""
         return self.interval is not None and self.interval.excludes_zero
+
+
+def fresh_gains(state: SweepState) -> dict[str, Apart]:
+    """By how much the answer is above the best run of each baseline, on the fresh seeds that both have a value of, by arm.
+
+    Empty where finalists have not chosen the answer.
+    """
+    winner = winner_of(state)
+    if winner is None or winner.finalist is None:
+        return {}
+    found = {b.key.arm: apart_by_seed(winner.finalist, finalist_of(state, b)) for b in baseline_trials(state)}
+    known = {arm: values for arm, values in found.items() if values}
+    return dict(zip(known, Apart.together(list(known.values())), strict=True))
+
+
+@dataclass(frozen=True)
+class Gain(Apart):
+    """By how much the answer is above a baseline on the test set."""
+
+    base: Measured
 
     @property
     def sentence(self) -> str:
@@ -213,7 +244,8 @@ class Verdict:
         """Over each baseline that has a value on a seed of the answer's."""
         pairs = [(base, apart_by_seed(self.answer.finalist, base.finalist)) for base in self.baselines]
         found = [(base, values) for base, values in pairs if values]
-        return [Gain(base, values, mean_interval(values, together=len(found))) for base, values in found]
+        told = Apart.together([values for _, values in found])
+        return [Gain(apart.values, apart.interval, base) for apart, (base, _) in zip(told, found, strict=True)]
 
     @property
     def advice(self) -> str:

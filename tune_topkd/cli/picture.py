@@ -23,8 +23,6 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import baseline_trials
-from tune_topkd.ledger import difference
-from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
@@ -37,6 +35,7 @@ from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
 from tune_topkd.sweep.wording import short_params
+from tune_topkd.verdict import fresh_gains
 
 STATUS_STYLES = {"completed": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 FEWEST_ENDED = 3
@@ -170,12 +169,12 @@ class Picture:
         text = _labelled("best", "")
         text.append(f"{winner.figure} (trial {winner.record.key.number}{k})", "bold")
         told = []
-        for base in baseline_trials(self.state):
-            if winner.finalist is None:
+        if winner.finalist is None:
+            for base in baseline_trials(self.state):
                 told.append(f"{(winner.record.value or 0.0) - (base.value or 0.0):+.2f} over {base.key.arm}")
-            elif (apart := difference(winner.finalist, finalist_of(self.state, base))) is not None:
-                doubt = "" if apart.is_told_apart else " (not told apart)"
-                told.append(f"{apart.mean:+.2f} over {base.key.arm}{doubt}")
+        for arm, apart in fresh_gains(self.state).items():
+            doubt = "" if apart.is_told_apart else " (not told apart)"
+            told.append(f"{apart.mean:+.2f} over {arm}{doubt}")
         text.append(f"  {', '.join(told)}" if told else "")
         return text
 

@@ -48,13 +48,10 @@ from tune_topkd.ledger.events import TeacherFile
 from tune_topkd.ledger.events import TrialContent
 from tune_topkd.ledger.events import TrialKey
 from tune_topkd.ledger.events import TrialStatus
-from tune_topkd.ledger.finalists import ERRORS_APART
-from tune_topkd.ledger.finalists import Difference
 from tune_topkd.ledger.finalists import Finalist
 from tune_topkd.ledger.finalists import Winner
 from tune_topkd.ledger.finalists import apart_by_seed
 from tune_topkd.ledger.finalists import baseline_trials
-from tune_topkd.ledger.finalists import difference
 from tune_topkd.ledger.finalists import different
 from tune_topkd.ledger.finalists import finalist_of
 from tune_topkd.ledger.finalists import finalist_trials
@@ -95,7 +92,6 @@ from tune_topkd.ledger.trackers import tell_all
 __all__ = [
     "CPU_HOURS",
     "EPOCH_SECONDS",
-    "ERRORS_APART",
     "FELL_APART",
     "GPU_HOURS",
     "LEDGER_FILE",
@@ -108,7 +104,6 @@ __all__ = [
     "Confirm",
     "Content",
     "Decision",
-    "Difference",
     "Driver",
     "End",
     "Event",
@@ -145,7 +140,6 @@ __all__ = [
     "baseline_trials",
     "candidates",
     "confirmation",
-    "difference",
     "different",
     "due_look",
     "due_plateau",

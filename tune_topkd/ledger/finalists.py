@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tune_topkd.ledger.events import FELL_APART
 from tune_topkd.ledger.events import REPEAT
@@ -22,11 +21,6 @@ from tune_topkd.ledger.events import SEARCH
 from tune_topkd.ledger.events import TrialStatus
 from tune_topkd.ledger.state import SweepState
 from tune_topkd.ledger.state import TrialRecord
-
-ERRORS_APART = 2.0
-"""Two means are told apart if their difference is more than so many of its standard errors. Of two seeds that is a weak
-sign: by chance alone it happens about three times in ten."""
-
 
 # --- which trials are repeated ----------------------------------------------------------------------------------------
 
@@ -206,31 +200,10 @@ def finalists_done(state: SweepState) -> tuple[int, int] | None:
     return ended, sum(len(f.seeds) for f in found)
 
 
-class Difference(NamedTuple):
-    """By how much one finalist is above another, seed by seed."""
-
-    mean: float
-    error: float | None
-    """Its standard error; none of fewer than two seeds."""
-    seeds: int
-    """On how many both have a value."""
-
-    @property
-    def is_told_apart(self) -> bool:
-        """Whether it is more than `ERRORS_APART` of its standard errors."""
-        return self.error is not None and abs(self.mean) > ERRORS_APART * self.error
-
-
 def apart_by_seed(one: Finalist, other: Finalist) -> list[float]:
     """By how much one is above the other on each of the seeds that both have a value of, in points."""
     mine, others = one.values, other.values
     return [mine[seed] - others[seed] for seed in mine if seed in others]
-
-
-def difference(one: Finalist, other: Finalist) -> Difference | None:
-    """By how much one is above the other on the seeds that both have a value of; none if there are none."""
-    apart = apart_by_seed(one, other)
-    return Difference(statistics.fmean(apart), _error(apart), len(apart)) if apart else None
 
 
 def _error(values: Sequence[float]) -> float | None:

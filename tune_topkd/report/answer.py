@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_topkd.ledger import ERRORS_APART
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.table import of_status
+from tune_topkd.verdict import Apart
 
 
 def best_trial(trials: pd.DataFrame) -> "pd.Series[Any] | None":
@@ -32,7 +32,8 @@ def headline(
         trials: a trials table.
         baselines: validation top-1 (percent) by name.
         finalists: a table of `finalists_table`. If it has the answer, the figures are means over its fresh seeds, with the
-            standard errors of the means and of their differences seed by seed.
+            standard errors of the means and of their differences seed by seed. A gain is called not told apart if its 95 %
+            interval has zero in it, where the intervals of all gains hold together.
     """
     if finalists is not None and finalists["is_answer"].any():
         return _of_fresh_seeds(trials, finalists)
@@ -48,14 +49,13 @@ def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
     """The headline of an answer that was chosen by its fresh seeds."""
     answer = finalists[finalists["is_answer"]].iloc[0]
     seeds = [name for name in finalists.columns if isinstance(name, int)]
+    bases = finalists[finalists["arm"] != SEARCH]
+    found = {str(base["arm"]): (answer[seeds] - base[seeds]).astype(float).dropna() for _, base in bases.iterrows()}
+    apart = {arm: [float(value) for value in values] for arm, values in found.items() if len(values)}
     gains = []
-    for _, base in finalists[finalists["arm"] != SEARCH].iterrows():
-        apart = (answer[seeds] - base[seeds]).astype(float).dropna()
-        if len(apart):
-            error = apart.std() / np.sqrt(len(apart))
-            is_told_apart = abs(apart.mean()) > ERRORS_APART * error
-            doubt = "" if is_told_apart else ", not told apart"
-            gains.append(f"{_with_error(apart.mean(), error, '+')} over {str(base['arm']).upper()}{doubt}")
+    for arm, gain in zip(apart, Apart.together(list(apart.values())), strict=True):
+        doubt = "" if gain.is_told_apart else ", not told apart"
+        gains.append(f"{_with_error(gain.mean, gain.error, '+')} over {arm.upper()}{doubt}")
     own = trials[trials["number"] == int(answer["trial"])]
     k = "" if own.empty or "k" not in own or pd.isna(own["k"].iloc[0]) else f"K = {int(own['k'].iloc[0])}, "
     count = int(answer[seeds].notna().sum())
@@ -63,8 +63,8 @@ def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
     return f"{figure}, {answer['own']:.1f} % in the search" + (f" ({'; '.join(gains)})" if gains else "")
 
 
-def _with_error(value: float, error: float, sign: str = "") -> str:
-    return f"{value:{sign}.1f}" + ("" if np.isnan(error) else f" ± {error:.1f}")
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" + ("" if error is None or np.isnan(error) else f" ± {error:.1f}")
 
 
 def finite(baselines: Mapping[str, float] | None) -> dict[str, float]:

@@ -21,7 +21,6 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import apart_by_seed
 from tune_topkd.ledger import baseline_trials
-from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import winner_of
@@ -31,6 +30,7 @@ from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
 from tune_topkd.verdict import baseline_name
+from tune_topkd.verdict import fresh_gains
 from tune_topkd.verdict import mean_interval
 from tune_topkd.verdict import verdict_of_answer
 
@@ -86,9 +86,9 @@ def figures_of(state: SweepState) -> dict[str, Any]:
         return {"top1": top1, "measured_on": "test set", "gains": gains}
     bases = baseline_trials(state)
     if winner.finalist is not None:
-        found = [(base, apart_by_seed(winner.finalist, finalist_of(state, base))) for base in bases]
-        known = [(baseline_name(base), values) for base, values in found if values]
-        gains = {n: Figure(statistics.fmean(v), mean_interval(v, together=len(known))) for n, v in known}
+        told = fresh_gains(state)
+        known = [(baseline_name(base), told[base.key.arm]) for base in bases if base.key.arm in told]
+        gains = {name: Figure(apart.mean, apart.interval) for name, apart in known}
         top1 = Figure(winner.value, mean_interval(list(winner.finalist.values.values())))
         return {"top1": top1, "measured_on": "fresh seeds", "gains": gains}
     gains = {baseline_name(base): Figure(winner.value - (base.value or 0.0)) for base in bases}

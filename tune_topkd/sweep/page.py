@@ -1,6 +1,5 @@
 """What a report page tells of a sweep, from its ledger and its frozen config; and the page itself."""
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Callable
@@ -8,7 +7,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence
 from pathlib import Path
 
-from tune_topkd.config import ParameterRange
 from tune_topkd.config import SweepConfig
 from tune_topkd.export import TUNED_FILE
 from tune_topkd.findings import CONFIRMING
@@ -24,16 +22,19 @@ from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import has_looked
 from tune_topkd.ledger import is_of_the_answer
 from tune_topkd.ledger import measured_done
 from tune_topkd.ledger import winner_of
+from tune_topkd.space import end_of_range
 from tune_topkd.sweep.campaign import ranges
 from tune_topkd.sweep.campaign import row_of
 from tune_topkd.sweep.preflight import known_parameters
 from tune_topkd.sweep.recommending import Searched
 from tune_topkd.sweep.recommending import recommended
+from tune_topkd.sweep.result import ends_of_ranges
 from tune_topkd.sweep.result import finalists_sentence
 from tune_topkd.sweep.spend import WEAK
 from tune_topkd.sweep.spend import rungs_of
@@ -45,6 +46,7 @@ from tune_topkd.sweep.workspace import CONFIG_FILE
 from tune_topkd.sweep.workspace import DEFAULT_RUNS
 from tune_topkd.sweep.workspace import Workspace
 from tune_topkd.verdict import advice
+from tune_topkd.verdict import baseline_name
 from tune_topkd.verdict import capital
 from tune_topkd.verdict import guessing
 from tune_topkd.verdict import listed
@@ -53,8 +55,6 @@ from tune_topkd.verdict import verdict_of_answer
 
 HARDLY = 0.1
 """A share of the variation below which a parameter hardly mattered."""
-NEAR_THE_END = 0.03
-"""A value nearer than this to an end of its range, as a share of the range, may lie beyond it."""
 FEW_TRIALS = 10
 """Trials of the full budget below which a search has hardly begun."""
 REPORT_FILE = "report.html"
@@ -165,7 +165,7 @@ def _notes(
         yield from _how_it_was_measured(state, row)
         yield from _beside_the_baselines(config, row)
         yield from _what_k_did(row, found)
-        yield from _at_the_end_of_a_range(config, row)
+        yield from _at_the_end_of_a_range(config, state, row)
     yield from _failures(state)
     weak = [rung for rung in rungs if rung.rank_correlation is not None and rung.rank_correlation < WEAK]
     if weak:
@@ -294,29 +294,25 @@ def _what_k_did(row: Row, found: Sequence[Importance]) -> Iterator[Note]:
         yield Note(f"{capital(values)} of K may be as good", text, is_warning=False)
 
 
-def _at_the_end_of_a_range(config: SweepConfig, row: Row) -> Iterator[Note]:
+def _at_the_end_of_a_range(config: SweepConfig, state: SweepState, row: Row) -> Iterator[Note]:
+    relative = config.relative.of if config.relative else []
     for name, parameter in config.space.items():
-        value = row.params.get(name)
-        relative = config.relative.of if config.relative else []
-        if name in relative or parameter.choices is not None or not isinstance(value, int | float):
+        if name in relative or name not in row.params:
             continue
-        if (place := _place(parameter, float(value))) is None:
-            continue
-        if place > 1 - NEAR_THE_END or (place < NEAR_THE_END and name != "k"):
-            end = "upper" if place > 0.5 else "lower"
+        end = end_of_range(parameter, row.params[name])
+        if end == "upper" or (end == "lower" and name != "k"):
             searched = f"{range_text(parameter)} was searched"
-            text = f"The answer has {name} = {short(value)}, and {searched}. A wider range may find more."
+            text = f"The answer has {name} = {short(row.params[name])}, and {searched}. A wider range may find more."
             yield Note(f"{name} lies at the {end} end of its range", text)
-
-
-def _place(parameter: ParameterRange, value: float) -> float | None:
-    """Where a value lies in its range, 0 to 1; none where an end names another parameter, or there is no range."""
-    low, high = parameter.low, parameter.high
-    if isinstance(low, str) or isinstance(high, str) or low is None or high is None or low >= high:
-        return None
-    if parameter.log:
-        return math.log(value / low) / math.log(high / low) if value > 0 else None
-    return (value - low) / (high - low)
+    for base in baseline_trials(state):
+        baseline = baseline_name(base)
+        for name, which in ends_of_ranges(config, base).items():
+            best = f"The best of {state.size(base.key.arm)} trainings of {baseline} has {name} = {short(base.params[name])}"
+            text = (
+                f"{best}, and {range_text(config.space[name])} was tried. With a wider range the baseline may be better, "
+                "and the gain over it smaller."
+            )
+            yield Note(f"The {name} of {baseline} lies at the {which} end of its range", text)
 
 
 def _failures(state: SweepState) -> Iterator[Note]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tune_topkd.config import DEFAULTS
+from tune_topkd.config import RECIPE_PARAMETERS
 from tune_topkd.config import ConfigError
 from tune_topkd.config import Problem
 from tune_topkd.config import SweepConfig
@@ -20,10 +21,10 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import Winner
-from tune_topkd.ledger import difference
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import winner_of
+from tune_topkd.space import end_of_range
 from tune_topkd.storage import write_text
 from tune_topkd.sweep.images import ImageSpread
 from tune_topkd.sweep.images import image_spread
@@ -35,8 +36,10 @@ from tune_topkd.sweep.student import write_student
 from tune_topkd.sweep.study import STUDY
 from tune_topkd.sweep.study import write_study
 from tune_topkd.sweep.wording import short
+from tune_topkd.verdict import Apart
 from tune_topkd.verdict import Verdict
 from tune_topkd.verdict import baseline_name
+from tune_topkd.verdict import fresh_gains
 from tune_topkd.verdict import verdict_of
 
 
@@ -179,15 +182,16 @@ def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
         images: of the validation split.
     """
     winner = winner_of(state)
-    fresh = {finalist.record.key: finalist for finalist in finalists(state)}
+    fresh, apart = {finalist.record.key: finalist for finalist in finalists(state)}, fresh_gains(state)
     found = []
     for method in _baselines(config) if winner else ():
         base = state.best(method)
         if base is None or winner is None:
             continue
         rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
+        rate += ", the end of its range" if "lr" in ends_of_ranges(config, base) else ""
         if winner.finalist is not None:
-            found.append(_fresh_gain(winner.finalist, fresh[base.key], baseline_name(base), rate, images))
+            found.append(_fresh_gain(apart.get(method), fresh[base.key], baseline_name(base), rate, images))
             continue
         points = (winner.record.value or 0.0) - (base.value or 0.0)
         worth = round(points / 100 * images)
@@ -196,24 +200,33 @@ def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
     return found
 
 
+def ends_of_ranges(config: SweepConfig, base: TrialRecord) -> dict[str, str]:
+    """The recipe's parameters of a baseline that lie at an end of what was tried, and at which; it may be better beyond."""
+    tried = {name: config.space[name] for name in base.params if name in RECIPE_PARAMETERS and name in config.space}
+    found = {name: end_of_range(range_, base.params[name]) for name, range_ in tried.items()}
+    return {name: end for name, end in found.items() if end}
+
+
 def _over(points: float) -> str:
     return "against" if points < 0 else "over"
 
 
-def _fresh_gain(finalist: Finalist, base: Finalist, name: str, rate: str, images: int) -> Gain:
-    """By how much a finalist is above a baseline on the seeds that both have."""
-    apart = difference(finalist, base)
+def _fresh_gain(apart: Apart | None, base: Finalist, name: str, rate: str, images: int) -> Gain:
+    """By how much the answer is above a baseline on the seeds that both have a value of."""
     if apart is None:
         return Gain(
             f"{name} has no fresh seed to be compared on ({base.record.value:.2f} % on that of the search{rate})", False
         )
     worth = round(apart.mean / 100 * images)
     error = "" if apart.error is None else f" ± {apart.error:.2f}"
-    seeds = "one fresh seed" if apart.seeds == 1 else f"the same {apart.seeds} fresh seeds"
+    seeds = "one fresh seed" if len(apart.values) == 1 else f"the same {len(apart.values)} fresh seeds"
     over = f"{apart.mean:+.2f}{error} points {_over(apart.mean)} {name} ({base.figure}{rate}) on {seeds}"
-    weak = "; a weak sign, of two seeds" if apart.seeds == 2 else ""
-    told = weak if apart.is_told_apart else "; not told apart"
-    sentence = f"{over}: {worth:+d} of {images:,} validation images{told}"
+    doubt = ""
+    if apart.interval is not None and not apart.is_told_apart:
+        doubt = "; not told apart ({:+.2f} to {:+.2f})".format(*apart.interval.of_gain)
+    elif apart.interval is None:
+        doubt = "; of one seed nothing is sure"
+    sentence = f"{over}: {worth:+d} of {images:,} validation images{doubt}"
     return Gain(sentence, apart.is_told_apart and abs(worth) > 1)
 
 

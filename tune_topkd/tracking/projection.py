@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.ledger import apart_by_seed
 from tune_topkd.ledger import baseline_trials
-from tune_topkd.ledger import difference
 from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
@@ -492,13 +493,13 @@ def _gains(state: SweepState) -> dict[str, float]:
     done = measured_done(state)
     if done is not None and done[0] == done[1] and is_of_the_answer(state) and measured(state)[0].values:
         answer, *others = measured(state)
-        found = {other.record.key.arm: difference(answer, other) for other in others}
+        found = {other.record.key.arm: apart_by_seed(answer, other) for other in others}
     elif winner.finalist is not None:
-        found = {b.key.arm: difference(winner.finalist, finalist_of(state, b)) for b in baseline_trials(state)}
+        found = {b.key.arm: apart_by_seed(winner.finalist, finalist_of(state, b)) for b in baseline_trials(state)}
     else:
         own = winner.record.value or 0.0
         return {f"gain_over_{base.key.arm}": own - (base.value or 0.0) for base in baseline_trials(state)}
-    return {f"gain_over_{arm}": apart.mean for arm, apart in found.items() if apart is not None}
+    return {f"gain_over_{arm}": statistics.fmean(apart) for arm, apart in found.items() if apart}
 
 
 def _rank(record: TrialRecord) -> tuple[float, int]:
