@@ -182,6 +182,7 @@ class TestAnswer:
     def test_headline(self, trials):
         assert report.headline(trials, BASELINES) == "K = 3, 96.0 % (+2.0 over KD, +3.0 over CE)"
         assert report.headline(trials, {"kd": 97.0, "ce": np.nan}) == "K = 3, 96.0 % (-1.0 over KD)"
+        assert report.headline(trials, {"defaults": 95.0}) == "K = 3, 96.0 % (+1.0 over untuned)"
         assert report.headline(trials.drop(columns="k")) == "96.0 %"
 
 

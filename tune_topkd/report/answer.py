@@ -8,6 +8,7 @@ import pandas as pd
 
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.report.table import baseline_label
 from tune_topkd.report.table import of_status
 from tune_topkd.verdict import Apart
 
@@ -41,7 +42,7 @@ def headline(
     if best is None:
         return "No trial reached the full budget"
     ranked = sorted(finite(baselines).items(), key=lambda item: -item[1])
-    gains = ", ".join(f"{best['val_top1'] - value:+.1f} over {name.upper()}" for name, value in ranked)
+    gains = ", ".join(f"{best['val_top1'] - value:+.1f} over {baseline_label(name)}" for name, value in ranked)
     return value_text(best) + (f" ({gains})" if gains else "")
 
 
@@ -55,7 +56,7 @@ def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
     gains = []
     for arm, gain in zip(apart, Apart.together(list(apart.values())), strict=True):
         doubt = "" if gain.is_told_apart else ", not told apart"
-        gains.append(f"{_with_error(gain.mean, gain.error, '+')} over {arm.upper()}{doubt}")
+        gains.append(f"{_with_error(gain.mean, gain.error, '+')} over {baseline_label(arm)}{doubt}")
     own = trials[trials["number"] == int(answer["trial"])]
     k = "" if own.empty or "k" not in own or pd.isna(own["k"].iloc[0]) else f"K = {int(own['k'].iloc[0])}, "
     count = int(answer[seeds].notna().sum())

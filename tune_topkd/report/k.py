@@ -32,6 +32,7 @@ from tune_topkd.report.style import say
 from tune_topkd.report.style import set_top1_axis
 from tune_topkd.report.style import title
 from tune_topkd.report.table import FloatArray
+from tune_topkd.report.table import baseline_label
 from tune_topkd.report.table import floats
 from tune_topkd.report.table import of_status
 from tune_topkd.report.table import row_of
@@ -209,6 +210,6 @@ def _draw_baselines(ax: Axes, baselines: Mapping[str, float], gap: float) -> Non
         ax.axhline(value, color=INK, linewidth=1.2, linestyle=style, alpha=0.75, zorder=1.5, gid=f"baseline {name}")
         last = max(value, last + gap)
         ax.annotate(
-            f"{name.upper()} {value:.1f} %", (1, last), xycoords=("axes fraction", "data"), xytext=(6, 0),
+            f"{baseline_label(name)} {value:.1f} %", (1, last), xycoords=("axes fraction", "data"), xytext=(6, 0),
             textcoords="offset points", va="center", fontsize=10, color=INK, annotation_clip=False,
         )  # fmt: skip

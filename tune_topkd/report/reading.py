@@ -18,6 +18,7 @@ from tune_topkd.report.curves import learning_curves_figure
 from tune_topkd.report.k import k_figure
 from tune_topkd.report.parallel import parallel_coordinates_figure
 from tune_topkd.report.summary import summary_figure
+from tune_topkd.report.table import baseline_label
 from tune_topkd.report.table import finalists_table
 from tune_topkd.report.table import is_log_scaled
 from tune_topkd.report.table import of_status
@@ -198,7 +199,7 @@ def best_k_table(sweeps: list[SweepTables]) -> pd.DataFrame:
                 "top-1 %": value,
                 "of": "one seed" if answer.empty else "fresh seeds",
                 "trials": len(sweep.trials),
-                **{f"over {base.upper()}": value - of_base for base, of_base in bases.items()},
+                **{f"over {baseline_label(base)}": value - of_base for base, of_base in bases.items()},
             }
         )
     return pd.DataFrame(rows).astype({"K": "Int64"})

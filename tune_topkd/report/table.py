@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from tune_topkd.config import DEFAULTS
 from tune_topkd.config import Scalar
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
@@ -38,6 +39,11 @@ FROM_ZERO = frozenset({"shift"})
 _OWN_COLUMNS = ("number", "status", "reason", "val_top1", "epochs")
 
 FloatArray = npt.NDArray[np.float64]
+
+
+def baseline_label(arm: str) -> str:
+    """A baseline's name where there is room for a word: `CE`, `KD`, `untuned` for the method's defaults."""
+    return "untuned" if arm == DEFAULTS else arm.upper()
 
 
 def trials_table(runs: pd.DataFrame, curves: pd.DataFrame | None = None) -> pd.DataFrame:
