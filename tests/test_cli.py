@@ -44,6 +44,7 @@ from tune_topkd.ledger import Stop
 from tune_topkd.ledger import read_events
 from tune_topkd.ledger import read_state
 from tune_topkd.ledger.events import encode
+from tune_topkd.machine import Gpu
 from tune_topkd.models import build_configured
 from tune_topkd.models import build_model
 from tune_topkd.models import load_weights
@@ -1088,6 +1089,33 @@ def test_the_time_that_check_tells_counts_more_than_steps():
     config = preflight.load_checked("digits").config
     minutes = cost.sweep_seconds(config, (359, 898), [cost.Step(0.001, 0.001)]) / 60
     assert 1 < minutes < 4, "two minutes on two cores"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "  at epochs 6 and 18 about one trial in 3 goes on, by val_top1_ema"),
+        (
+            {"sweep.asha.grace_epochs": 9, "sweep.rung_metric": "val_top1"},
+            "  at epoch 9 about one trial in 3 goes on, by val_top1",
+        ),
+        ({"recipe.epochs": 6}, "  no trial is stopped early: ASHA's first rung, epoch 6, is not before the last"),
+        ({"sweep.asha": None}, None),
+        ({"sweep.cpus_per_trial": 2}, "this machine has room for 2 trials at once (5 CPUs)"),
+        ({"sweep.max_concurrent": 1}, "this machine has room for 1 trial at once (5 CPUs)"),
+        ({"sweep.gpus_per_trial": 0.5}, "this machine has room for 4 trials at once (5 CPUs and 2 GPUs)"),
+        ({"sweep.gpus_per_trial": "auto"}, "how many trials run at once is measured before the first begins"),
+    ],
+)
+def test_check_tells_the_rungs_and_the_room(settings, told, monkeypatch):
+    monkeypatch.setattr(cost.machine, "cpus", lambda: 5)
+    monkeypatch.setattr(cost.machine, "gpus", lambda: [Gpu("NVIDIA H200", 0, 1, 0)] * 2)
+    config = preflight.load_checked("digits", [Override(key, value, "") for key, value in settings.items()]).config
+    lines = [*cost.describe(config, with_time=False), *cost._room_here(config)]
+    if told is None:
+        assert not [line for line in lines if " goes on, by" in line or "stopped early" in line]
+    else:
+        assert told in lines
 
 
 def test_the_time_is_told_before_the_data_is_there(tmp_path, monkeypatch):

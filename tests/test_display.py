@@ -159,6 +159,22 @@ def test_a_pipe_gets_a_line_per_trial_that_ends_from_now_on_with_texts_as_they_a
     os.close(reading)
 
 
+def test_a_stopped_trial_is_told_by_what_it_was_compared_by(ledger, pipe):
+    reading, writing = pipe
+    config = formulas.sweep_config(sweep={"trials": 60}, recipe={"epochs": 9, "ema": {"decay_epochs": 1.0}})
+    shown, console = shown_on(writing, ledger, config)
+    key, metrics = TrialKey(SEARCH, 1), {"val_top1": 50.0, "val_top1_ema": 61.25}
+    stopped = Report(key=key, epoch=1, metrics=metrics, decision=Decision.PRUNE)
+    end = End(key=key, epoch=1, status=TrialStatus.PRUNED, reason="asha", error="", value=50.0)
+    ledger.append(suggest(0), suggest(1), start(1), stopped, end)
+    shown.notify(None)
+    shown.close()
+    console.terminal.close()
+    os.set_blocking(reading, False)
+    assert "trial 0001 pruned at epoch 1: val_top1_ema 61.25 %  k=5" in os.read(reading, 65536).decode()
+    os.close(reading)
+
+
 @pytest.mark.parametrize(("trials", "troubles"), [(2000, 0), (2000, 3), (10_000, 0), (151, 0)])
 def test_a_large_sweep_has_some_hundred_lines_that_count_every_trial(tmp_path, trials, troubles, monkeypatch):
     monkeypatch.setattr(display, "LONGEST_CLOSE", 60.0)  # all of it comes at once here

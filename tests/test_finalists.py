@@ -795,7 +795,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capfd):
     place = Workspace.at(mlflow_uri="", address="local")
     assert (first.reason, first.best.key, first.winner.finalist) == ("interrupted", LUCKIEST, None)
     assert line_of(standing("s", place)).endswith(
-        "; best 80.00 % (trial 2); finalists: 4 of 8 trainings; gain over ce +6.00"
+        "; best 80.00 % (trial 2); finalists: 4 of 8 trainings; baselines: 1 completed; gain over ce +6.00"
     )
     assert load_tuned_config(first.folder / "tuned.yaml").evidence.trial == 2
     last = Sweep.open("s", mlflow_uri="", address="local").resume(executor=SimulatedExecutor(planted, at_once=2))

@@ -15,7 +15,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from tune_topkd.execution import broker
-from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.sharing import LEASE
 from tune_topkd.execution.sharing import SETTLING
 from tune_topkd.execution.sharing import Book
@@ -117,9 +116,9 @@ def test_never_more_than_the_cluster_has_and_nothing_idle_that_somebody_can_use(
         taken = sum(count * claim.size[column] for count, claim in zip(found, claims, strict=True))
         assert taken <= sum(node[column] for node in nodes) + 1e-6
     for count, claim in zip(found, claims, strict=True):
-        assert 0 <= count <= min(claim.most, sum(fitting(Share(*node), Share(*claim.size)) for node in nodes))
+        assert 0 <= count <= min(claim.most, sum(Share(*claim.size).times_on(Share(*node)) for node in nodes))
     if len(claims) == 1:
-        alone = sum(fitting(Share(*node), Share(*claims[0].size)) for node in nodes)
+        alone = sum(Share(*claims[0].size).times_on(Share(*node)) for node in nodes)
         assert found == [min(claims[0].most, alone)]
     if any(found):
         return
@@ -193,7 +192,7 @@ class Simulated:
 
     def add(self, name, priority=1.0, **about):
         sweep = self.sweeps[name] = Sweep(priority, used_at=self.clock.now, **about)
-        sweep.most = min(sweep.most, sum(fitting(Share(*node), Share(*sweep.size)) for node in self.nodes))
+        sweep.most = min(sweep.most, sum(Share(*sweep.size).times_on(Share(*node)) for node in self.nodes))
         self._after(0.0, self._report, name, sweep)
         return sweep
 

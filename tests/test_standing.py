@@ -19,6 +19,7 @@ from tune_topkd.sweep import Sweep
 ENTRY = {
     "sweep": "digits", "description": "a small\nCNN on [digits]", "state": "finished", "begun": "2026-11-30T12:34:56+0000",
     "error": "", "plateau": "", "trials": {"completed": 20, "pruned": 55, "failed": 1, "running": 2}, "target": 80,
+    "baseline_trials": {"completed": 6, "failed": 0, "running": 1},
     "best": {"number": 7, "val_top1": 91.5, "params": {"k": 5, "lr": 0.1}},
     "top1": {"mean": 91.234, "interval": [90.734, 91.734], "measured_on": "test set"},
     "gains": {"ce": {"mean": 1.4, "interval": [0.5, 2.3]}, "kd": {"mean": 0.1, "interval": [-0.5, 0.7]}},
@@ -99,6 +100,22 @@ def test_what_is_wrong_is_told_below():
 )
 def test_a_gain_that_may_be_none_is_not_told_as_one(interval, told):
     assert gains_in_short({"ce": {"mean": -1.0, "interval": interval}}) == told
+
+
+def test_the_baselines_are_counted_until_the_sweep_is_over():
+    assert "baselines" not in line_of(ENTRY)
+    told = line_of(ENTRY | {"state": "running", "trials": {"completed": 0, "running": 0}, "best": None})
+    assert told.startswith("digits: running, none of 80 trials; baselines: 6 completed, 1 running; ")
+
+
+def test_the_trials_of_all_baselines_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    both = {"baselines.methods": ["ce", "defaults"], "baselines.trials": 2}
+    sweep = Sweep.create(PLAIN, name="s", overrides=both, mlflow_uri="", address="local")
+    state = sweep.run(executor=SimulatedExecutor(planted)).state
+    counts = [state.counts(method)["completed"] for method in state.baseline_methods()]
+    assert len(counts) > 1
+    assert standing("s", sweep.workspace)["baseline_trials"]["completed"] == sum(counts)
 
 
 def test_a_sweep_is_told_by_the_best_evidence_that_there_is(tmp_path, monkeypatch):

@@ -330,9 +330,11 @@ class ProgressDisplay:
         return self._picture.frame(self._console.height, now, self._gpus)
 
     def _line(self, record: TrialRecord) -> str:
-        value = (
-            f"{record.key.metric} {record.value:.2f} %" if record.value is not None else record.error or record.reason
-        )
+        metric, found = record.key.metric, record.value
+        if record.status is TrialStatus.PRUNED:  # by another one, which may be the higher or the lower
+            metric = self._picture.config.rung_metric
+            found = record.reports[record.epoch].get(metric)
+        value = f"{metric} {found:.2f} %" if found is not None else record.error or record.reason
         what = f"{title(record)} {record.status} at epoch {record.epoch}: {value}  {short_params(record.params)}"
         return f"{self._place()} {what}{self._tail()}"
 

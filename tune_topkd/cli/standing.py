@@ -45,7 +45,7 @@ def line_of(entry: dict[str, Any]) -> str:
     why = f"; {entry['error']}" if entry["error"] else ""
     if entry["state"] == DAMAGED:
         return f"{entry['sweep']}: {DAMAGED}{why}"
-    counts = ", ".join(f"{n} {what}" for what, n in entry["trials"].items() if n)
+    counts = _counts(entry["trials"])
     best = entry["best"]
     k = f", K = {best['params']['k']}" if best and "k" in best["params"] else ""
     tail = f"; best {best['val_top1']:.2f} % (trial {best['number']}{k})" if best else ""
@@ -66,11 +66,17 @@ def line_of(entry: dict[str, Any]) -> str:
             if is_done
             else f"; test: {test['done']} of {test['of']} trainings"
         )
+    if (baselines := _counts(entry["baseline_trials"])) and entry["state"] != "finished":
+        tail += f"; baselines: {baselines}"
     tail += f"; {entry['plateau']}" if entry["plateau"] else ""
     tail += f"; gain over {gains_in_short(entry['gains'])}" if entry["gains"] else ""
     spent = [f"{entry[f'{kind}_hours']:.2f} {kind.upper()} h" for kind in ("cpu", "gpu") if entry[f"{kind}_hours"]]
     tail += f"; {', '.join(spent)}" if spent else ""
     return f"{entry['sweep']}: {entry['state']}, {counts or 'none'} of {counted(entry['target'], 'trial')}{tail}{why}"
+
+
+def _counts(trials: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in trials.items() if count)
 
 
 def table_of(entries: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
@@ -165,6 +171,7 @@ def entry_of(found: Status) -> dict[str, Any]:
         "plateau": found.plateau,
         "trials": found.trials,
         "target": found.target,
+        "baseline_trials": found.baseline_trials,
         "best": best and {"number": best.key.number, "val_top1": best.value, "params": best.params},
         "baselines": {
             method: {"val_top1": record.value, "params": record.params} for method, record in found.baselines.items()

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import logging
-import math
 import os
 import queue
 import secrets
@@ -111,7 +110,7 @@ class Cluster:
 
     def room_for(self, share: Share) -> int:
         """How many trials of this share fit at once."""
-        return sum(fitting(node, share) for node in self.nodes)
+        return sum(share.times_on(node) for node in self.nodes)
 
     def larger(self, share: Share) -> Share | None:
         """The next larger share of a node: twice as much of what a trial shares with others; none if it has all.
@@ -394,12 +393,3 @@ def _shutdown() -> None:
 def resources(node: dict[str, Any]) -> Share:
     """What one of Ray's nodes has."""
     return Share(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-
-
-def fitting(node: Share, share: Share) -> int:
-    """How many trials of this share fit on a node at once."""
-    by_cpu = math.floor(node.cpus / share.cpus + 1e-9)
-    if share.gpus == 0:
-        return by_cpu
-    by_gpu = node.gpus * math.floor(1 / share.gpus + 1e-9) if share.gpus <= 1 else node.gpus // share.gpus
-    return min(by_cpu, int(by_gpu))

@@ -25,7 +25,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tune_topkd.config import SweepConfig
 from tune_topkd.execution.cluster import Cluster
 from tune_topkd.execution.cluster import ResourceError
-from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.cluster import resources
 from tune_topkd.execution.growth import LONGEST_WAIT_FOR_A_NODE
 from tune_topkd.execution.growth import Growth
@@ -215,7 +214,7 @@ class Nodes:
             self._note(f"node {self._names[node]} is used again: its trials fail of the same elsewhere")
 
     def _alive(self) -> dict[str, Any]:
-        nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"] and fitting(resources(n), self._share)}
+        nodes = {n["NodeID"]: n for n in ray.nodes() if n["Alive"] and self._share.times_on(resources(n))}
         self._names |= {node: entry["NodeName"] for node, entry in nodes.items()}
         return nodes
 

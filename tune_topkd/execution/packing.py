@@ -21,7 +21,6 @@ from tune_topkd.config import SweepConfig
 from tune_topkd.config import SweepSettings
 from tune_topkd.config import TrialConfig
 from tune_topkd.execution.cluster import ResourceError
-from tune_topkd.execution.cluster import fitting
 from tune_topkd.execution.cluster import in_one_line
 from tune_topkd.execution.cluster import resources
 from tune_topkd.execution.cluster import trial_part
@@ -93,7 +92,7 @@ def pack(config: SweepConfig, trial: TrialConfig, probe: Probe) -> list[Packed]:
     node_id = next(node_id for node_id, its in nodes.items() if its == node)
     tried: list[Packed] = []
     for share in shares(config.sweep, list(nodes.values())):
-        at_once = fitting(node, share)
+        at_once = share.times_on(node)
         try:
             tried.append(_tried(share, at_once, trial, probe, node_id, longest_start(config)))
         except (ray.exceptions.RayError, TimeoutError) as error:
@@ -120,7 +119,7 @@ def shares(settings: SweepSettings, nodes: Sequence[Share]) -> list[Share]:
     """
     node = _largest(settings, nodes)
     most = settings.max_concurrent or math.inf
-    return [share for number, share in enumerate(_shares(settings, node)) if not number or fitting(node, share) <= most]
+    return [share for number, share in enumerate(_shares(settings, node)) if not number or share.times_on(node) <= most]
 
 
 def _largest(settings: SweepSettings, nodes: Sequence[Share]) -> Share:

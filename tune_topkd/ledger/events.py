@@ -111,6 +111,14 @@ class Share(NamedTuple):
         """From the list that a line has, if it has one."""
         return None if values is None else cls(*values)
 
+    def times_on(self, node: "Share") -> int:
+        """How many trials that get this fit at once on a node that has so much."""
+        by_cpu = math.floor(node.cpus / self.cpus + 1e-9)
+        if self.gpus == 0:
+            return by_cpu
+        by_gpu = node.gpus * math.floor(1 / self.gpus + 1e-9) if self.gpus <= 1 else node.gpus // self.gpus
+        return min(by_cpu, int(by_gpu))
+
 
 class TeacherFile(NamedTuple):
     """Which teacher a sweep learns from."""

@@ -1,5 +1,6 @@
 """A sweep, as a Python program has it: created, run, resumed, asked."""
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
@@ -80,6 +81,8 @@ class Status:
     """The trial that is the answer so far; `winner` has its fresh seeds."""
     baselines: dict[str, TrialRecord]
     """The best of each baseline's trials."""
+    baseline_trials: dict[str, int]
+    """As `trials`, of all baselines together."""
     spend: Spend
     """What its trainings have cost."""
     description: str
@@ -407,10 +410,9 @@ def status_of(name: str, folder: Path, state: SweepState) -> Status:
         folder: the sweep's.
         state: what its ledger tells.
     """
-    how, counts = condition(folder, state), state.counts()
-    trials = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
-    running = counts[TrialStatus.RUNNING]
-    trials |= {"running": running} if how == "running" else {"running": 0, "interrupted": running}
+    how, of_baselines = condition(folder, state), Counter[str]()
+    for method in state.baseline_methods():
+        of_baselines.update(state.counts(method))
     winner, spent = winner_of(state), spend(state)
     cpu_hours, gpu_hours = hours_of(state, spent)
     return Status(
@@ -418,10 +420,11 @@ def status_of(name: str, folder: Path, state: SweepState) -> Status:
         condition=how,
         error=state.stop_error,
         plateau="" if state.plateau is None else state.plateau.sentence,
-        trials=trials,
+        trials=_by_status(state.counts(), how),
         target=state.target,
         best=None if winner is None else winner.record,
         baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
+        baseline_trials=_by_status(of_baselines, how),
         winner=winner,
         finalists=finalists_done(state),
         verdict=verdict_of(state),
@@ -432,6 +435,13 @@ def status_of(name: str, folder: Path, state: SweepState) -> Status:
         cpu_hours=cpu_hours,
         gpu_hours=gpu_hours,
     )
+
+
+def _by_status(counts: Mapping[str, int], how: str) -> dict[str, int]:
+    """How many trials have each status; those at work are interrupted where nobody runs them."""
+    told = {s.value: counts[s] for s in (TrialStatus.COMPLETED, TrialStatus.PRUNED, TrialStatus.FAILED)}
+    running = counts[TrialStatus.RUNNING]
+    return told | ({"running": running} if how == "running" else {"running": 0, "interrupted": running})
 
 
 def _description(folder: Path) -> str:

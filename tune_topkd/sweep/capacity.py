@@ -115,9 +115,8 @@ class Fit:
             has: what the node has.
             shares: of a trial, the largest first; one, but where it is measured.
         """
-        from tune_topkd.execution.cluster import fitting
 
-        numbers = [fitting(has, share) for share in shares]
+        numbers = [share.times_on(has) for share in shares]
         return cls(min(numbers), max(numbers), "" if max(numbers) else _why_none(has, shares[-1]))
 
 
@@ -353,14 +352,13 @@ def _timed(config: SweepConfig, nodes: Sequence[Surveyed], shares: Sequence[Shar
 
     A node that refuses a step lacks something that a trial would fail of too.
     """
-    from tune_topkd.execution.cluster import fitting
     from tune_topkd.execution.survey import ask
 
     given = {
         surveyed.node.id: share
         for surveyed in nodes
         if surveyed.node.is_alive
-        and (share := next((share for share in shares if fitting(surveyed.node.has, share)), None)) is not None
+        and (share := next((share for share in shares if share.times_on(surveyed.node.has)), None)) is not None
     }
     asked = {
         surveyed.node.id: given[surveyed.node.id]
@@ -409,7 +407,6 @@ def _asked_for(config: SweepConfig) -> str:
 
 def _time(config: SweepConfig, images: tuple[int, int], usable: Sequence[_Timed]) -> str:
     """About how long the sweep takes on nodes that are its alone; one whose step was not timed counts as the slowest."""
-    from tune_topkd.execution.cluster import fitting
 
     known = [one.step for one in usable if one.step is not None]
     slowest = max(known, key=lambda step: cost.epoch_seconds(config, images, step))
@@ -417,7 +414,7 @@ def _time(config: SweepConfig, images: tuple[int, int], usable: Sequence[_Timed]
         one.step or slowest
         for one in usable
         if one.share is not None
-        for _ in range(fitting(one.surveyed.node.has, one.share))
+        for _ in range(one.share.times_on(one.surveyed.node.has))
     ]
     seconds = cost.sweep_seconds(config, images, places[: config.sweep.max_concurrent])
     most = "at most " if _is_auto(config) else ""

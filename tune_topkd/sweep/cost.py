@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from typing import NamedTuple
 
+from tune_topkd import machine
 from tune_topkd.config import SweepConfig
 from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import Finalists
@@ -20,7 +21,9 @@ from tune_topkd.sweep.preflight import usable_parameters
 from tune_topkd.sweep.remaining import baseline_total
 from tune_topkd.sweep.remaining import expected_epochs
 from tune_topkd.sweep.remaining import finalist_total
+from tune_topkd.sweep.wording import counted
 from tune_topkd.sweep.wording import duration
+from tune_topkd.verdict import listed
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +97,7 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
         yield f"  {axis.name}: {bounds}{' (log)' if given.log else ''}"
     trials, baselines, epochs = config.sweep.trials, baseline_total(config), config.recipe.epochs
     yield f"{trials} trials and {baselines} baseline runs of up to {epochs} epochs"
+    yield from _rungs(config)
     startup = random_proposals(config)
     if config.sweep.sampler.name in ("tpe", "gp") and startup >= trials:
         name = config.sweep.sampler.name
@@ -105,7 +109,7 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
         best = f"the best {min(finalists.count, trials)} trials{bases}, on {finalists.seeds} fresh seeds each"
         yield f"then {repeats} runs of the finalists: {best}"
     most, likely = (trials + baselines + repeats) * epochs, round(sum(map(sum, _trainings(config))))
-    yield f"at most {most} epochs" + (f", about {likely} with ASHA stopping the losers" if likely < most else "")
+    yield f"at most {most:,} epochs" + (f", about {likely:,} with ASHA stopping the losers" if likely < most else "")
     yield from _earlier_ends(config)
     if not missing_data(config.data):
         dataset = load_dataset(config.data)
@@ -116,7 +120,32 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
         elif config.teacher:
             yield "teacher logits: asked for every batch of every trial"
     if with_time:
+        yield from _room_here(config)
         yield _time_here(config)
+
+
+def _rungs(config: SweepConfig) -> Iterator[str]:
+    """When trials are stopped early, and by what."""
+    if (asha := config.sweep.asha) is None:
+        return
+    rungs = [str(epoch) for epoch in asha.rungs(config.recipe.epochs)]
+    if not rungs:
+        yield f"  no trial is stopped early: ASHA's first rung, epoch {asha.grace_epochs}, is not before the last"
+        return
+    at = f"epoch {rungs[0]}" if len(rungs) == 1 else f"epochs {listed(rungs)}"
+    yield f"  at {at} about one trial in {asha.reduction_factor} goes on, by {config.rung_metric}"
+
+
+def _room_here(config: SweepConfig) -> Iterator[str]:
+    """How many trials this machine has room for at once, where each one's share is a number."""
+    cpus, gpus = config.sweep.cpus_per_trial, config.sweep.gpus_per_trial
+    if isinstance(cpus, str) or isinstance(gpus, str):
+        yield "how many trials run at once is measured before the first begins"
+        return
+    here = Share(machine.cpus(), len(machine.gpus()))
+    room = min(Share(cpus, gpus).times_on(here), config.sweep.max_concurrent or math.inf)
+    what = f"{counted(here.cpus, 'CPU')} and {counted(here.gpus, 'GPU')}" if gpus else counted(here.cpus, "CPU")
+    yield f"this machine has room for {counted(int(room), 'trial')} at once ({what})"
 
 
 def _time_here(config: SweepConfig) -> str:
@@ -205,6 +234,8 @@ def _has_bank(config: SweepConfig) -> bool:
 
 
 def _size(count: int) -> str:
+    if count < 1e6:
+        return f"{count / 1e3:,.1f} kB"
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
