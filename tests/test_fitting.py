@@ -271,6 +271,15 @@ def test_weights_that_are_no_numbers_a_folder_and_a_missing_file_are_told(checke
     assert "must be an existing file" in found
 
 
+def test_all_missing_files_are_told_at_once_also_where_the_images_are_among_them(checked, tmp_path):
+    data = {"name": "image_folder", "root": str(tmp_path / "no-images")}
+    networks = {key: {"name": "resnet18", "checkpoint": str(tmp_path / key)} for key in ("teacher", "student")}
+    images, teacher, student = problems(checked, {"data": data, **networks})
+    assert images.startswith(f"data: dataset 'image_folder': {tmp_path / 'no-images'} is not a folder")
+    assert teacher == f"teacher.checkpoint = '{tmp_path / 'teacher'}': must be an existing file"
+    assert student == f"student.checkpoint = '{tmp_path / 'student'}': must be an existing file"
+
+
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 FIT = "return torch.nn.functional.cross_entropy(student, labels)"

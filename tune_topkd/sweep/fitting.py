@@ -184,15 +184,30 @@ def _network(role: _Role, info: DatasetInfo, device: torch.device, found: Findin
 
 def _fill(role: _Role, network: nn.Module, checkpoint: str, found: Findings) -> None:
     key, path = f"{role.key}.checkpoint", Path(checkpoint)
-    if not path.is_file():
-        hint = ", but is a folder: name the file of weights in it" if path.is_dir() else ""
-        found.add(key, f"must be an existing file{hint}", checkpoint)
+    if missing := _missing(key, checkpoint):
+        found.problems.append(missing)
         return
     load = load_backbone if role.key == "student" else load_weights
     try:
         load(network, path, role.model.checkpoint_key)
     except ValueError as error:
         found.add(key, str(error))
+
+
+def missing_checkpoints(config: PairConfig) -> Iterator[Problem]:
+    """Files of weights that are named and are not there: all that can be told of networks before the data is known."""
+    teacher = None if config.teacher is None else config.teacher.checkpoint
+    given = {"teacher": teacher, "student": config.student.checkpoint}
+    found = [_missing(f"{key}.checkpoint", path) for key, path in given.items() if path is not None]
+    yield from filter(None, found)
+
+
+def _missing(key: str, checkpoint: str) -> Problem | None:
+    path = Path(checkpoint)
+    if path.is_file():
+        return None
+    hint = ", but is a folder: name the file of weights in it" if path.is_dir() else ""
+    return Problem(key=key, rule=f"must be an existing file{hint}", value=checkpoint, has_value=True)
 
 
 def _takes(role: _Role, network: nn.Module, images: Tensor, info: DatasetInfo, found: Findings) -> bool:

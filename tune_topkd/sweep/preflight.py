@@ -367,12 +367,14 @@ def _pair_problems(config: PairConfig, notes: list[str] | None = None, *, with_l
     from tune_topkd.data import DatasetNameError
     from tune_topkd.data import check_readable
     from tune_topkd.data import dataset_info
+    from tune_topkd.sweep.fitting import missing_checkpoints
     from tune_topkd.sweep.fitting import try_on
 
     try:
         info = dataset_info(config.data)
     except ValueError as error:
         yield _problem("data.name" if isinstance(error, DatasetNameError) else "data", str(error))
+        yield from missing_checkpoints(config)  # all else needs to know what the images and classes are
         return
     try:
         check_readable(config.data)
