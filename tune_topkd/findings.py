@@ -32,8 +32,13 @@ def range_text(parameter: ParameterRange) -> str:
     """A range in words."""
     if parameter.choices is not None:
         return ", ".join(map(text_of, parameter.choices))
+    return bounds_text(parameter) + (", logarithmic" if parameter.log else "")
+
+
+def bounds_text(parameter: ParameterRange) -> str:
+    """The ends of a range in words, such as `0.03 to 1`."""
     low, high = (bound if isinstance(bound, str) else f"{bound:g}" for bound in (parameter.low, parameter.high))
-    return f"{low} to {high}" + (", logarithmic" if parameter.log else "")
+    return f"{low} to {high}"
 
 
 INTERVALS = "in brackets are 95 % intervals over seeds; those of gains hold for all baselines of a sweep at once"

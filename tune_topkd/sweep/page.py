@@ -16,7 +16,7 @@ from tune_topkd.findings import Importance
 from tune_topkd.findings import Note
 from tune_topkd.findings import Row
 from tune_topkd.findings import Rung
-from tune_topkd.findings import range_text
+from tune_topkd.findings import bounds_text
 from tune_topkd.ledger import FELL_APART
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import SweepState
@@ -301,7 +301,7 @@ def _at_the_end_of_a_range(config: SweepConfig, state: SweepState, row: Row) -> 
             continue
         end = end_of_range(parameter, row.params[name])
         if end == "upper" or (end == "lower" and name != "k"):
-            searched = f"{range_text(parameter)} was searched"
+            searched = f"{bounds_text(parameter)} was searched"
             text = f"The answer has {name} = {short(row.params[name])}, and {searched}. A wider range may find more."
             yield Note(f"{name} lies at the {end} end of its range", text)
     for base in baseline_trials(state):
@@ -309,7 +309,7 @@ def _at_the_end_of_a_range(config: SweepConfig, state: SweepState, row: Row) -> 
         for name, which in ends_of_ranges(config, base).items():
             best = f"The best of {state.size(base.key.arm)} trainings of {baseline} has {name} = {short(base.params[name])}"
             text = (
-                f"{best}, and {range_text(config.space[name])} was tried. With a wider range the baseline may be better, "
+                f"{best}, and {bounds_text(config.space[name])} was tried. With a wider range the baseline may be better, "
                 "and the gain over it smaller."
             )
             yield Note(f"The {name} of {baseline} lies at the {which} end of its range", text)

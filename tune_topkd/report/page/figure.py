@@ -125,23 +125,27 @@ def trial_tooltip(parameters: Sequence[Parameter]) -> list[alt.Tooltip]:
 
 
 def base_rules(values: Mapping[str, float], axis: Top1Axis) -> list[alt.Chart]:
-    """The baselines as rules across a figure, each with its name."""
+    """The baselines as rules across a figure; `base_labels` says which is which."""
     if not values:
         return []
-    rules = (
+    return [
         alt.Chart(named("bases"))
         .mark_rule(strokeDash=[5, 4], color="@ink", opacity=0.65)
         .encode(
             y=top1(axis, field_name="value"),
             tooltip=[alt.Tooltip("name:N", title="baseline"), alt.Tooltip("value:Q", title="top-1 %", format=".2f")],
         )
-    )
-    labels = (
-        alt.Chart(named("bases"))
-        .mark_text(align="right", baseline="bottom", dx=-2, dy=-2, fontSize=11, color="@faint")
-        .encode(y=top1(axis, field_name="place"), x=alt.value("width"), text="label:N")
-    )
-    return [rules, labels]
+    ]
+
+
+def base_labels(values: Mapping[str, float], axis: Top1Axis) -> list[alt.Chart]:
+    """The names of `base_rules`, for the top of a figure: what lies below them is covered a little."""
+    if not values:
+        return []
+    look: dict[str, Any] = {"align": "right", "baseline": "bottom", "dx": -2, "dy": -2, "fontSize": 11}
+    text = alt.Chart(named("bases")).encode(y=top1(axis, field_name="place"), x=alt.value("width"), text="label:N")
+    cover = text.mark_text(color="@paper", stroke="@paper", strokeWidth=3, strokeOpacity=0.8, **look)
+    return [cover, text.mark_text(color="@faint", **look)]
 
 
 def base_rows(values: Mapping[str, float], axis: Top1Axis) -> Rows:

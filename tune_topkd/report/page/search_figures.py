@@ -17,6 +17,7 @@ from tune_topkd.report.page.data import repeated
 from tune_topkd.report.page.figure import Chart
 from tune_topkd.report.page.figure import Figure
 from tune_topkd.report.page.figure import along
+from tune_topkd.report.page.figure import base_labels
 from tune_topkd.report.page.figure import base_rows
 from tune_topkd.report.page.figure import base_rules
 from tune_topkd.report.page.figure import named
@@ -115,7 +116,12 @@ def k_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure | None:
         )
     )
     chart = alt.layer(
-        *base_rules(bases, axis), line, _points(trials, parameters, axis, x), median, *_fresh_marks(axis, scale)
+        *base_rules(bases, axis),
+        line,
+        _points(trials, parameters, axis, x),
+        median,
+        *_fresh_marks(axis, scale),
+        *base_labels(bases, axis),
     ).properties(width="container", height=340)
     best = max(values, key=lambda row: row["best"], default=None)
     told = f"The highest value is at K = {best['k']:g}, {best['best']:.2f} %." if best else "No trial was completed."
@@ -189,6 +195,7 @@ def history_figure(found: Findings, trials: Rows, axis: Top1Axis) -> Figure:
     )
     layers = [*base_rules(bases, axis), _points(trials, parameters, axis, x, 40)]
     layers += [line] if any(row["best"] is not None for row in trials) else []
+    layers += base_labels(bases, axis)
     chart = alt.layer(*layers).properties(width="container", height=280)
     winner = winner_of(found.state)
     alt_text = f"Validation top-1 of {len(trials)} trials in their order, with the best so far."
