@@ -359,6 +359,16 @@ def test_as_long_as_a_training_is_to_come_the_answer_is_the_searchs_best_and_tha
     assert "the finalists are not done (9 of 10 trainings)" in finalists_sentence(state)
 
 
+def test_before_the_first_of_them_finalists_are_not_counted(tmp_path, whole):
+    """How many there will be is not known before the search is over."""
+    lines = whole.read_bytes().splitlines(keepends=True)
+    first = next(number for number, line in enumerate(lines) if json.loads(line)["event"] == "repeat")
+    path = tmp_path / "l"
+    path.write_bytes(b"".join(lines[:first]))
+    told = "the finalists are not trained yet: the answer is the best of one seed, which is optimistic; `resume` trains them"
+    assert finalists_sentence(state_of(path)) == told
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [

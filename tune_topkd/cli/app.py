@@ -993,7 +993,7 @@ def _conclude(
             if isinstance(error, str):
                 console.print(f"{name}: not run: {error}", style="red", soft_wrap=True)
     for name, result in ended.items():
-        if result.is_interrupted:
+        if result.is_interrupted and (words or result.best is None):  # else it has just been told what comes next
             text = f"interrupted; `{command_for(workspace, *(words or ('resume', name)))}` goes on"
             console.print(text, style="bold", soft_wrap=True)
     codes = [_exit_code(result) for result in ended.values()]

@@ -56,7 +56,7 @@ def line_of(entry: dict[str, Any]) -> str:
             f"; best {fresh['val_top1']:.2f}{error} % over {len(fresh['values'])} fresh seeds "
             f"(trial {best['number']}{k}, {best['val_top1']:.2f} % in the search)"
         )
-    elif entry.get("finalists") and entry["finalists"]["done"] < entry["finalists"]["of"]:
+    elif entry.get("finalists") and 0 < entry["finalists"]["done"] < entry["finalists"]["of"]:
         tail += f"; finalists: {entry['finalists']['done']} of {entry['finalists']['of']} trainings"
     if (test := entry.get("test")) is not None:
         is_done = test["done"] == test["of"] and test["top1"] is not None

@@ -17,6 +17,7 @@ from tune_topkd.export import WRITERS
 from tune_topkd.export import TunedConfig
 from tune_topkd.export import tuned_config
 from tune_topkd.export import write_files
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
@@ -167,10 +168,9 @@ def finalists_sentence(state: SweepState) -> str:
     ended, total = done
     if ended == total:
         return "no finalist has a value of a fresh seed: the answer is the best of one seed, which is optimistic"
-    return (
-        f"the finalists are not done ({ended} of {total} trainings): the answer is the best of one seed, "
-        "which is optimistic; `resume` trains the rest"
-    )
+    so_far = f"not done ({ended} of {total} trainings)" if state.size(REPEAT) else "not trained yet"
+    rest = "the rest" if state.size(REPEAT) else "them"
+    return f"the finalists are {so_far}: the answer is the best of one seed, which is optimistic; `resume` trains {rest}"
 
 
 def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
