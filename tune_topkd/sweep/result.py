@@ -170,7 +170,9 @@ def finalists_sentence(state: SweepState) -> str:
         return "no finalist has a value of a fresh seed: the answer is the best of one seed, which is optimistic"
     so_far = f"not done ({ended} of {total} trainings)" if state.size(REPEAT) else "not trained yet"
     rest = "the rest" if state.size(REPEAT) else "them"
-    return f"the finalists are {so_far}: the answer is the best of one seed, which is optimistic; `resume` trains {rest}"
+    return (
+        f"the finalists are {so_far}: the answer is the best of one seed, which is optimistic; `resume` trains {rest}"
+    )
 
 
 def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
