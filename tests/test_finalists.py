@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import formulas
@@ -33,6 +34,7 @@ from tune_topkd.export import WRITERS
 from tune_topkd.export import as_yaml
 from tune_topkd.export import load_tuned_config
 from tune_topkd.export import tuned_config
+from tune_topkd.ledger import REPEAT
 from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import Decision
 from tune_topkd.ledger import Driver
@@ -49,7 +51,9 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import baseline_to_come
+from tune_topkd.ledger import baseline_trials
 from tune_topkd.ledger import events
+from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import finalists_to_repeat
 from tune_topkd.ledger import is_searched
@@ -69,6 +73,7 @@ from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.result import advice
 from tune_topkd.sweep.result import finalists_sentence
 from tune_topkd.sweep.result import gains
+from tune_topkd.sweep.wording import short
 from tune_topkd.sweep.wording import title
 from tune_topkd.terminal import Console
 from tune_topkd.terminal import Terminal
@@ -596,7 +601,8 @@ def change_the_plan(found):
         (repeat_before_the_end, "trial repeat-0000 repeats a finalist although the search is not over"),
         (
             change_the_plan,
-            "finalists are Finalists(count=3, seeds=3), where the config says Finalists(count=3, seeds=2)",
+            "finalists are Finalists(count=3, seeds=3, baselines=1), where the config says "
+            "Finalists(count=3, seeds=2, baselines=1)",
         ),
     ],
 )
@@ -649,7 +655,7 @@ def test_seeds_that_are_too_large_to_be_followed_are_refused():
     with pytest.raises(ConfigError, match=r"sweep.seed = 9223372036854775807: the seeds up to sweep.seed \+ 2"):
         config(sweep={"seed": 2**63 - 1})
     assert config(sweep={"seed": 2**63 - 1, "finalists": None}).sweep.finalists is None
-    assert config(sweep={"finalists": {}}).sweep.finalists.model_dump() == {"count": 3, "seeds": 2}
+    assert config(sweep={"finalists": {}}).sweep.finalists.model_dump() == {"count": 3, "seeds": 2, "baselines": 1}
 
 
 # --- what others have of it -----------------------------------------------------------------------------------------------
@@ -878,6 +884,101 @@ def test_check_counts_their_trainings():
     assert f"at most {(6 + 1 + 8) * 2} epochs" in lines
     few = new_config({**SPACE, "baselines": None, "sweep": {**SPACE["sweep"], "trials": 2}}, "test", ())
     assert "then 4 runs of the finalists: the best 2 trials, on 2 fresh seeds each" in list(cost.describe(few))
+
+
+# --- which trial stands for a baseline --------------------------------------------------------------------------------
+
+
+def several(baselines=2, **about):
+    """A sweep whose baselines have four learning rates."""
+    space = {"lr": {"low": 0.1, "high": 1.0, "log": True}}
+    sections = {"baselines": {"methods": ["kd"], "trials": 4}, "recipe": {"epochs": EPOCHS}}
+    plan = {"count": 2, "seeds": 3, "baselines": baselines}
+    settings = {"trials": 3, "startup_trials": 50, "finalists": plan, "asha": None, "seed": SEED, "max_failures": 1}
+    return formulas.sweep_config(sweep=settings, **sections, space=space, **about)
+
+
+def lucky(trial, epoch):
+    """KD's luckiest learning rate is its third; on other seeds its second is the best; a fourth is behind on all."""
+    if trial.record.origin.arm == "kd":
+        own, fresh = [(60.0, 60.0), (75.0, 74.0), (80.0, 70.0), (65.0, 90.0)][trial.record.origin.number]
+        value = fresh + trial.config.seed % 2 / 10 if trial.config.seed > SEED else own
+        return {"val_top1": value - 1 + epoch / EPOCHS}
+    return {"val_top1": 77.0 - trial.record.origin.number}
+
+
+def test_the_best_trials_of_a_baseline_are_compared_on_fresh_seeds_as_those_of_the_search_are(tmp_path):
+    state = drive(tmp_path / "l", several(), lucky)
+    repeated = Counter(f.record.key.arm for f in finalists(state))
+    assert repeated == {SEARCH: 2, "kd": 2}
+    assert state.best("kd").key == TrialKey("kd", 2), "the luckiest"
+    assert [record.key for record in baseline_trials(state)] == [TrialKey("kd", 1)]
+    assert fresh_gains(state)["kd"].mean == pytest.approx(77 - 74 - 0.1 / 3)
+    (gain,) = gains(several(), state, 1000)
+    assert f"lr {short(state.trials[TrialKey('kd', 1)].params['lr'])}" in gain.sentence
+    tuned = tuned_config(several(), state, loss_defaults=formulas.DEFAULTS)
+    assert tuned.evidence.baselines["kd"].val_top1 == 75.0
+    assert len(tuned.evidence.baselines["kd"].fresh.values) == 3
+    table = result_table(several(), state)
+    assert table.columns[-1].header == "kd"
+    assert next(iter(table.columns[-1].cells)) == "75.00"
+    runs, _ = mlflow_runs(tmp_path / "l")
+    told = report.headline(report.trials_table(runs), {}, report.finalists_table(runs))
+    assert "(+3.0 ± 0.0 over KD)" in told
+    assert [
+        line for line in audit_decisions(several(), read_events(tmp_path / "l")[0])[0] if "checkpoint" not in line
+    ] == []
+
+
+def test_before_all_of_them_are_done_the_best_by_its_own_value_stands_for_a_baseline(tmp_path):
+    state = drive(tmp_path / "l", several(), lucky)
+    lines = (tmp_path / "l").read_bytes().splitlines(keepends=True)
+    last = max(n for n, line in enumerate(lines) if json.loads(line)["event"] == "end")
+    (tmp_path / "cut").write_bytes(b"".join(lines[:last]))
+    assert [record.key for record in baseline_trials(state_of(tmp_path / "cut"))] == [TrialKey("kd", 2)]
+    one = drive(tmp_path / "one", several(baselines=1), lucky)
+    assert [record.key for record in baseline_trials(one)] == [TrialKey("kd", 2)]
+    assert state.counts(REPEAT)["completed"] == one.counts(REPEAT)["completed"] + 3
+
+
+def test_a_baseline_that_falls_apart_on_a_seed_is_behind_one_that_does_not(tmp_path):
+    def formula(trial, epoch):
+        if (trial.record.origin, trial.config.seed) == (("kd", 1), SEED + 2):
+            return {"val_top1": math.nan}
+        return lucky(trial, epoch)
+
+    state = drive(tmp_path / "l", several(), formula)
+    assert [record.key for record in baseline_trials(state)] == [TrialKey("kd", 2)]
+
+
+@pytest.mark.parametrize(("baselines", "trials", "runs"), [(1, 4, 9), (3, 4, 15), (9, 4, 18)])
+def test_as_many_trainings_are_told_ahead_as_there_are(tmp_path, baselines, trials, runs):
+    config = several(baselines=baselines)
+    told = [line for line in cost.describe(config, with_time=False) if line.startswith("then ")]
+    assert told[0].startswith(f"then {runs} runs of the finalists: the best 2 trials and the best ")
+    assert (f" {baselines} of each baseline," in told[0]) == (baselines > 1)
+    state = drive(tmp_path / "l", config, lucky)
+    assert state.size(REPEAT) == runs
+    assert training_total(config, state) == len(state.trials)
+
+
+def test_a_confirmation_compares_as_many_of_each_baseline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def formula(trial, epoch):
+        return {"test_top1": lucky(trial, epoch)["val_top1"], **lucky(trial, epoch)}
+
+    space = several().model_dump(mode="json")
+    space |= {"space": {"lr": {"low": 0.1, "high": 1.0, "log": True}}, "relative": None}
+    sweep = Sweep.create(space, name="s", mlflow_uri="", address="local")
+    sweep.run(executor=SimulatedExecutor(formula))
+    result = Sweep.open("s", mlflow_uri="", address="local").confirm(
+        finalists=2, seeds=4, executor=SimulatedExecutor(formula)
+    )
+    assert result.state.confirm.baselines == 2
+    assert result.state.size(REPEAT) == (2 + 2) * 4
+    assert result.verdict.baselines[0].record.key == TrialKey("kd", 1), "it is measured on the test set"
+    assert result.verdict.is_done
 
 
 # --- when all that they are chosen from has ended ---------------------------------------------------------------------

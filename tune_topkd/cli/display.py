@@ -37,6 +37,7 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import Winner
+from tune_topkd.ledger import baseline_trial
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import former_finalists
 from tune_topkd.ledger import read_events
@@ -354,7 +355,7 @@ def result_table(config: SweepConfig, state: SweepState, top: int = 4) -> Table:
     first = [finalist.record for finalist in standings(state)]
     first += [finalist.record for finalist in former if first and finalist.record.key.arm == SEARCH]
     ranked = [*first, *(record for record in state.ranked() if record not in first)][: max(top, len(first))]
-    bases = [(m, state.best(m)) for m in (config.baselines.methods if config.baselines else ())]
+    bases = [(m, baseline_trial(state, m)) for m in (config.baselines.methods if config.baselines else ())]
     shown = [(str(r.key.number), r) for r in ranked] + [(method, r) for method, r in bases if r is not None]
     names = list(ranked[0].params) if ranked else list(config.space)
     table = Table(title=f"{state.header.sweep}: best of {counted(state.counts()['completed'], 'full trial')}")
@@ -421,7 +422,7 @@ def summary_table(results: Sequence[tuple[SweepConfig, SweepState]]) -> Table:
     for config, state in results:
         best = winner_of(state)
         params: Mapping[str, Scalar] = config.loss | (best.record.params if best else {})
-        bases = (state.best("ce"), state.best("kd"))
+        bases = (baseline_trial(state, "ce"), baseline_trial(state, "kd"))
         fresh = {f.record.key: f.mean for f in finalists(state)} if best and best.finalist else {}
         about = f"{state.header.sweep}: {config.description}" if config.description else state.header.sweep
         table.add_row(

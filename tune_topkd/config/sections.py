@@ -490,13 +490,15 @@ def _gpus(value: float | str) -> float | str:
 class FinalistsConfig(_Section):
     """The end of a sweep: its best trials, and the best of each baseline, are trained again on fresh seeds.
 
-    The answer is then the one with the best mean over these, not the luckiest of one seed.
+    The answer is then the one with the best mean over these, not the luckiest of one seed; so is what stands for a baseline.
     """
 
     count: int = Field(3, ge=1)
     """How many of the search's trials are trained again."""
     seeds: int = Field(2, ge=2)
     """How often each is trained again, on the seeds that follow the sweep's own."""
+    baselines: int = Field(1, ge=1)
+    """How many of each baseline's trials are trained again, if it has so many. As many as of the search is the fairest."""
 
 
 class PlateauConfig(_Section):

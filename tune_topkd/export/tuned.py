@@ -31,6 +31,7 @@ from tune_topkd.errors import TuneTopKDError
 from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import Winner
+from tune_topkd.ledger import baseline_trial
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import winner_of
 from tune_topkd.verdict import Gain
@@ -150,7 +151,7 @@ class _Measurable(_Part):
 
 
 class BaselineEvidence(_Measurable):
-    """The best of one baseline's trials.
+    """The trial that stands for a baseline: its best, on fresh seeds where several of its trials have them.
 
     That is the method at its defaults over the same learning-rate range, or, with a `loss` of its own, one that was
     tuned as the answer was.
@@ -309,13 +310,13 @@ def _evidence(config: SweepConfig, state: SweepState, winner: Winner) -> Evidenc
     gains = {gain.base.record.key: gain for gain in verdict.gains} if verdict else {}
     baselines: dict[str, BaselineEvidence] = {}
     for method in config.baselines.methods if config.baselines else []:
-        ranked = state.ranked(method)
-        if ranked and ranked[0].value is not None:
-            key, params = ranked[0].key, ranked[0].params
+        record = baseline_trial(state, method)
+        if record is not None and record.value is not None:
+            key, params = record.key, record.params
             baselines[method] = BaselineEvidence(
-                val_top1=ranked[0].value,
+                val_top1=record.value,
                 recipe=recipe_part(params),
-                trials=len(ranked),
+                trials=len(state.ranked(method)),
                 loss=loss_part(params),
                 fresh=FreshEvidence.of(fresh.get(key)),
                 test=TestEvidence.of(measured[key], verdict.look, teacher) if verdict and key in measured else None,

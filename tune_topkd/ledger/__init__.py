@@ -51,6 +51,7 @@ from tune_topkd.ledger.events import TrialStatus
 from tune_topkd.ledger.finalists import Finalist
 from tune_topkd.ledger.finalists import Winner
 from tune_topkd.ledger.finalists import apart_by_seed
+from tune_topkd.ledger.finalists import baseline_trial
 from tune_topkd.ledger.finalists import baseline_trials
 from tune_topkd.ledger.finalists import different
 from tune_topkd.ledger.finalists import finalist_of
@@ -137,6 +138,7 @@ __all__ = [
     "apart_by_seed",
     "baseline_target",
     "baseline_to_come",
+    "baseline_trial",
     "baseline_trials",
     "candidates",
     "confirmation",

@@ -141,16 +141,18 @@ class Finalists:
     count: int
     seeds: int
     """The fresh seeds on which each is trained once more."""
+    baselines: int = 1
+    """How many of each baseline's best trials are repeated beside them."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> Self | None:
         """From the mapping that a line has, if it has one."""
-        return None if values is None else cls(values["count"], values["seeds"])
+        return None if values is None else cls(values["count"], values["seeds"], values.get("baselines", 1))
 
     @classmethod
     def configured(cls, settings: FinalistsConfig | None) -> Self | None:
         """What a config says of them."""
-        return None if settings is None else cls(settings.count, settings.seeds)
+        return None if settings is None else cls(settings.count, settings.seeds, settings.baselines)
 
 
 class TrialKey(NamedTuple):
@@ -348,7 +350,7 @@ class Confirm(Content):
     finalists: Sequence[TrialKey]
     """Trials of the search, the most promising first: the one with the best mean over its fresh seeds is the answer."""
     seeds: int
-    """On which each finalist, and the best trial of each baseline, is trained again, to choose."""
+    """On which each finalist, and the best trials of each baseline, are trained again, to choose."""
     test_seeds: int
     """On which the answer and the baselines are then trained once more, to be measured on the test set."""
     of_trials: int
@@ -357,6 +359,8 @@ class Confirm(Content):
     """Which look at the test set this one is, from 1; a figure of a later one may have been chosen by an earlier."""
     teacher: str | None = None
     """The content, in hex, of the weights of the teacher in the trainings for the test set; None without one."""
+    baselines: int = 1
+    """How many of each baseline's best trials are trained again, to choose."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,19 +52,35 @@ def unrepeated(
 
 
 def finalist_trials(state: SweepState) -> list[TrialRecord]:
-    """The trials that are repeated: the search's best, those of the same parameters once, and the best of each baseline."""
+    """The trials that are repeated: the search's best and each baseline's, those of the same parameters once."""
     if state.confirm is not None:
         chosen = [state.trials[key] for key in state.confirm.finalists]
     elif state.finalists is not None:
         chosen = different(state.ranked(), state.finalists.count)
     else:
         return []
-    return chosen + baseline_trials(state)
+    return chosen + [record for method in state.baseline_methods() for record in _repeated_of(state, method)]
+
+
+def _repeated_of(state: SweepState, method: str) -> list[TrialRecord]:
+    """The trials of a baseline that are repeated."""
+    plan = state.finalists if state.confirm is None else state.confirm
+    return [] if plan is None else different(state.ranked(method), plan.baselines)
 
 
 def baseline_trials(state: SweepState) -> list[TrialRecord]:
-    """The best trial of each baseline."""
-    return [record for method in state.baseline_methods() if (record := state.best(method)) is not None]
+    """The trial that stands for each baseline: of those that were repeated the first as of `standings`, else its best."""
+    return [record for method in state.baseline_methods() if (record := baseline_trial(state, method)) is not None]
+
+
+def baseline_trial(state: SweepState, method: str) -> TrialRecord | None:
+    """The trial that stands for a baseline; None without one that reached the full budget."""
+    found = [finalist_of(state, record) for record in _repeated_of(state, method)]
+    if len(found) > 1 and all(finalist.is_done for finalist in found):
+        for finalist in sorted(found, key=_rank):
+            if finalist.values:
+                return finalist.record
+    return state.best(method)
 
 
 def different(records: Iterable[TrialRecord], count: int) -> list[TrialRecord]:
@@ -243,13 +259,13 @@ def standings(state: SweepState) -> list[Finalist]:
     found = finalists(state)
     if not all(finalist.is_done for finalist in found):
         return []
-    of_search = [finalist for finalist in found if finalist.record.key.arm == SEARCH]
+    return sorted((finalist for finalist in found if finalist.record.key.arm == SEARCH), key=_rank)
 
-    def rank(finalist: Finalist) -> tuple[int, float, int]:
-        mean = -math.inf if finalist.mean is None else finalist.mean
-        return len(finalist.broken), -mean, finalist.record.key.number
 
-    return sorted(of_search, key=rank)
+def _rank(finalist: Finalist) -> tuple[int, float, int]:
+    """The best first."""
+    mean = -math.inf if finalist.mean is None else finalist.mean
+    return len(finalist.broken), -mean, finalist.record.key.number
 
 
 def winner_of(state: SweepState) -> Winner | None:

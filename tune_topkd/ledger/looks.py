@@ -60,7 +60,9 @@ def confirmation(state: SweepState, count: int, seeds: int, test_seeds: int) -> 
     """
     chosen = tuple(record.key for record in different(candidates(state), count))
     look = len(state.looks) + 1
-    return Confirm(finalists=chosen, seeds=seeds, test_seeds=test_seeds, of_trials=state.size(), look=look)
+    baselines = 1 if state.finalists is None else state.finalists.baselines
+    of = state.size()
+    return Confirm(finalists=chosen, seeds=seeds, test_seeds=test_seeds, of_trials=of, look=look, baselines=baselines)
 
 
 def has_looked(state: SweepState) -> bool:

@@ -51,6 +51,7 @@ def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
     answer = finalists[finalists["is_answer"]].iloc[0]
     seeds = [name for name in finalists.columns if isinstance(name, int)]
     bases = finalists[finalists["arm"] != SEARCH]
+    bases = bases.drop_duplicates("arm")  # the best mean of each comes first
     found = {str(base["arm"]): (answer[seeds] - base[seeds]).astype(float).dropna() for _, base in bases.iterrows()}
     apart = {arm: [float(value) for value in values] for arm, values in found.items() if len(values)}
     gains = []

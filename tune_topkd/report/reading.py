@@ -207,7 +207,7 @@ def best_k_table(sweeps: list[SweepTables]) -> pd.DataFrame:
 
 def _means(finalists: pd.DataFrame) -> dict[str, float]:
     """The baselines' means over the fresh seeds."""
-    others = finalists[finalists["arm"] != SEARCH]
+    others = finalists[finalists["arm"] != SEARCH].drop_duplicates("arm")  # the best mean of each comes first
     return {str(arm): float(mean) for arm, mean in zip(others["arm"], others["mean"], strict=True)}
 
 

@@ -244,6 +244,8 @@ class _Audit:
         if confirm.finalists != expected.finalists:
             names = ", ".join(map(str, expected.finalists)) or "nothing"
             yield f"the finalists are {', '.join(map(str, confirm.finalists))}, where {names} is to be confirmed"
+        if confirm.baselines != expected.baselines:
+            yield f"the best {confirm.baselines} of each baseline are compared, where the plan says {expected.baselines}"
         if confirm.look != expected.look:
             yield f"this is look {confirm.look} at the test set, where {expected.look} is right"
         if confirm.of_trials != expected.of_trials:

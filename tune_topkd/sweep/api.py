@@ -25,6 +25,7 @@ from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import Winner
+from tune_topkd.ledger import baseline_trial
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import read_state
 from tune_topkd.ledger import winner_of
@@ -80,7 +81,7 @@ class Status:
     best: TrialRecord | None
     """The trial that is the answer so far; `winner` has its fresh seeds."""
     baselines: dict[str, TrialRecord]
-    """The best of each baseline's trials."""
+    """The trial that stands for each baseline: its best, on fresh seeds where several of its trials have them."""
     baseline_trials: dict[str, int]
     """As `trials`, of all baselines together."""
     spend: Spend
@@ -423,7 +424,7 @@ def status_of(name: str, folder: Path, state: SweepState) -> Status:
         trials=_by_status(state.counts(), how),
         target=state.target,
         best=None if winner is None else winner.record,
-        baselines={m: record for m in state.baseline_methods() if (record := state.best(m)) is not None},
+        baselines={m: record for m in state.baseline_methods() if (record := baseline_trial(state, m)) is not None},
         baseline_trials=_by_status(of_baselines, how),
         winner=winner,
         finalists=finalists_done(state),

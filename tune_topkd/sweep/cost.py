@@ -105,7 +105,8 @@ def describe(config: SweepConfig, *, with_time: bool = True) -> Iterator[str]:
         yield f"  all {trials} are drawn at random: {name} proposes after the first {startup} ({advice})"
     repeats = finalist_total(config, Finalists.configured(config.sweep.finalists), trials)
     if (finalists := config.sweep.finalists) is not None:
-        bases = " and the best of each baseline" if baselines else ""
+        several = f"{finalists.baselines} of each baseline" if finalists.baselines > 1 else "of each baseline"
+        bases = f" and the best {several}" if baselines else ""
         best = f"the best {min(finalists.count, trials)} trials{bases}, on {finalists.seeds} fresh seeds each"
         yield f"then {repeats} runs of the finalists: {best}"
     most, likely = (trials + baselines + repeats) * epochs, round(sum(map(sum, _trainings(config))))

@@ -115,8 +115,8 @@ def finalist_total(config: SweepConfig, finalists: Finalists | None, trials: int
     """How many trainings finalists have, of a search of so many trials, if enough of them reach the full budget."""
     if finalists is None:
         return 0
-    methods = len(config.baselines.methods) if config.baselines else 0
-    return (min(finalists.count, trials) + methods) * finalists.seeds
+    of_baselines = [min(finalists.baselines, count) for count in baseline_counts(config).values()]
+    return (min(finalists.count, trials) + sum(of_baselines)) * finalists.seeds
 
 
 def left_of(record: TrialRecord, config: SweepConfig, state: SweepState) -> float:
@@ -144,12 +144,17 @@ def expected_epochs(asha: AshaConfig, epochs: int) -> float:
 
 def baseline_total(config: SweepConfig) -> int:
     """How many baseline trials a sweep has; of baselines that are tuned alike, as many as are expected."""
+    return sum(baseline_counts(config).values())
+
+
+def baseline_counts(config: SweepConfig) -> dict[str, int]:
+    """The same by baseline."""
     if config.baselines is None:
-        return 0
+        return {}
     searched = any(name in RECIPE_PARAMETERS for name in config.space)
     expected = float(config.recipe.epochs)
     if config.sweep.asha is not None:
         expected = expected_epochs(config.sweep.asha, config.recipe.epochs)
     alike = math.ceil(config.sweep.trials * expected / config.recipe.epochs)
     grid = config.baselines.trials if searched else 1
-    return sum(alike if config.baselines.is_tuned_alike(method) else grid for method in config.baselines.methods)
+    return {method: alike if config.baselines.is_tuned_alike(method) else grid for method in config.baselines.methods}

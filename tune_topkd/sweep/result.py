@@ -22,6 +22,7 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import Winner
+from tune_topkd.ledger import baseline_trial
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import winner_of
@@ -187,7 +188,7 @@ def gains(config: SweepConfig, state: SweepState, images: int) -> list[Gain]:
     fresh, apart = {finalist.record.key: finalist for finalist in finalists(state)}, fresh_gains(state)
     found = []
     for method in _baselines(config) if winner else ():
-        base = state.best(method)
+        base = baseline_trial(state, method)
         if base is None or winner is None:
             continue
         rate = f", lr {short(base.params['lr'])}" if "lr" in base.params else ""
@@ -246,7 +247,7 @@ def advice(config: SweepConfig, state: SweepState) -> str:
     def value(record: TrialRecord) -> float | None:
         return fresh[record.key].mean if fresh else record.value
 
-    found = [record for method in _baselines(config) if (record := state.best(method)) is not None]
+    found = [record for method in _baselines(config) if (record := baseline_trial(state, method)) is not None]
     bases = [(worth, record) for record in found if record.key.arm != DEFAULTS and (worth := value(record)) is not None]
     best = max(bases, key=lambda base: base[0], default=None)
     if best is None or best[0] < winner.value:
