@@ -61,6 +61,7 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import unrepeated
 from tune_topkd.ledger import winner_of
+from tune_topkd.report.table import baseline_finalists
 from tune_topkd.search import Search
 from tune_topkd.search import audit_decisions
 from tune_topkd.sweep import Sweep
@@ -925,6 +926,7 @@ def test_the_best_trials_of_a_baseline_are_compared_on_fresh_seeds_as_those_of_t
     runs, _ = mlflow_runs(tmp_path / "l")
     told = report.headline(report.trials_table(runs), {}, report.finalists_table(runs))
     assert "(+3.0 ± 0.0 over KD)" in told
+    assert list(baseline_finalists(report.finalists_table(runs))["trial"]) == ["kd-0001"], "whose mean the figures draw"
     assert [
         line for line in audit_decisions(several(), read_events(tmp_path / "l")[0])[0] if "checkpoint" not in line
     ] == []
@@ -949,6 +951,9 @@ def test_a_baseline_that_falls_apart_on_a_seed_is_behind_one_that_does_not(tmp_p
 
     state = drive(tmp_path / "l", several(), formula)
     assert [record.key for record in baseline_trials(state)] == [TrialKey("kd", 2)]
+    runs, _ = mlflow_runs(tmp_path / "l")
+    told = report.headline(report.trials_table(runs), {}, report.finalists_table(runs))
+    assert "(+7.0 ± 0.0 over KD)" in told, "of two seeds the other one has the higher mean"
 
 
 @pytest.mark.parametrize(("baselines", "trials", "runs"), [(1, 4, 9), (3, 4, 15), (9, 4, 18)])

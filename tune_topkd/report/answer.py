@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
+from tune_topkd.report.table import baseline_finalists
 from tune_topkd.report.table import baseline_label
 from tune_topkd.report.table import of_status
 from tune_topkd.verdict import Apart
@@ -50,9 +50,8 @@ def _of_fresh_seeds(trials: pd.DataFrame, finalists: pd.DataFrame) -> str:
     """The headline of an answer that was chosen by its fresh seeds."""
     answer = finalists[finalists["is_answer"]].iloc[0]
     seeds = [name for name in finalists.columns if isinstance(name, int)]
-    bases = finalists[finalists["arm"] != SEARCH]
-    bases = bases.drop_duplicates("arm")  # the best mean of each comes first
-    found = {str(base["arm"]): (answer[seeds] - base[seeds]).astype(float).dropna() for _, base in bases.iterrows()}
+    bases = baseline_finalists(finalists).iterrows()
+    found = {str(base["arm"]): (answer[seeds] - base[seeds]).astype(float).dropna() for _, base in bases}
     apart = {arm: [float(value) for value in values] for arm, values in found.items() if len(values)}
     gains = []
     for arm, gain in zip(apart, Apart.together(list(apart.values())), strict=True):

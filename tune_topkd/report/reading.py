@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from tune_topkd.ledger import SEARCH
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.report.answer import headline
 from tune_topkd.report.curves import learning_curves_figure
 from tune_topkd.report.k import k_figure
 from tune_topkd.report.parallel import parallel_coordinates_figure
 from tune_topkd.report.summary import summary_figure
+from tune_topkd.report.table import baseline_finalists
 from tune_topkd.report.table import baseline_label
 from tune_topkd.report.table import finalists_table
 from tune_topkd.report.table import is_log_scaled
@@ -207,7 +207,7 @@ def best_k_table(sweeps: list[SweepTables]) -> pd.DataFrame:
 
 def _means(finalists: pd.DataFrame) -> dict[str, float]:
     """The baselines' means over the fresh seeds."""
-    others = finalists[finalists["arm"] != SEARCH].drop_duplicates("arm")  # the best mean of each comes first
+    others = baseline_finalists(finalists)
     return {str(arm): float(mean) for arm, mean in zip(others["arm"], others["mean"], strict=True)}
 
 

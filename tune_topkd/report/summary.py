@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from tune_topkd.ledger import SEARCH
 from tune_topkd.report.answer import finite
 from tune_topkd.report.answer import headline
 from tune_topkd.report.curves import draw_curves
@@ -14,6 +13,7 @@ from tune_topkd.report.k import draw_k
 from tune_topkd.report.style import INK
 from tune_topkd.report.style import new_figure
 from tune_topkd.report.style import title
+from tune_topkd.report.table import baseline_finalists
 
 
 def summary_figure(
@@ -41,7 +41,7 @@ def summary_figure(
     lines, size = (text.replace(" (", "\n(", 1), 13) if has_answer else (text, 15)
     figure.suptitle(lines, x=0.01, ha="left", fontsize=size, fontweight="bold", color=INK)
     if finalists is not None and has_answer:
-        means = finalists[finalists["arm"] != SEARCH].set_index("arm")["mean"]
+        means = baseline_finalists(finalists).set_index("arm")["mean"]
         draw_k(left, trials, finite({str(arm): float(mean) for arm, mean in means.items()}), finalists)
     else:
         draw_k(left, trials, finite(baselines))

@@ -129,6 +129,15 @@ def finalists_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["mean", "trial"], ascending=[False, True], ignore_index=True)
 
 
+def baseline_finalists(finalists: pd.DataFrame) -> pd.DataFrame:
+    """Of a `finalists_table` the row that stands for each baseline: the fewest seeds without a value, then the best mean."""
+    others = finalists[finalists["arm"] != SEARCH]
+    seeds = [name for name in finalists.columns if isinstance(name, int)]
+    lacking = others[seeds].isna().sum(axis=1)
+    kept = others.assign(lacking=lacking).sort_values(["lacking", "mean"], ascending=[True, False], kind="stable")
+    return kept.drop_duplicates("arm").drop(columns="lacking").sort_values("mean", ascending=False, kind="stable")
+
+
 def _own_value(arm: str, trial: str, runs: pd.DataFrame, sweep: pd.DataFrame) -> float:
     """The value that a finalist was found by."""
     if arm == SEARCH:
