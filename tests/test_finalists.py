@@ -61,6 +61,8 @@ from tune_topkd.ledger import read_events
 from tune_topkd.ledger import standings
 from tune_topkd.ledger import unrepeated
 from tune_topkd.ledger import winner_of
+from tune_topkd.report.page.data import base_values
+from tune_topkd.report.page.evidence_figures import finalists_figure
 from tune_topkd.report.table import baseline_finalists
 from tune_topkd.search import Search
 from tune_topkd.search import audit_decisions
@@ -69,6 +71,7 @@ from tune_topkd.sweep import Workspace
 from tune_topkd.sweep import audit
 from tune_topkd.sweep import cost
 from tune_topkd.sweep.campaign import figures_of
+from tune_topkd.sweep.page import findings_from
 from tune_topkd.sweep.remaining import epochs_ahead
 from tune_topkd.sweep.remaining import training_total
 from tune_topkd.sweep.result import advice
@@ -930,6 +933,18 @@ def test_the_best_trials_of_a_baseline_are_compared_on_fresh_seeds_as_those_of_t
     assert [
         line for line in audit_decisions(several(), read_events(tmp_path / "l")[0])[0] if "checkpoint" not in line
     ] == []
+
+
+def test_the_page_shows_each_of_a_baselines_trials_that_were_trained_again(tmp_path):
+    def page(baselines):
+        config = several(baselines=baselines)
+        state = drive(tmp_path / str(baselines), config, lucky)
+        return findings_from(config, state, tmp_path, "finished", lambda *words: " ".join(words))
+
+    names = {row["name"] for row in finalists_figure(page(2)).rows["means"]}
+    assert {name for name in names if name.startswith("KD")} == {"KD, T = 4, kd-0001", "KD, T = 4, kd-0002"}
+    assert base_values(page(2)) == {"KD, T = 4": pytest.approx(74 + 0.1 / 3)}
+    assert "KD, T = 4" in {row["name"] for row in finalists_figure(page(1)).rows["means"]}
 
 
 def test_before_all_of_them_are_done_the_best_by_its_own_value_stands_for_a_baseline(tmp_path):

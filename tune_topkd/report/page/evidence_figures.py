@@ -1,5 +1,6 @@
 """The figures of what was measured: the gains, the seeds of finalists and of the test stage, sweeps side by side."""
 
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -80,7 +81,8 @@ def finalists_figure(found: Findings) -> Figure | None:
     """The finalists on fresh seeds."""
     former = former_finalists(found.state)
     each = [*finalists(found.state), *former]
-    named_ = {_finalist_name(finalist): finalist for finalist in each if finalist.values}
+    of_arm = Counter(finalist.record.key.arm for finalist in each)
+    named_ = {_finalist_name(finalist, of_arm): finalist for finalist in each if finalist.values}
     caption = (
         "Points are trainings on seeds that took no part in the search, all on the same ones; the tick is the mean, "
         "the bar its 95 % interval, cut at the axis' end, the cross the search's own value, of the one seed that chose it: "
@@ -89,14 +91,14 @@ def finalists_figure(found: Findings) -> Figure | None:
     if former:
         caption += " Trials of an earlier choice, which are no finalists now, are shown with the seeds that they had."
     winner = winner_of(found.state)
-    answer = "" if winner is None or winner.finalist is None else _finalist_name(winner.finalist)
+    answer = "" if winner is None or winner.finalist is None else _finalist_name(winner.finalist, of_arm)
     return _seeds("finalists", "Finalists on fresh seeds", caption, named_, answer, "validation top-1 (%)", owns=True)
 
 
-def _finalist_name(finalist: Finalist) -> str:
+def _finalist_name(finalist: Finalist, of_arm: Mapping[str, int]) -> str:
     record = finalist.record
     if record.key.arm != "search":
-        return baseline_name(record)
+        return baseline_name(record) + (f", {record.key}" if of_arm[record.key.arm] > 1 else "")
     return f"trial {record.key.number}" + (f", K = {record.params['k']}" if "k" in record.params else "")
 
 
