@@ -248,13 +248,13 @@ class Remote:
             with contextlib.suppress(NoObjectError):
                 self.store.get_file(f"{TEACHERS}/{path.parent.name}/{path.name}", path)
 
-    def banks(self, key: str = "") -> "Iterator[RemoteBank]":
-        """The banks that the store has, of one teacher or of all.
+    def banks(self) -> "Iterator[RemoteBank]":
+        """The banks that the store has, of all teachers.
 
         Raises:
             StoreError: the store cannot be read.
         """
-        for name in self.store.list(f"{TEACHERS}/{key}/" if key else f"{TEACHERS}/"):
+        for name in self.store.list(f"{TEACHERS}/"):
             if name.endswith(".json") and Path(name).name.startswith(_BANK):
                 content = self._described(name)
                 yield RemoteBank(name.removesuffix(".json") + ".f16", int(content.get(_BYTES, 0)), content)
