@@ -50,7 +50,7 @@ SMALLER = {
     "epochs: 27": "epochs: 9",
     "grace_epochs: 6": "grace_epochs: 3",
     "trials: 80": "trials: 24",
-    "finalists: {count: 3, seeds: 4}": "finalists: {count: 2, seeds: 2}",
+    "finalists: {count: 3, seeds: 4, baselines: 2}": "finalists: {count: 2, seeds: 2}",
     "methods: [ce, kd, defaults], trials: 6": "methods: [ce, kd, defaults], trials: 2",
 }
 """A tenth of the work in the sweeps of digits: it is the commands that are tested, not their answers."""
@@ -59,7 +59,7 @@ SHORTER = {
     "verify runs/digits/tuned.yaml": "verify runs/digits/tuned.yaml --seeds 1",
 }
 """The same of commands, by what they end with."""
-OF_DIGITS = {"trials: 80", "finalists: {count: 3, seeds: 4}"}
+OF_DIGITS = {"trials: 80", "finalists: {count: 3, seeds: 4, baselines: 2}"}
 """What digits-linear does not have."""
 
 
