@@ -34,20 +34,6 @@ _WITHIN = (0.618, 0.2763)
 _LONGEST_CHAIN = 6  # of ranges that a bound leads to, for which points within are tried: 4,096 of them
 
 
-def end_of_range(parameter: ParameterRange, value: Scalar) -> Literal["lower", "upper", ""]:
-    """At which end of its range a value lies; empty if at none, or if an end names another parameter."""
-    low, high = parameter.low, parameter.high
-    if isinstance(value, str | bool) or isinstance(low, str) or isinstance(high, str):
-        return ""
-    if low is None or high is None or low >= high or (parameter.log and value <= 0):
-        return ""
-    if parameter.log:
-        place = math.log(value / low) / math.log(high / low)
-    else:
-        place = (value - low) / (high - low)
-    return "upper" if place > 1 - NEAR_AN_END else "lower" if place < NEAR_AN_END else ""
-
-
 @dataclass(frozen=True)
 class Axis:
     """One coordinate of a proposal: a number from `low` to `high`, both included, or one of `choices`."""
@@ -74,6 +60,17 @@ class Axis:
         if self.log:
             return math.log(number / self.low) / math.log(self.high / self.low)
         return (number - self.low) / (self.high - self.low)
+
+
+def end_of_range(parameter: ParameterRange, value: Scalar) -> Literal["lower", "upper", ""]:
+    """At which end of its range a value lies; empty if at none, or if an end names another parameter."""
+    low, high = parameter.low, parameter.high
+    if isinstance(value, str | bool) or isinstance(low, str) or isinstance(high, str):
+        return ""
+    if low is None or high is None or low >= high or (parameter.log and value <= 0):
+        return ""
+    place = Axis("", "float", low, high, log=parameter.log).share(value)
+    return "upper" if place > 1 - NEAR_AN_END else "lower" if place < NEAR_AN_END else ""
 
 
 def startup_trials_of(axes: int) -> int:

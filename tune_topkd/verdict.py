@@ -24,7 +24,7 @@ from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import apart_by_seed
-from tune_topkd.ledger import baseline_trials
+from tune_topkd.ledger import apart_from_baselines
 from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import is_near_chance
 from tune_topkd.ledger import is_of_the_answer
@@ -173,11 +173,7 @@ def fresh_gains(state: SweepState) -> dict[str, Apart]:
 
     Empty where finalists have not chosen the answer.
     """
-    winner = winner_of(state)
-    if winner is None or winner.finalist is None:
-        return {}
-    found = {b.key.arm: apart_by_seed(winner.finalist, finalist_of(state, b)) for b in baseline_trials(state)}
-    known = {arm: values for arm, values in found.items() if values}
+    known = apart_from_baselines(state)
     return dict(zip(known, Apart.together(list(known.values())), strict=True))
 
 

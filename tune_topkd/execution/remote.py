@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -55,8 +56,6 @@ _START = "start.json"
 _DRIVER_FILE = ".driver"
 _FETCHING = ".fetching"  # whose lock is held while a bank is fetched
 _OBJECT = re.compile(r"(?P<attempt>[0-9]{4,}-[0-9]{4,})/(?:start\.json|epoch-(?P<epoch>[0-9]+)/(?P<file>[^/]+))")
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -135,17 +134,22 @@ class RemoteSweep:
             StoreError: they cannot be fetched.
             OSError: the disk refused.
         """
-        student, found = config["student"], dict(config)
-        if self.is_drivers_disk:
-            self._bring_banks(config["teacher_bank"])
-            return found
+        found = dict(config)
+        if not self.is_drivers_disk:
+            found |= self._fetched(config)
+        self._bring_banks(found["teacher_bank"])
+        return found
+
+    def _fetched(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a trial's config is elsewhere on this node than on the driver's machine."""
+        student = config["student"]
+        found: dict[str, Any] = {}
         for key in ("teacher_checkpoint", "dataset_file"):
             found[key] = self._here(config[key])
         if student.get("checkpoint") is not None:
             found["student"] = {**student, "checkpoint": self._here(student["checkpoint"])}
         if (bank := config["teacher_bank"]) is not None:  # each node has its own: a bank is not mapped over a network
             found["teacher_bank"] = str(copy_of(self.uri) / Path(bank).relative_to(self.runs))
-        self._bring_banks(found["teacher_bank"])
         return found
 
     def _bring_banks(self, there: str | None) -> None:
@@ -158,9 +162,7 @@ class RemoteSweep:
             if Path(name).parent.name != folder.name:  # another teacher's
                 continue
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with open(folder / _FETCHING, "a+b") as stream:
-                    lock(stream, waits=True)
+                with _one_at_a_time(folder / _FETCHING):
                     if target.exists():
                         continue
                     if size > LARGEST_SHARE_OF_FREE_DISK * shutil.disk_usage(folder).free:
@@ -182,15 +184,22 @@ class RemoteSweep:
         digest = self.shared[path]
         folder = cache_folder() / "files" / digest
         target = folder / Path(path).name
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a+b") as stream:
-            lock(stream, waits=True)
+        with _one_at_a_time(folder / ".lock"):
             if not target.exists():
                 self.open().get_file(shared_object(digest), target)
                 if file_hash(target) != digest:
                     target.unlink()
                     raise StoreError(f"{self.uri}/{shared_object(digest)}", "is not as it was written")
         return str(target)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes of a node; its file and folder are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as stream:
+        lock(stream, waits=True)
+        yield
 
 
 @functools.cache

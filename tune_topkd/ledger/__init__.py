@@ -51,8 +51,10 @@ from tune_topkd.ledger.events import TrialStatus
 from tune_topkd.ledger.finalists import Finalist
 from tune_topkd.ledger.finalists import Winner
 from tune_topkd.ledger.finalists import apart_by_seed
+from tune_topkd.ledger.finalists import apart_from_baselines
 from tune_topkd.ledger.finalists import baseline_trial
 from tune_topkd.ledger.finalists import baseline_trials
+from tune_topkd.ledger.finalists import baselines_to_repeat
 from tune_topkd.ledger.finalists import different
 from tune_topkd.ledger.finalists import finalist_of
 from tune_topkd.ledger.finalists import finalist_trials
@@ -136,10 +138,12 @@ __all__ = [
     "TrialStatus",
     "Winner",
     "apart_by_seed",
+    "apart_from_baselines",
     "baseline_target",
     "baseline_to_come",
     "baseline_trial",
     "baseline_trials",
+    "baselines_to_repeat",
     "candidates",
     "confirmation",
     "different",

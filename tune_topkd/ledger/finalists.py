@@ -59,13 +59,18 @@ def finalist_trials(state: SweepState) -> list[TrialRecord]:
         chosen = different(state.ranked(), state.finalists.count)
     else:
         return []
-    return chosen + [record for method in state.baseline_methods() for record in _repeated_of(state, method)]
+    return chosen + baselines_to_repeat(state, _repeated_of_each(state))
 
 
-def _repeated_of(state: SweepState, method: str) -> list[TrialRecord]:
-    """The trials of a baseline that are repeated."""
+def baselines_to_repeat(state: SweepState, count: int) -> list[TrialRecord]:
+    """The first so many of each baseline's trials, by own values, those of the same parameters once."""
+    return [record for method in state.baseline_methods() for record in different(state.ranked(method), count)]
+
+
+def _repeated_of_each(state: SweepState) -> int:
+    """How many trials of each baseline are repeated."""
     plan = state.finalists if state.confirm is None else state.confirm
-    return [] if plan is None else different(state.ranked(method), plan.baselines)
+    return 0 if plan is None else plan.baselines
 
 
 def baseline_trials(state: SweepState) -> list[TrialRecord]:
@@ -75,7 +80,7 @@ def baseline_trials(state: SweepState) -> list[TrialRecord]:
 
 def baseline_trial(state: SweepState, method: str) -> TrialRecord | None:
     """The trial that stands for a baseline; None without one that reached the full budget."""
-    found = [finalist_of(state, record) for record in _repeated_of(state, method)]
+    found = [finalist_of(state, record) for record in different(state.ranked(method), _repeated_of_each(state))]
     if len(found) > 1 and all(finalist.is_done for finalist in found):
         for finalist in sorted(found, key=_rank):
             if finalist.values:
@@ -248,6 +253,18 @@ class Winner:
     def figure(self) -> str:
         """Its value in words."""
         return f"{self.value:.2f} %" if self.finalist is None else self.finalist.figure
+
+
+def apart_from_baselines(state: SweepState) -> dict[str, list[float]]:
+    """By how much the answer is above what stands for each baseline, by arm: in points, on the fresh seeds of both.
+
+    Empty where finalists have not chosen the answer; without the baselines that share no seed with it.
+    """
+    winner = winner_of(state)
+    if winner is None or winner.finalist is None:
+        return {}
+    found = {b.key.arm: apart_by_seed(winner.finalist, finalist_of(state, b)) for b in baseline_trials(state)}
+    return {arm: values for arm, values in found.items() if values}
 
 
 def standings(state: SweepState) -> list[Finalist]:

@@ -17,7 +17,6 @@ from tune_topkd.findings import INTERVALS
 from tune_topkd.findings import EqualK
 from tune_topkd.findings import Figure
 from tune_topkd.findings import Row
-from tune_topkd.ledger import Finalist
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import apart_by_seed
 from tune_topkd.ledger import baseline_trials
@@ -29,6 +28,7 @@ from tune_topkd.sweep.size import on_front
 from tune_topkd.sweep.spend import Spend
 from tune_topkd.sweep.spend import spend
 from tune_topkd.sweep.wording import short
+from tune_topkd.verdict import Apart
 from tune_topkd.verdict import baseline_name
 from tune_topkd.verdict import fresh_gains
 from tune_topkd.verdict import mean_interval
@@ -108,8 +108,10 @@ def equal_k(state: SweepState) -> EqualK | None:
     own = int(winner.record.params["k"])
     best, others = next(iter(standings(state)), None), standings(state)[1:]
     if best is not None and any(other.record.params["k"] != own for other in others):
-        apart = {int(other.record.params["k"]): _is_apart(best, other, len(others)) for other in reversed(others)}
-        return EqualK(sorted({own, *(k for k, is_apart in apart.items() if not is_apart)}), "finalists on fresh seeds")
+        told = Apart.together([apart_by_seed(best, other) for other in others])
+        by_k = {int(o.record.params["k"]): apart for o, apart in reversed(list(zip(others, told, strict=True)))}
+        equal = {k for k, apart in by_k.items() if not apart.is_told_apart}
+        return EqualK(sorted({own, *equal}), "finalists on fresh seeds")
     noise = _noise(state)
     if noise is None:
         return EqualK([own], "the best trial alone: nothing was repeated")
@@ -117,11 +119,6 @@ def equal_k(state: SweepState) -> EqualK | None:
     assert top is not None, "there is an answer"
     near = (r for r in state.ranked() if (top.value or 0.0) - (r.value or 0.0) <= 2 * math.sqrt(2) * noise)
     return EqualK(sorted({own, *(int(r.params["k"]) for r in near)}), "full trials within what another seed may change")
-
-
-def _is_apart(best: Finalist, other: Finalist, together: int) -> bool:
-    interval = mean_interval(apart_by_seed(best, other), together=together)
-    return interval is not None and interval.excludes_zero
 
 
 def _noise(state: SweepState) -> float | None:

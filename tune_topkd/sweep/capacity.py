@@ -115,7 +115,6 @@ class Fit:
             has: what the node has.
             shares: of a trial, the largest first; one, but where it is measured.
         """
-
         numbers = [share.times_on(has) for share in shares]
         return cls(min(numbers), max(numbers), "" if max(numbers) else _why_none(has, shares[-1]))
 
@@ -407,7 +406,6 @@ def _asked_for(config: SweepConfig) -> str:
 
 def _time(config: SweepConfig, images: tuple[int, int], usable: Sequence[_Timed]) -> str:
     """About how long the sweep takes on nodes that are its alone; one whose step was not timed counts as the slowest."""
-
     known = [one.step for one in usable if one.step is not None]
     slowest = max(known, key=lambda step: cost.epoch_seconds(config, images, step))
     places = [

@@ -15,6 +15,7 @@ from tune_topkd.ledger import Confirm
 from tune_topkd.ledger import SweepState
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import baseline_trials
+from tune_topkd.ledger import baselines_to_repeat
 from tune_topkd.ledger import candidates
 from tune_topkd.ledger import confirmation
 from tune_topkd.ledger import different
@@ -136,8 +137,7 @@ def cost(config: SweepConfig, state: SweepState, line: Confirm | None) -> Cost:
     assert confirm is not None, "it is asked for, or it is in the ledger"
     bases = baseline_trials(state)
     first, count = state.header.seed + 1, max(confirm.seeds, state.finalists.seeds if state.finalists else 0)
-    repeated = [r for method in state.baseline_methods() for r in different(state.ranked(method), confirm.baselines)]
-    chosen = [*(state.trials[key] for key in confirm.finalists), *repeated]
+    chosen = [*(state.trials[key] for key in confirm.finalists), *baselines_to_repeat(state, confirm.baselines)]
     under_way = Counter(record.key.arm for record in state.running())
     to_choose = len(unrepeated(state, chosen, range(first, first + count))) + under_way[REPEAT]
     is_begun = line is None and has_looked(state)

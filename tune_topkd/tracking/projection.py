@@ -31,8 +31,8 @@ from tune_topkd.ledger import TrialKey
 from tune_topkd.ledger import TrialRecord
 from tune_topkd.ledger import TrialStatus
 from tune_topkd.ledger import apart_by_seed
+from tune_topkd.ledger import apart_from_baselines
 from tune_topkd.ledger import baseline_trials
-from tune_topkd.ledger import finalist_of
 from tune_topkd.ledger import finalists
 from tune_topkd.ledger import finalists_done
 from tune_topkd.ledger import is_of_the_answer
@@ -495,7 +495,7 @@ def _gains(state: SweepState) -> dict[str, float]:
         answer, *others = measured(state)
         found = {other.record.key.arm: apart_by_seed(answer, other) for other in others}
     elif winner.finalist is not None:
-        found = {b.key.arm: apart_by_seed(winner.finalist, finalist_of(state, b)) for b in baseline_trials(state)}
+        found = apart_from_baselines(state)
     else:
         own = winner.record.value or 0.0
         return {f"gain_over_{base.key.arm}": own - (base.value or 0.0) for base in baseline_trials(state)}
